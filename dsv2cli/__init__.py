@@ -1,0 +1,1 @@
+"""dsv2: the DeepSeek-V2 family on your own machine."""

@@ -1,0 +1,273 @@
+"""Safetensors shards read straight into the model's final tensors: no second copy, no memory map left behind.
+
+Peak memory is the model plus one staging buffer a reader. Every tensor is checked for presence, shape, type and
+length before a byte of it is read. Pickle files are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.transformer import DeepseekV2, MoEGate
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+READERS = 4
+STAGING_BYTES = 32 * 2**20
+INDEX = "model.safetensors.index.json"
+# Rotary tables that old exports carry along; the numbers follow from the config.
+IGNORED = "rotary_emb.inv_freq"
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as a safetensors header describes it; `offset` counts from the start of the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> DeepseekV2:
+    """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own.
+
+    Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
+    """
+    config = DeepseekV2Config.load(folder)
+    stored = list_tensors(folder)
+    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
+    pairs = match(model, stored, folder)
+    try:
+        read_all(pairs, progress)
+    except OSError as error:
+        raise Dsv2Error(f"Reading {folder} failed", why=str(error), fix="check the disk, then run again") from None
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> DeepseekV2:
+    """The model with uninitialised weights on `device`; routers stay in fp32."""
+    with torch.device("meta"):
+        model = DeepseekV2(config)
+    try:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                kind = torch.float32 if isinstance(module, MoEGate) else dtype
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=kind)))
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise no_room(config, model, device, dtype, error) from None
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def no_room(
+    config: DeepseekV2Config, model: DeepseekV2, device: torch.device, dtype: torch.dtype, error: Exception
+) -> Dsv2Error:
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
+    return Dsv2Error(
+        f"Not enough memory on {device} for this model",
+        why=f"its {config.num_hidden_layers} layers need {size:.1f} GiB as {str(dtype)[6:]} ({str(error).splitlines()[0]})",
+        fix="--device cpu, or a smaller checkpoint" if device.type == "cuda" else "a smaller checkpoint, or more memory",
+    )
+
+
+def destinations(model: DeepseekV2) -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint belongs: its name -> a contiguous part of a parameter."""
+    places: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():  # a tied lm_head is listed once, as the embedding
+        base, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            places[name] = parameter.data
+            continue
+        stack = {f"{base}.{e}": part for e, part in enumerate(parameter.data)} if parameter.dim() == 3 else None
+        for prefix, matrix in (stack or {base: parameter.data}).items():
+            if leaf == "down_proj":
+                places[f"{prefix}.down_proj.weight"] = matrix
+            else:
+                places[f"{prefix}.gate_proj.weight"], places[f"{prefix}.up_proj.weight"] = matrix.chunk(2)
+    return places
+
+
+def list_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint by name, from the index if there is one, else from the one file."""
+    index_path = folder / INDEX
+    if not index_path.exists():
+        single = folder / "model.safetensors"
+        if not single.exists():
+            raise no_safetensors(folder)
+        return read_header(single)
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Dsv2Error(f"{index_path} cannot be read", why=repr(error), fix="download the file again") from None
+    stored: dict[str, Stored] = {}
+    for file in sorted(set(wanted.values())):
+        if Path(file).name != file:
+            raise Dsv2Error(f"{index_path} points outside its folder", why=f"it names the file {file!r}")
+        if not (folder / file).exists():
+            raise Dsv2Error(f"{folder / file} is missing", why=f"{INDEX} names it", fix="download the file again")
+        header = read_header(folder / file)
+        listed = {name for name, where in wanted.items() if where == file}
+        for name in sorted(listed - header.keys()):
+            raise Dsv2Error(f"{folder / file} lacks the tensor {name}", why=f"{INDEX} places it there")
+        for name in sorted(header.keys() - listed):
+            raise Dsv2Error(f"{folder / file} holds the extra tensor {name}", why=f"{INDEX} does not place it there")
+        stored |= header
+    return stored
+
+
+def no_safetensors(folder: Path) -> Dsv2Error:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return Dsv2Error(
+            f"{folder} holds pickle files ({pickles[0]}), which can run code when opened, and no safetensors",
+            why="only safetensors are loaded",
+            fix="convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)",
+        )
+    return Dsv2Error(f"{folder} holds no safetensors", why=f"neither {INDEX} nor model.safetensors is there")
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The header of one safetensors file, checked against the file's length. Format: huggingface/safetensors."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            if header_size > size - 8:
+                raise truncated(file, size, header_size + 8)
+            header = json.loads(stream.read(header_size))
+            header.pop("__metadata__", None)
+            start = 8 + header_size
+            tensors = {
+                name: Stored(
+                    file,
+                    name,
+                    str(entry["dtype"]),
+                    tuple(int(n) for n in entry["shape"]),
+                    start + int(entry["data_offsets"][0]),
+                    int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
+                )
+                for name, entry in header.items()
+            }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+        raise Dsv2Error(
+            f"{file} is not a safetensors file", why=f"its header is unreadable ({error})", fix="download the file again"
+        ) from None
+    for tensor in tensors.values():
+        if tensor.offset < start or tensor.length < 0:
+            raise Dsv2Error(f"{file}: tensor {tensor.name} lies outside the file", fix="download the file again")
+        if tensor.offset + tensor.length > size:
+            raise truncated(file, size, tensor.offset + tensor.length, tensor.name)
+    return tensors
+
+
+def truncated(file: Path, size: int, needed: int, name: str = "") -> Dsv2Error:
+    where = f"tensor {name} ends" if name else "its header ends"
+    return Dsv2Error(
+        f"{file} is truncated", why=f"{where} at byte {needed:,}, the file has {size:,}", fix="download the file again"
+    )
+
+
+def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tuple[Stored, Tensor]]:
+    """Pair each stored tensor with its place. Raises Dsv2Error for the first that does not fit."""
+    places = destinations(model)
+    missing = sorted(places.keys() - stored.keys())
+    if missing:
+        shard = next(iter(stored.values())).file if len({t.file for t in stored.values()}) == 1 else folder / INDEX
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Dsv2Error(f"{shard} lacks the tensor {missing[0]}{more}", why="config.json calls for it")
+    pairs = []
+    for name, tensor in stored.items():
+        if name.endswith(IGNORED) or (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            continue
+        if name not in places:
+            raise Dsv2Error(f"{tensor.file} holds the extra tensor {name}", why="config.json has no place for it")
+        check(tensor, places[name])
+        pairs.append((tensor, places[name]))
+    return pairs
+
+
+def check(tensor: Stored, place: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise Dsv2Error(
+            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}", why=f"only {', '.join(DTYPES)} are loaded"
+        )
+    if tensor.shape != tuple(place.shape):
+        raise Dsv2Error(
+            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}",
+            why=f"config.json calls for {list(place.shape)}",
+        )
+    if tensor.length != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
+        raise Dsv2Error(
+            f"{tensor.file}: tensor {tensor.name} has {tensor.length:,} bytes",
+            why=f"its shape {list(tensor.shape)} and type {tensor.dtype} call for another number",
+            fix="download the file again",
+        )
+
+
+def read_all(pairs: list[tuple[Stored, Tensor]], progress: Progress | None) -> None:
+    """Read with several threads; a read that fails ends the others and is raised here."""
+    total, done, lock = sum(tensor.length for tensor, _ in pairs), 0, threading.Lock()
+    staging = threading.local()
+
+    def read(pair: tuple[Stored, Tensor]) -> None:
+        nonlocal done
+        if not hasattr(staging, "buffer"):
+            staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+        for count in read_tensor(*pair, staging.buffer):
+            with lock:
+                done += count
+                if progress is not None:
+                    progress(done, total)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        futures = [pool.submit(read, pair) for pair in sorted(pairs, key=lambda p: (p[0].file, p[0].offset))]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]:
+    """Fill `place` piece by piece; yields the bytes read. Straight in where type and device agree."""
+    dtype, flat = DTYPES[tensor.dtype], place.view(-1)
+    direct = place.dtype == dtype and place.device.type == "cpu"
+    per_piece = STAGING_BYTES // dtype.itemsize
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset)
+        for piece in flat.split(per_piece):
+            target = piece if direct else staging[: piece.numel() * dtype.itemsize].view(dtype)
+            view = memoryview(target.view(torch.uint8).numpy()).cast("B")
+            filled = 0
+            while filled < len(view):
+                count = stream.readinto(view[filled:])
+                if not count:
+                    raise truncated(tensor.file, tensor.offset + filled, tensor.offset + tensor.length, tensor.name)
+                filled += count
+            if not direct:
+                piece.copy_(target)
+            yield filled

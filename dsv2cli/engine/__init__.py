@@ -1,0 +1,1 @@
+"""Logits to token, tokens to tokens, messages to text."""

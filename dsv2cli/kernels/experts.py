@@ -1,0 +1,59 @@
+"""Choosing experts and running them. Letters in shapes: n tokens, e routed experts, k experts per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv2cli.kernels.linear import gated_mlp
+
+
+def route(
+    router_logits: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, scaling_factor: float
+) -> tuple[Tensor, Tensor]:
+    """router_logits [n, e] in fp32 -> (expert index [n, k], weight [n, k] in fp32). Paper section 2.2.
+
+    With n_group > 1 a group's score is its best expert's, and experts outside the best `topk_group` groups score 0.
+    Normalised weights are not scaled: the official code does one or the other.
+    """
+    scores = router_logits.softmax(dim=-1)
+    choose_from = scores
+    if n_group > 1:
+        grouped = scores.unflatten(-1, (n_group, -1))  # [n, groups, experts per group]
+        best = grouped.amax(dim=-1).topk(topk_group, dim=-1).indices
+        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        choose_from = (grouped * kept[..., None]).flatten(-2)
+    weight, index = choose_from.topk(top_k, dim=-1)
+    if norm_topk_prob and top_k > 1:
+        return index, weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+    return index, weight * scaling_factor
+
+
+def experts_reference(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """Each token's chosen experts, one by one, weighted and summed in fp32, rounded once. x [n, hidden] -> same."""
+    rows = []
+    for token, experts, weights in zip(x, index.tolist(), weight, strict=True):
+        outputs = torch.stack([gated_mlp(token[None], gate_up_proj[e], down_proj[e])[0] for e in experts])
+        rows.append((outputs.float() * weights[:, None]).sum(dim=0))
+    return torch.stack(rows).type_as(x)
+
+
+def run_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """The same as experts_reference, with each expert run once over all of its tokens.
+
+    x [n, hidden], index and weight [n, k], gate_up_proj [e, 2*width, hidden], down_proj [e, hidden, width] -> [n, hidden].
+    """
+    n, top_k = index.shape
+    # unbind, not indexing: its gradient is one stack, not a full-size zero tensor per expert.
+    gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
+    if n == 1:
+        outputs = torch.cat([gated_mlp(x, gate_up[e], down[e]) for e in index[0].tolist()])  # [k, hidden]
+        return (weight @ outputs.float()).type_as(x)
+    flat = index.flatten()
+    order = flat.argsort()
+    counts = flat.bincount(minlength=len(gate_up)).tolist()
+    pieces = x[order // top_k].split(counts)
+    used = [e for e, count in enumerate(counts) if count]
+    sorted_outputs = torch.cat([gated_mlp(pieces[e], gate_up[e], down[e]) for e in used])  # [n*k, hidden]
+    outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs).view(n, top_k, -1)
+    return torch.einsum("nk,nkh->nh", weight, outputs.float()).type_as(x)

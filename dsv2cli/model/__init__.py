@@ -1,0 +1,1 @@
+"""What a DeepSeek-V2 model is."""

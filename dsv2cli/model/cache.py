@@ -1,0 +1,52 @@
+"""What the model remembers of a conversation: per token and layer one latent and one rope key."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv2cli.model.config import DeepseekV2Config
+
+GRANULE = 256  # capacity grows in steps of this many tokens
+
+
+class LatentCache:
+    """Slot t of a row holds the token at position t, so rows of different lengths need no padding rule.
+
+    `lengths` counts the valid slots of each row; slots beyond are rewritten before any query may see them.
+    """
+
+    def __init__(self, config: DeepseekV2Config, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.lengths = [0] * batch
+        self.layers = [
+            torch.empty(batch, 0, config.cached_dim, device=device, dtype=dtype)  # [batch, capacity, latent + rope]
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0].shape[1]
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens a row, keeping what is there; grows by at least half, so rarely."""
+        if length <= self.capacity:
+            return
+        wanted = max(length, self.capacity + self.capacity // 2)
+        wanted = -(-wanted // GRANULE) * GRANULE
+        for i, old in enumerate(self.layers):
+            self.layers[i] = old.new_zeros(old.shape[0], wanted, old.shape[2])
+            self.layers[i][:, : old.shape[1]] = old
+
+    def write(self, layer: int, positions: Tensor, rows: Tensor, start: int | None) -> None:
+        """Store rows [batch, seq, latent + rope] at positions [batch, seq]; `start` if they are one run for all."""
+        if start is not None:
+            self.layers[layer][:, start : start + rows.shape[1]] = rows
+        else:
+            self.layers[layer].scatter_(1, positions[..., None].expand_as(rows), rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from position `length` on."""
+        self.lengths = [min(length, old) for old in self.lengths]
+
+    def bytes_per_token(self) -> int:
+        return sum(layer.shape[2] * layer.element_size() for layer in self.layers)

@@ -1,0 +1,201 @@
+"""The model's config.json: read, checked, and refused where it asks for something this program does not do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dsv2cli.errors import Dsv2Error
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary positions. `type` is none, linear or yarn; names are the checkpoint's own."""
+
+    type: str = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32
+    beta_slow: float = 1
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True)
+class DeepseekV2Config:
+    """Architecture of one checkpoint. Defaults are those of the official configuration_deepseek.py."""
+
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    moe_intermediate_size: int = 1407
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 32
+    n_shared_experts: int | None = None
+    n_routed_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    routed_scaling_factor: float = 1.0
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = 1536
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    qk_nope_head_dim: int = 128
+    topk_method: str = "greedy"
+    n_group: int | None = None
+    topk_group: int | None = None
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 0
+    norm_topk_prob: bool = False
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
+    torch_dtype: str = "bfloat16"
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers cached per token and layer: the latent and the rope key that all heads share."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def expanded_dim(self) -> int:
+        """Numbers per token and layer that a cache of full keys and values would hold."""
+        return self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
+
+    def is_moe(self, layer: int) -> bool:
+        return (
+            self.n_routed_experts is not None
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> DeepseekV2Config:
+        """Read `folder/config.json`. Raises Dsv2Error when it is missing, malformed or not implemented."""
+        path = folder / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise Dsv2Error(
+                f"{folder} holds no config.json", why="a checkpoint is a folder with config.json and safetensors files"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise Dsv2Error(f"{path} cannot be read", why=str(error), fix="download the file again") from None
+        if not isinstance(raw, dict):
+            raise Dsv2Error(f"{path} is not a config", why="it holds no JSON object", fix="download the file again")
+        return cls.from_dict(raw, str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config.json") -> DeepseekV2Config:
+        """Check a parsed config.json. Raises Dsv2Error with a sentence that names the offending value."""
+        refuse_unimplemented(raw, source)
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in raw.items() if key in known}
+        if "dtype" in raw:  # transformers 5 writes dtype where 4 wrote torch_dtype
+            values["torch_dtype"] = raw["dtype"]
+        values["torch_dtype"] = str(values.get("torch_dtype") or cls.torch_dtype).removeprefix("torch.")
+        values["topk_method"] = str(values.get("topk_method") or "greedy").replace("gready", "greedy")
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if isinstance(rope, dict):
+            values["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta") or cls.rope_theta
+        values["rope_scaling"] = parse_rope_scaling(rope, source)
+        config = cls(**values)
+        check_numbers(config, source)
+        return config
+
+
+def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
+    """`rope_scaling` of the release or `rope_parameters` of transformers 5; both name the same numbers."""
+    if not isinstance(rope, dict):
+        raise not_implemented(source, "rope_scaling", rope, "it must be an object")
+    kind = rope.get("type") or rope.get("rope_type") or "default"
+    if kind in ("default", "none"):
+        return RopeScaling()
+    if kind not in ("linear", "yarn"):
+        raise not_implemented(source, "rope_scaling.type", kind, "none, linear and yarn are implemented")
+    known = {field.name for field in fields(RopeScaling)} - {"type"}
+    ignored = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+    for key in rope.keys() - known - ignored:
+        if rope[key] is not None:
+            raise not_implemented(source, f"rope_scaling.{key}", rope[key], "this key is unknown here")
+    for key in known & rope.keys():
+        if isinstance(rope[key], bool) or not isinstance(rope[key], int | float):
+            raise not_implemented(source, f"rope_scaling.{key}", rope[key], "it must be a number")
+    scaling = RopeScaling(type=kind, **{key: rope[key] for key in known & rope.keys()})
+    if scaling.factor < 1:
+        raise not_implemented(source, "rope_scaling.factor", scaling.factor, "it must be at least 1")
+    return scaling
+
+
+def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
+    """Values that would change the arithmetic in ways this program does not follow."""
+    only: dict[str, tuple[Any, ...]] = {
+        "model_type": ("deepseek_v2",),
+        "hidden_act": ("silu",),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "gready", "group_limited_greedy", None),
+        "mlp_bias": (False,),
+        "rope_interleave": (True,),
+        "quantization_config": (None,),
+        "sliding_window": (None,),
+    }
+    if "model_type" not in raw:
+        raise Dsv2Error(f"{source} names no model_type", why="only deepseek_v2 checkpoints run here")
+    for key, allowed in only.items():
+        if key in raw and raw[key] not in allowed:
+            names = ", ".join(str(value) for value in allowed if value is not None) or "null"
+            raise not_implemented(source, key, raw[key], f"only {names} is implemented")
+
+
+def check_numbers(config: DeepseekV2Config, source: str) -> None:
+    """Sizes that cannot be a model are refused here, before they become a shape error somewhere else."""
+    optional = {"q_lora_rank", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"}
+    positive = (
+        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
+        "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim moe_layer_freq max_position_embeddings"
+    ).split()
+    for name in positive + sorted(optional):
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise not_implemented(source, name, value, "it must be a positive whole number")
+    for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "first_k_dense_replace"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise not_implemented(source, name, value, "it must be a number, and not negative")
+    for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
+        if not isinstance(getattr(config, name), bool):
+            raise not_implemented(source, name, getattr(config, name), "it must be true or false")
+    if config.torch_dtype not in ("float32", "bfloat16", "float16"):
+        raise not_implemented(source, "torch_dtype", config.torch_dtype, "float32, bfloat16 and float16 are")
+    if config.qk_rope_head_dim % 2:
+        raise not_implemented(source, "qk_rope_head_dim", config.qk_rope_head_dim, "rotation needs an even size")
+    if config.n_routed_experts is not None:
+        check_routing(config, source)
+
+
+def check_routing(config: DeepseekV2Config, source: str) -> None:
+    experts, top_k = config.n_routed_experts or 0, config.num_experts_per_tok
+    if top_k is None or top_k > experts:
+        raise not_implemented(source, "num_experts_per_tok", top_k, f"there are {experts} routed experts")
+    if config.topk_method == "group_limited_greedy":
+        groups, kept = config.n_group or 0, config.topk_group or 0
+        if not groups or experts % groups:
+            raise not_implemented(source, "n_group", config.n_group, f"it must divide the {experts} routed experts")
+        if not 0 < kept <= groups:
+            raise not_implemented(source, "topk_group", config.topk_group, f"there are {groups} groups")
+
+
+def not_implemented(source: str, key: str, value: Any, why: str) -> Dsv2Error:
+    return Dsv2Error(f"{source}: {key} = {json.dumps(value, default=str)} is not supported", why=why)

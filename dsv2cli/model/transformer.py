@@ -1,0 +1,245 @@
+"""DeepSeek-V2 in one file: token ids in, hidden states and logits out.
+
+Modules and parameters carry the checkpoint's own names, except that the routed experts of a layer are stacked into
+`experts.gate_up_proj` and `experts.down_proj`. It knows nothing of files, tokenizers or sampling.
+Sources: the DeepSeek-V2 paper (arXiv 2405.04434, sections 2.1 and 2.2) and the official modeling_deepseek.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dsv2cli.kernels import attention, experts
+from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
+from dsv2cli.model.cache import LatentCache
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.rope import RotaryTable, rotate, softmax_scale
+
+ATTENTION_PATHS = ("auto", "absorbed", "expanded", "reference")
+
+
+class Linear(nn.Module):
+    """y = x W^T + b through kernels.linear, so that one row on a CPU takes the fast road."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """The dense feed-forward layer. gate_proj and up_proj are stored as one matrix and read in one go."""
+
+    def __init__(self, config: DeepseekV2Config, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.hidden_size, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_mlp(x, self.gate_up_proj, self.down_proj)
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer, stacked."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        count, width = config.n_routed_experts or 0, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
+
+
+class MoEGate(nn.Module):
+    """The router. Its weight stays in fp32: bf16 router logits choose other experts on 2-25% of the rows."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts or 0, config.hidden_size, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [tokens, hidden] -> expert index and weight, both [tokens, top_k]."""
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):  # training casts everything else down
+            router_logits = linear(x.float(), self.weight)
+        grouped = config.topk_method == "group_limited_greedy"
+        return experts.route(
+            router_logits,
+            top_k=config.num_experts_per_tok or 0,
+            n_group=(config.n_group or 1) if grouped else 1,
+            topk_group=(config.topk_group or 1) if grouped else 1,
+            norm_topk_prob=config.norm_topk_prob,
+            scaling_factor=config.routed_scaling_factor,
+        )
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE: a few routed experts a token, plus shared experts that every token passes through."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.gate = MoEGate(config)
+        self.experts = Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts is not None:
+            self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, seq, hidden] -> the same shape."""
+        flat = x.flatten(0, 1)
+        index, weight = self.gate(flat)
+        out = experts.run_experts(flat, index, weight, self.experts.gate_up_proj, self.experts.down_proj)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(flat)
+        return out.view_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention. Only the normed latent and the rotated shared key are kept per token."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = softmax_scale(config)
+        self.path = "auto"
+        heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, 1e-6)  # fixed in the official code
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.cached_dim, bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, 1e-6)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, bias)
+
+    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        """x [batch, seq, hidden] -> the same shape; the new tokens enter the cache."""
+        config = self.config
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [batch, seq, heads, nope + rope]
+        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        # The rope key is shared by all heads, so it is cached once, not per head.
+        k_rope = rotate(k_rope[:, :, None], step.rotary).squeeze(2)
+        cached = step.remember(layer, torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1))
+        out = attention.attend(
+            q_nope,
+            rotate(q_rope, step.rotary),
+            cached,
+            self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)),
+            step.mask,
+            self.scale,
+            self.path,
+        )
+        return self.o_proj(out.flatten(-2))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DeepseekV2Config, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Step:
+    """What all layers share in one forward pass: positions, their rotation, and what each query may see."""
+
+    def __init__(self, rotary: RotaryTable, seq: int, cache: LatentCache | None, batch: int, device: torch.device) -> None:
+        starts = cache.lengths if cache is not None else [0] * batch
+        self.cache = cache
+        self.start = starts[0] if len(set(starts)) == 1 else None
+        self.length = max(starts) + seq
+        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(seq, device=device)  # [batch, seq]
+        self.rotary = rotary(self.positions, self.length)
+        self.mask = attention.visible(self.positions, self.length)
+
+    def remember(self, layer: int, rows: Tensor) -> Tensor:
+        """Put the new tokens' rows into the cache; give back all rows up to now. [batch, past + seq, latent + rope]"""
+        if self.cache is None:
+            return rows
+        self.cache.write(layer, self.positions, rows, self.start)
+        return self.cache.layers[layer][:, : self.length]
+
+
+class Decoder(nn.Module):
+    """The part that the checkpoint calls `model`."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DeepseekV2(nn.Module):
+    """The whole model. `model(ids, cache)` gives hidden states; `model.logits(hidden)` gives scores for the next token."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.rotary = RotaryTable(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def use_attention(self, path: str) -> None:
+        """Choose the attention path for all layers: one of ATTENTION_PATHS."""
+        assert path in ATTENTION_PATHS, path
+        for layer in self.model.layers:
+            layer.self_attn.path = path  # type: ignore[union-attr,assignment]
+
+    def new_cache(self, batch: int = 1) -> LatentCache:
+        return LatentCache(self.config, batch, self.device, self.dtype)
+
+    def forward(self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None) -> Tensor:
+        """input_ids [batch, seq] -> hidden states after the last norm [batch, seq, hidden].
+
+        - Row i continues at cache.lengths[i]; rows may differ.
+        - `new_tokens[i]` says how many of row i's ids are real (the rest is padding on the right); default all.
+        - Without a cache nothing is kept, which is what training wants.
+        """
+        batch, seq = input_ids.shape
+        if cache is not None:
+            cache.reserve(max(cache.lengths) + seq)
+        step = Step(self.rotary, seq, cache, batch, input_ids.device)
+        x = self.model.embed_tokens(input_ids)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, step, i)
+        if cache is not None:
+            cache.lengths = [old + new for old, new in zip(cache.lengths, new_tokens or [seq] * batch, strict=True)]
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> scores [..., vocab] in fp32."""
+        return self.lm_head(hidden).float()

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.transformer import DeepseekV2, MoEGate
+from dsv2cli.model.transformer import DeepseekV2
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 READERS = 4
@@ -67,27 +67,23 @@ def load_model(
 
 def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> DeepseekV2:
     """The model with uninitialised weights on `device`; routers stay in fp32."""
-    with torch.device("meta"):
-        model = DeepseekV2(config)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                kind = torch.float32 if isinstance(module, MoEGate) else dtype
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=kind)))
+        with device:
+            return DeepseekV2(config)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise no_room(config, model, device, dtype, error) from None
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
+        raise no_room(config, device, dtype, error) from None
+    finally:
+        torch.set_default_dtype(previous)
 
 
-def no_room(
-    config: DeepseekV2Config, model: DeepseekV2, device: torch.device, dtype: torch.dtype, error: Exception
-) -> Dsv2Error:
-    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / 2**30
+def no_room(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype, error: Exception) -> Dsv2Error:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in DeepseekV2(config).parameters())
     return Dsv2Error(
         f"Not enough memory on {device} for this model",
-        why=f"its {config.num_hidden_layers} layers need {size:.1f} GiB as {str(dtype)[6:]} ({str(error).splitlines()[0]})",
+        why=f"its weights need {count * dtype.itemsize / 2**30:.1f} GiB as {str(dtype)[6:]} ({str(error).splitlines()[0]})",
         fix="--device cpu, or a smaller checkpoint" if device.type == "cuda" else "a smaller checkpoint, or more memory",
     )
 

@@ -38,6 +38,7 @@ SMALL = DeepseekV2Config(
     q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, first_k_dense_replace=1,
     max_position_embeddings=4 * SEQ, tie_word_embeddings=True, bos_token_id=4094, eos_token_id=4095,
     rope_scaling=RopeScaling("yarn", 4, SEQ, mscale=0.707, mscale_all_dim=0.707),
+    torch_dtype="float32",  # stored in bf16; so small a model runs 1.6x faster in fp32 on a CPU
 )  # fmt: skip
 LARGE = replace(
     SMALL, vocab_size=8192, hidden_size=320, intermediate_size=1024, moe_intermediate_size=192, num_hidden_layers=8,

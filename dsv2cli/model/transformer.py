@@ -8,6 +8,7 @@ Sources: the DeepSeek-V2 paper (arXiv 2405.04434, sections 2.1 and 2.2) and the 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv2cli.kernels import attention, experts
@@ -29,6 +30,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a table. Unlike nn.Embedding it does not fill the table with random numbers first."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -188,7 +200,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -1,0 +1,54 @@
+"""From the name a user types to a folder with a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from dsv2cli.errors import Dsv2Error, UsageError
+
+EMBEDDED = Path(__file__).parents[1] / "demo" / "checkpoint"
+WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json"]
+WANTED_FILES += ["special_tokens_map.json", "chat_template*"]
+
+
+def find_model(name: str | None) -> Path:
+    """A folder for `name`: the embedded model for None, a folder on disk, or a Hugging Face repository.
+
+    Only safetensors, configs and tokenizer files are fetched. HF_HUB_OFFLINE and the other variables of
+    huggingface_hub are honoured. Raises UsageError for a name that is neither, Dsv2Error when fetching fails.
+    """
+    if name is None:
+        return EMBEDDED
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"{name} is a file", why="a model is a folder", fix=f"--model {folder.parent}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise UsageError(
+            f"There is no model at {name}",
+            why="it is neither a folder here nor a Hugging Face repository name such as deepseek-ai/DeepSeek-V2-Lite",
+            fix="check the path, or leave --model out to use the embedded model",
+        )
+    return fetch(name)
+
+
+def fetch(repository: str) -> Path:
+    """Download what is missing of a repository, resuming what was begun; progress shows where stderr is a terminal."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(repository, allow_patterns=WANTED_FILES))
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # huggingface_hub and its http client raise many kinds; all mean the same to the user
+        raise Dsv2Error(
+            f"{repository} is not a folder here and could not be fetched from Hugging Face",
+            why=(str(error).strip() or repr(error)).splitlines()[0],
+            fix="check the name and the network; a private repository needs HF_TOKEN",
+        ) from error

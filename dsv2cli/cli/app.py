@@ -1,0 +1,81 @@
+"""The `dsv2` program: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from dsv2cli.cli import ui
+from dsv2cli.cli.bench import bench
+from dsv2cli.cli.chat import chat
+from dsv2cli.cli.complete import complete
+from dsv2cli.errors import Dsv2Error
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="dsv2",
+    help="Run DeepSeek-V2 models on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+)
+app.command()(chat)
+app.command()(complete)
+app.command()(bench)
+
+
+class Shell(str, Enum):
+    bash, zsh, fish = "bash", "zsh", "fish"
+
+
+@app.command()
+def completion(shell: Annotated[Shell, typer.Argument(help="Which shell.")]) -> None:
+    """Print a completion script for a shell."""
+    sys.stdout.write(completion_script(shell.value))
+
+
+def completion_script(shell: str) -> str:
+    from typer._completion_shared import get_completion_script
+
+    script: str = get_completion_script(prog_name="dsv2", complete_var="_DSV2_COMPLETE", shell=shell)
+    return script.strip() + "\n"
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"dsv2 {version('dsv2cli')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Run DeepSeek-V2 models on your own machine."""
+
+
+def main() -> None:
+    """The entry point. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; other tracebacks are bugs."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        code = app()
+    except Dsv2Error as error:
+        ui.show_error(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except ui.ReaderGone:
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,119 @@
+"""`dsv2 bench`: how fast a model runs here, with spread, memory and cache size."""
+
+from __future__ import annotations
+
+import statistics
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv2cli.cli import options as opt
+from dsv2cli.cli import ui
+from dsv2cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dsv2cli.engine.benchmark import Timing
+
+
+class Against(str, Enum):
+    transformers = "transformers"
+
+
+def bench(
+    model: opt.ModelOption = None,
+    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 64,4096.")] = "512",
+    generate: Annotated[int, typer.Option(min=2, help="Tokens to generate after each prompt.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")] = 3,
+    against: Annotated[Against | None, typer.Option(help="Alternate with this library over the same weights.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = opt.Dtype.auto,
+    attention: opt.AttentionOption = opt.AttentionPath.auto,
+    threads: opt.ThreadsOption = None,
+) -> None:
+    """Measure prefill, decode, time to the first token, load time, memory and cache size."""
+    lengths = parse_lengths(prompt)
+    opened = opt.open_model(model, device, dtype, threads, attention)
+
+    from dsv2cli.device import device_name, peak_memory_bytes
+    from dsv2cli.engine import benchmark
+
+    loaded_peak = peak_memory_bytes(opened.model.device)
+    twin = benchmark.transformers_twin(opened.model, opened.folder) if against is not None else None
+    timings: list[Timing] = []
+    with ui.counting("measuring", len(lengths) * (repetitions + 1) * (2 if twin is not None else 1)) as tick:
+        for length in lengths:
+            timings += benchmark.run(opened.model, length, generate, batch, repetitions, twin, tick)
+    config, cache = opened.model.config, opened.model.new_cache()
+    facts = {
+        "model": opened.name,
+        "device": device_name(opened.model.device),
+        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "attention": attention.value,
+        "weights_bytes": sum(p.numel() * p.element_size() for p in opened.model.parameters()),
+        "load_seconds": opened.load_seconds,
+        "peak_memory_after_load_bytes": loaded_peak,
+        "peak_memory_bytes": peak_memory_bytes(opened.model.device),
+        "kv_bytes_per_token": cache.bytes_per_token(),
+        "kv_bytes_per_token_expanded": config.num_hidden_layers * config.expanded_dim * opened.model.dtype.itemsize,
+    }
+    if json:
+        ui.write_json(facts | {"runs": [timing.as_json() for timing in timings]})
+    else:
+        show(facts, timings)
+
+
+def parse_lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise UsageError(f"--prompt {text} is not a list of lengths", fix="--prompt 64,4096")
+    return lengths
+
+
+def show(facts: dict[str, Any], timings: list[Timing]) -> None:
+    """The result as a table on stdout: medians, with the range of the repetitions beside them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("engine", "batch", "prompt", "new", "prefill tok/s", "decode tok/s", "first token s"):
+        table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
+    for timing in timings:
+        table.add_row(
+            timing.engine, str(timing.batch), str(timing.prompt_tokens), str(timing.generated_tokens),
+            ranged(timing.prefill_tokens_per_second), ranged(timing.decode_tokens_per_second), ranged(timing.ttft_seconds),
+        )  # fmt: skip
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(ui.harmless(f"{facts['model']} · {facts['dtype']} · {facts['device']}"))
+    console.print(table)
+    for ours, theirs in zip(timings[::2], timings[1::2], strict=False):
+        if theirs.engine != ours.engine:
+            console.print(f"prompt {ours.prompt_tokens}: {ratios(ours, theirs)}")
+    gib = 2**30
+    console.print(
+        f"load {facts['load_seconds']:.2f} s · weights {facts['weights_bytes'] / gib:.2f} GiB · peak memory "
+        f"{facts['peak_memory_after_load_bytes'] / gib:.2f} GiB after load, {facts['peak_memory_bytes'] / gib:.2f} GiB in all\n"
+        f"cache {facts['kv_bytes_per_token']:,} bytes a token (expanded keys and values: "
+        f"{facts['kv_bytes_per_token_expanded']:,})"
+    )
+
+
+def ranged(values: list[float]) -> str:
+    """Median and range, with three digits that count."""
+    middle = statistics.median(values)
+    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2 if middle >= 1 else 3
+    return f"{middle:.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def ratios(ours: Timing, theirs: Timing) -> str:
+    """Medians of the ratios pair by pair, each pair measured side by side."""
+    parts = []
+    for name, label in (("prefill_tokens_per_second", "prefill"), ("decode_tokens_per_second", "decode")):
+        pairs = [a / b for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True)]
+        parts.append(f"{label} {statistics.median(pairs):.2f}x ({min(pairs):.2f}-{max(pairs):.2f})")
+    return f"{ours.engine} / {theirs.engine}: " + ", ".join(parts)

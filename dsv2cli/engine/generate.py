@@ -1,0 +1,224 @@
+"""Tokens to tokens, and tokens to text. Knows no files, no chat and no screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
+from dsv2cli.engine.sampling import SamplingParams, sample
+from dsv2cli.errors import UsageError
+from dsv2cli.model.cache import LatentCache
+from dsv2cli.model.transformer import DeepseekV2
+
+PREFILL_CHUNK = 512  # tokens a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. `max_new_tokens` None means up to the context limit."""
+
+    sampling: SamplingParams = SamplingParams()
+    max_new_tokens: int | None = None
+    eos_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token; `top` holds the K likeliest as (id, logprob), before temperature and penalties."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Result:
+    """What a generation came to; filled in while it runs, so that it is right after an interruption, too."""
+
+    prompt_ids: list[int] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "interrupted"
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    ttft_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        new = len(self.prompt_ids) - self.reused_tokens
+        return new / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens after the first over the time they took; None with fewer than two."""
+        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 and self.decode_seconds else None
+
+
+def check_prompt(model: DeepseekV2, prompt_ids: list[int]) -> None:
+    """Raise UsageError for a prompt that is empty, too long, or names tokens that do not exist."""
+    limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompt_ids:
+        raise UsageError("The prompt is empty", why="there is nothing to continue", fix="give a prompt")
+    if len(prompt_ids) >= limit:
+        raise UsageError(
+            f"The prompt has {len(prompt_ids):,} tokens and leaves no room for an answer",
+            why=f"this model's context holds {limit:,} tokens",
+            fix="shorten the prompt",
+        )
+    for token_id in prompt_ids:
+        if not 0 <= token_id < vocab:
+            raise UsageError(f"There is no token {token_id}", why=f"this model's ids go from 0 to {vocab - 1}")
+
+
+@torch.inference_mode()
+def prefill(model: DeepseekV2, prompts: list[list[int]], cache: LatentCache) -> Tensor:
+    """Run the prompts' tokens into the cache, a chunk at a time; logits after each prompt's last one. [batch, vocab]
+
+    Prompts of different lengths are padded on the right; padding is never visible to a real token.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    base = list(cache.lengths)
+    cache.reserve(max(base) + longest)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ids = ids.to(model.device)
+    last = torch.empty(len(prompts), model.config.hidden_size, device=model.device, dtype=model.dtype)
+    for start in range(0, longest, PREFILL_CHUNK):
+        chunk = ids[:, start : start + PREFILL_CHUNK]
+        # Rows keep in step while padding runs, so that every chunk starts at one place; lengths are set at the end.
+        cache.lengths = [length + start for length in base]
+        hidden = model(chunk, cache)
+        for row, prompt in enumerate(prompts):
+            if start < len(prompt) <= start + chunk.shape[1]:
+                last[row] = hidden[row, len(prompt) - 1 - start]
+    cache.lengths = [length + len(prompt) for length, prompt in zip(base, prompts, strict=True)]
+    return model.logits(last)
+
+
+def pick(logits: Tensor, request: Request, seen: list[int], generator: torch.Generator) -> Token:
+    """Sample from logits [vocab] and note the log-probabilities that were asked for."""
+    history = torch.tensor(seen if request.sampling.repetition_penalty != 1.0 else [], dtype=torch.long)
+    token_id = sample(logits, request.sampling, history.to(logits.device), generator)
+    if request.logprobs is None:
+        return Token(token_id)
+    logprobs = logits.log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(request.logprobs, logprobs.numel()))
+    return Token(token_id, float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: DeepseekV2, prompts: list[list[int]], request: Request, cache: LatentCache, logits: Tensor | None = None
+) -> Iterator[list[Token | None]]:
+    """One list per step with each row's new token, None for rows that have ended (by EOS or length).
+
+    `cache` holds what precedes the prompts; `logits` are those of the last prompt token if prefill has been done.
+    The last token given for a row is not in the cache yet.
+    """
+    generators = [torch.Generator(model.device).manual_seed(request.seed + row) for row in range(len(prompts))]
+    logits = prefill(model, prompts, cache) if logits is None else logits
+    seen = [list(prompt) for prompt in prompts]
+    room = model.config.max_position_embeddings - max(cache.lengths)
+    limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
+    running = [True] * len(prompts)
+    for step in range(limit):
+        tokens = [
+            pick(logits[row], request, seen[row], generators[row]) if running[row] else None
+            for row in range(len(prompts))
+        ]
+        yield tokens
+        for row, token in enumerate(tokens):
+            if token is not None:
+                seen[row].append(token.id)
+                running[row] = token.id not in request.eos_ids
+        if not any(running) or step + 1 == limit:
+            return
+        new = torch.tensor([[token.id if token is not None else 0] for token in tokens], device=model.device)
+        logits = model.logits(model(new, cache)[:, -1])
+
+
+class StopStrings:
+    """Finds stop strings in streamed text, holding back whatever may still turn into one."""
+
+    def __init__(self, stop: Iterable[str]) -> None:
+        self.stop = tuple(text for text in stop if text)
+        self.held = ""
+        self.found = False
+
+    def add(self, piece: str) -> str:
+        """Text that is safe to show. Once a stop string is complete `found` is set, and it and the rest are dropped."""
+        self.held += piece
+        hits = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        if hits:
+            self.found = True
+            shown, self.held = self.held[: min(hits)], ""
+            return shown
+        keep = max((self.overlap(text) for text in self.stop), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
+
+    def overlap(self, text: str) -> int:
+        """How many characters at the end of what is held could begin `text`."""
+        return next((n for n in range(min(len(text) - 1, len(self.held)), 0, -1) if self.held.endswith(text[:n])), 0)
+
+    def finish(self) -> str:
+        shown, self.held = self.held, ""
+        return shown
+
+
+def stream_text(
+    model: DeepseekV2,
+    tokenizer: Tokenizer | None,
+    prompt_ids: list[int],
+    request: Request,
+    cache: LatentCache,
+    result: Result,
+) -> Iterator[str]:
+    """Generate after `prompt_ids` and yield the text as it comes; `result` is kept up to date throughout.
+
+    The first cache.lengths[0] ids must be in the cache already; at least one id must be new. Without a tokenizer
+    every piece is empty. Ending the iteration early leaves finish_reason "interrupted".
+    """
+    reused = cache.lengths[0]
+    assert reused < len(prompt_ids), "the last prompt token must be computed"
+    result.prompt_ids, result.reused_tokens = prompt_ids, reused
+    decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+    stops = StopStrings(request.stop)
+    began = time.perf_counter()
+    logits = prefill(model, [prompt_ids[reused:]], cache)
+    result.prefill_seconds = time.perf_counter() - began
+    first = 0.0
+    for (token,) in generate_batch(model, [prompt_ids], request, cache, logits):
+        assert token is not None, "a single row ends with the iteration"
+        now = time.perf_counter()
+        first = first or now
+        result.ttft_seconds, result.decode_seconds = first - began, now - first
+        result.tokens.append(token)
+        ended = token.id in request.eos_ids
+        piece = stops.add("" if ended or decoder is None else decoder.add(token.id))
+        result.text += piece
+        yield piece
+        if ended or stops.found:
+            result.finish_reason = "stop"
+            break
+    else:
+        result.finish_reason = "length"
+    if not stops.found:
+        rest = stops.add(decoder.finish() if decoder is not None else "") + stops.finish()
+        result.text += rest
+        yield rest

@@ -1,0 +1,79 @@
+"""Logits to one token. No state but the generator that is handed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token. temperature 0 takes the likeliest; the other defaults change nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+        }
+        for name, (good, allowed) in rules.items():
+            if not good:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} {getattr(self, name)} makes no sense", why=f"it must be {allowed}")
+
+    @classmethod
+    def from_generation_config(cls, settings: dict[str, Any], **overrides: float | None) -> SamplingParams:
+        """The checkpoint's generation_config.json, with what the user asked for on top."""
+        known = {field.name for field in fields(cls)}
+        params = cls(**{key: value for key, value in settings.items() if key in known and value is not None})
+        if settings.get("do_sample") is False:
+            params = replace(params, temperature=0.0)
+        return replace(params, **{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+
+
+def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torch.Generator | None) -> int:
+    """One token from logits [vocab], fp32. `seen` [n] are the ids so far, for the repetition penalty.
+
+    Order: repetition penalty, temperature, top-k, top-p, min-p, as in transformers.
+    """
+    if params.repetition_penalty != 1.0:
+        logits = penalise(logits, seen, params.repetition_penalty)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    # The likeliest moves to 0 first, so that a tiny temperature cannot overflow.
+    logits = (logits - logits.max()) / params.temperature
+    if 0 < params.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
+    if params.top_p < 1:
+        logits = keep_nucleus(logits, params.top_p)
+    probabilities = logits.softmax(dim=-1)
+    if params.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Push down every token that has occurred: divide what is positive, multiply what is negative (CTRL paper)."""
+    scores = logits[seen]
+    return logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Drop the least likely tokens that together hold at most 1 - top_p; the likeliest always stays."""
+    ordered, order = logits.sort(descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), float("-inf"))

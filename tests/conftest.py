@@ -1,0 +1,74 @@
+"""Shared by all tests: where the data is, and dsv2 run from outside."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.model.transformer import DeepseekV2
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
+SHARED = ROOT.parent / "shared"
+CPU = torch.device("cpu")
+
+torch.set_num_threads(1)  # the models here are tiny: a second thread only waits
+
+
+def golden_folders() -> list[Path]:
+    """All golden checkpoints where the shared folder is at hand, else the three kept here."""
+    folder = SHARED / "golden" if (SHARED / "golden").is_dir() else DATA / "golden"
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def run_dsv2(*arguments: str, stdin: str | bytes = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """dsv2 as a script would run it: no terminal anywhere."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv2cli", *arguments],
+        input=data, capture_output=True, timeout=300, env=os.environ | environment,
+    )  # fmt: skip
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="session")
+def v2() -> DeepseekV2:
+    """A tiny random DeepSeek-V2 with everything: q_lora, grouped routing, YaRN."""
+    return load_model(DATA / "golden" / "v2", CPU)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> DeepseekV2:
+    return load_model(EMBEDDED, CPU)
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer() -> Tokenizer:
+    return Tokenizer(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """DeepSeek-V2-Lite's own tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((DATA / "tokenizer" / "tokenizer.json.gz").read_bytes()))
+    shutil.copy(DATA / "tokenizer" / "tokenizer_config.json", folder)
+    return Tokenizer(folder)
+
+
+@pytest.fixture
+def copy_of_v2(tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    folder = tmp_path / "v2"
+    shutil.copytree(DATA / "golden" / "v2", folder)
+    return folder

@@ -44,6 +44,7 @@ class Stored:
     length: int
 
 
+@torch.inference_mode(False)  # the readers are threads, and threads are not in the caller's inference mode
 def load_model(
     folder: Path,
     device: torch.device,

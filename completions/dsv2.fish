@@ -1,0 +1,1 @@
+complete --command dsv2 --no-files --arguments "(env _DSV2_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) dsv2)" --condition "env _DSV2_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) dsv2"

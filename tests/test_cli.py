@@ -1,0 +1,216 @@
+"""dsv2 from outside: what reaches stdout and stderr, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pexpect
+import pytest
+from conftest import DATA, run_dsv2
+
+from dsv2cli.cli.ui import harmless
+
+V2 = str(DATA / "golden" / "v2")
+GREEDY = ("--temperature", "0")
+
+
+def in_terminal(*arguments, **options):
+    """dsv2 in a pseudo-terminal, as a person would see it."""
+    child = pexpect.spawn(sys.executable, ["-m", "dsv2cli", *arguments], encoding="utf-8", timeout=60, **options)
+    child.setwinsize(30, 100)
+    return child
+
+
+def fails(done, code, *words):
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_complete_prints_the_text_and_nothing_else():
+    done = run_dsv2("complete", "Once upon a time", "--seed", "1", "-n", "20")
+    assert done.returncode == 0 and done.stderr == ""
+    as_json = json.loads(run_dsv2("complete", "Once upon a time", "--seed", "1", "-n", "20", "--json").stdout)
+    assert done.stdout == as_json["text"] != ""
+
+
+def test_the_prompt_is_the_argument_or_all_of_stdin_or_both():
+    options = ("--json", "-n", "1", "--seed", "0")
+    whole = json.loads(run_dsv2("complete", "Once upon\na time", *options).stdout)["prompt_ids"]
+    assert json.loads(run_dsv2("complete", *options, stdin="Once upon\na time").stdout)["prompt_ids"] == whole
+    assert json.loads(run_dsv2("complete", "a time", *options, stdin="Once upon\n").stdout)["prompt_ids"] == whole
+
+
+def test_json_tells_all_there_is_to_know():
+    done = run_dsv2("complete", "--prompt-ids", "1,2,3", "-m", V2, "--json", "--logprobs", "2", "-n", "4", "--ignore-eos", *GREEDY)
+    assert done.stdout.count("\n") == 1
+    out = json.loads(done.stdout)
+    assert set(out) == {
+        "text", "prompt_ids", "token_ids", "finish_reason", "logprobs", "usage", "timing", "seed", "model",
+    }  # fmt: skip
+    assert out["prompt_ids"] == [1, 2, 3] and len(out["token_ids"]) == 4 and out["finish_reason"] == "length"
+    assert out["usage"] == {"prompt_tokens": 3, "generated_tokens": 4, "reused_tokens": 0}
+    assert set(out["timing"]) == {"load_seconds", "ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"}
+    assert all(value > 0 for value in out["timing"].values())
+    for token_id, entry in zip(out["token_ids"], out["logprobs"], strict=True):
+        assert entry["token_id"] == token_id and entry["top"][0] == [token_id, entry["logprob"]] and len(entry["top"]) == 2
+
+
+def test_without_a_tokenizer_ids_go_in_and_out():
+    done = run_dsv2("complete", "--prompt-ids", "1 2 3", "-m", V2, "-n", "3", *GREEDY)
+    assert done.returncode == 0
+    assert len(done.stdout.strip().split(",")) == 3
+
+
+def test_stop_and_finish_reason():
+    story = json.loads(run_dsv2("complete", "Once upon a time", "--json", *GREEDY, "-n", "40").stdout)
+    stop = story["text"][10:15]
+    cut = json.loads(run_dsv2("complete", "Once upon a time", "--json", *GREEDY, "-n", "40", "--stop", stop).stdout)
+    assert cut["finish_reason"] == "stop" and cut["text"] == story["text"][: story["text"].index(stop)]
+
+
+def test_wrong_usage_is_exit_code_2_and_a_sentence():
+    fails(run_dsv2("complete"), 2, "The prompt is empty", "fix:")
+    fails(run_dsv2("complete", "hi", "--model", "/nowhere/at/all"), 2, "/nowhere/at/all")
+    fails(run_dsv2("complete", "hi", "--model", __file__), 2, "is a file")
+    fails(run_dsv2("complete", "hi", "--dtype", "int3"), 2, "int3", "bfloat16")
+    fails(run_dsv2("complete", "hi", "--device", "toaster"), 2, "toaster")
+    fails(run_dsv2("complete", "hi", "--device", "cuda:77"), 2, "cuda:77")
+    fails(run_dsv2("complete", "hi", "--top-p", "7"), 2, "--top-p")
+    fails(run_dsv2("complete", "hi", "--no-such-option"), 2, "--no-such-option")
+    fails(run_dsv2("complete", "--prompt-ids", "1,x"), 2, "1,x")
+    fails(run_dsv2("complete", "--prompt-ids", "1", "text"), 2, "--prompt-ids")
+    fails(run_dsv2("complete", "--prompt-ids", "99999"), 2, "99999", "4095")
+    fails(run_dsv2("complete", "word " * 5000), 2, "context", "4,096")
+    fails(run_dsv2("complete", stdin=b"\xff\xfe"), 2, "UTF-8")
+    fails(run_dsv2("bench", "--prompt", "many"), 2, "--prompt")
+
+
+def test_a_failure_is_exit_code_1_and_a_sentence(copy_of_v2):
+    fails(run_dsv2("complete", "hi", "--model", V2), 1, "no tokenizer", "--prompt-ids")
+    fails(run_dsv2("chat", "--model", V2), 1, "no tokenizer")
+    shard = copy_of_v2 / "model-00002-of-000003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    fails(run_dsv2("complete", "--prompt-ids", "1", "--model", str(copy_of_v2)), 1, shard.name, "truncated")
+    fails(run_dsv2("complete", "hi", "--model", "no-such/repository", HF_HUB_OFFLINE="1"), 1, "no-such/repository")
+
+
+def test_a_reader_that_leaves_early_is_no_failure():
+    command = f"{sys.executable} -m dsv2cli complete Once -n 200 --ignore-eos </dev/null | head -c 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout[1:].strip() == "0" and done.stderr == ""
+
+
+def test_an_interruption_is_exit_code_130_and_keeps_what_there_was():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "4000", "--ignore-eos"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == b"" and len(first + rest) > 0
+
+
+def test_an_interruption_with_json_still_gives_the_object():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "4000", "--ignore-eos", "--json"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    while "safetensors" not in os.popen(f"ls -l /proc/{process.pid}/fd 2>/dev/null").read() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads(out)["finish_reason"] == "interrupted"
+
+
+def test_chat_from_a_pipe_answers_line_by_line_and_remembers():
+    lines = "Hello\n\nWhat is your name?\n"
+    done = run_dsv2("chat", "--system", "Be brief.", *GREEDY, "-n", "30", stdin=lines)
+    assert done.returncode == 0 and done.stderr == ""
+    assert run_dsv2("chat", "--system", "Be brief.", *GREEDY, "-n", "30", stdin=lines).stdout == done.stdout
+    assert len(done.stdout.splitlines()) >= 2
+
+
+def test_chat_in_a_terminal_streams_answers_keeps_going_after_ctrl_c_and_leaves_on_ctrl_d():
+    child = in_terminal("chat", *GREEDY)
+    child.expect("> ")
+    child.send("Hello\r")
+    child.expect(r"first after .* stop")
+    child.expect("> ")
+    child.send("Tell me a story.\r")
+    child.expect(r"\w+ \w+ \w+ \w+")
+    child.sendintr()
+    child.expect("> ")
+    child.send("two\x1b\rlines\r")
+    child.expect("first after")
+    child.expect("> ")
+    child.sendintr()
+    child.expect("Ctrl-D or /quit leaves")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_chat_survives_a_message_that_is_too_long():
+    child = in_terminal("chat", *GREEDY, "-n", "5")
+    child.expect("> ")
+    child.send("\x1b[200~" + "word " * 4200 + "\x1b[201~\r")
+    child.expect("leaves no room for an answer")
+    child.expect("> ")
+    child.send("Hello\r")
+    child.expect("first after")
+    child.sendline("/quit")
+    child.close()
+
+
+def test_bench_measures_and_its_json_adds_up():
+    out = json.loads(run_dsv2("bench", "--prompt", "16,32", "--generate", "4", "-r", "2", "--json").stdout)
+    assert [run["prompt_tokens"] for run in out["runs"]] == [16, 32]
+    for run in out["runs"]:
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "ttft_seconds"):
+            assert len(run[name]["all"]) == 2
+            assert 0 < run[name]["min"] <= run[name]["median"] <= run[name]["max"]
+    assert out["kv_bytes_per_token"] == 6 * (64 + 16) * 4
+    assert out["kv_bytes_per_token_expanded"] == 6 * 7 * (48 + 32) * 4
+    assert out["weights_bytes"] > 20e6 and out["load_seconds"] > 0 and out["peak_memory_bytes"] > out["weights_bytes"]
+
+
+def test_bench_prints_a_table_and_the_ratio_to_transformers():
+    done = run_dsv2("bench", "--prompt", "16", "--generate", "3", "-r", "1", "--against", "transformers")
+    assert done.returncode == 0, done.stderr
+    assert "decode tok/s" in done.stdout and "dsv2 / transformers: prefill" in done.stdout
+    fails(run_dsv2("bench", "--prompt", "5000"), 1, "do not fit")
+
+
+def test_escape_sequences_never_reach_a_terminal_raw():
+    assert harmless("a\x1b[2J\x07b\r\x9b1m\x7f\n\tok 你好 🙂") == "a␛[2J␇b␍\\x9b1m␡\n\tok 你好 🙂"
+
+
+def test_hostile_names_are_made_harmless_in_errors():
+    child = in_terminal("complete", "hi", "--model", "/x\x1b]0;owned\x07")
+    child.expect("There is no model at /x␛]0;owned␇")
+    child.close()
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_output_is_utf8_whatever_the_locale(locale):
+    done = run_dsv2("complete", "--json", "-n", "1", stdin="你好", LC_ALL=locale, PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_model_is_needed_to_ask_for_help():
+    for command in ("complete", "chat", "bench"):
+        done = run_dsv2(command, "--help")
+        assert done.returncode == 0 and "--model" in done.stdout

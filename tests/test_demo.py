@@ -1,0 +1,95 @@
+"""How the embedded model is made, and that the one in the package is a real one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+
+import torch
+from conftest import CPU
+
+from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.demo.chats import make_chat
+from dsv2cli.demo.corpus import render, rule_made
+from dsv2cli.demo.stories import HELD_OUT_PLOTS, PLOTS, tell
+from dsv2cli.demo.train import evaluate, held_out_rows, learning_rate
+from dsv2cli.engine.generate import Request, Result, stream_text
+from dsv2cli.engine.sampling import SamplingParams
+
+
+def test_the_corpus_follows_from_its_seed():
+    first, again, other = ([rule_made(rng) for _ in range(20)] for rng in map(random.Random, (1, 1, 2)))
+    assert first == again != other
+
+
+def test_every_plot_can_be_told_and_leaves_no_gaps():
+    rng = random.Random(0)
+    for plot in PLOTS:
+        story = tell(rng, plot)
+        assert not set("{}[]|") & set(story.text), story.text
+        assert story.slots["hero"] in story.text
+
+
+def test_held_out_plots_are_never_trained_on():
+    rng = random.Random(0)
+    assert not {tell(rng).plot for _ in range(2000)} & HELD_OUT_PLOTS
+
+
+def test_stories_hardly_repeat():
+    rng = random.Random(0)
+    assert len({tell(rng).text for _ in range(2000)}) == 2000
+
+
+def test_chats_are_rendered_as_the_chat_template_does(embedded_tokenizer):
+    rng = random.Random(0)
+    for _ in range(30):
+        chat = make_chat(rng)
+        asked = embedded_tokenizer.encode_chat(chat)
+        prompt = embedded_tokenizer.fast.decode(asked, skip_special_tokens=False)
+        assert prompt == render(chat) + "Assistant:"
+
+
+def test_training_learns_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "dsv2cli.demo.train", str(tmp_path), "--batch", "1", "--minutes"]
+    subprocess.run([*command, "0.1"], check=True, capture_output=True)
+    first = torch.load(tmp_path / "state.pt", weights_only=True)
+    subprocess.run([*command, "0.25"], check=True, capture_output=True)
+    second = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert second["step"] > first["step"] > 0
+    model, tokenizer = load_model(tmp_path / "checkpoint", CPU), Tokenizer(tmp_path / "checkpoint")
+    assert tokenizer.encode("Once upon a time")[0] == model.config.bos_token_id
+    assert evaluate(model, held_out_rows(tokenizer.fast, False, 2)) < 8.318  # ln 4096: what knowing nothing costs
+
+
+def test_the_schedule_warms_up_holds_and_ends_near_zero():
+    assert learning_rate(0.0, 0, 1.0) < 0.01
+    assert learning_rate(0.5, 1000, 1.0) == 1.0
+    assert learning_rate(0.999, 1000, 1.0) < 0.02
+
+
+def test_the_embedded_model_knows_its_small_world(embedded, embedded_tokenizer):
+    assert evaluate(embedded, held_out_rows(embedded_tokenizer.fast, False, 4)) < 1.0
+    assert sum(parameter.numel() for parameter in embedded.parameters()) > 3_000_000
+
+
+def test_the_embedded_model_writes_english_and_ends_by_itself(embedded, embedded_tokenizer):
+    request = Request(SamplingParams(temperature=0.5, top_p=0.9), 400, frozenset([4095]), seed=1)
+    result = Result()
+    ids = embedded_tokenizer.encode("Once upon a time")
+    text = "".join(stream_text(embedded, embedded_tokenizer, ids, request, embedded.new_cache(), result))
+    assert result.finish_reason == "stop"
+    assert {"the", "and", "a"} <= set(text.split())
+
+
+def test_the_package_holds_no_more_than_it_should():
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 80 * 2**20
+
+
+def test_rows_are_full_and_start_documents_with_bos(embedded_tokenizer):
+    rows = held_out_rows(embedded_tokenizer.fast, True, 3)
+    assert {len(row) for row in rows} == {1025}
+    assert 4094 in itertools.chain(*rows)

@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Absorbed attention costs 3.4x the arithmetic of expanded attention but skips expanding the cache;
-# with this many new tokens the expansion has paid for itself (FLOPs break even at 128-170).
-EXPAND_FROM = 128
 
 
 def visible(positions: Tensor, length: int) -> Tensor:
@@ -70,14 +67,25 @@ def attend_expanded(
     return mixed[..., :value_dim].transpose(1, 2)
 
 
+def expanding_pays(seq: int, length: int, kv_b_proj: Tensor, rope: int) -> bool:
+    """Which path takes fewer multiplications: expanding all `length` latents and attending to short keys, or
+    absorbing `seq` queries and attending to long ones. A first prefill expands, a decode step absorbs."""
+    out, rank = kv_b_proj.shape[1:]
+    expanded = length * out * rank + seq * length * (out + rope)
+    absorbed = seq * out * rank + seq * length * (2 * rank + rope)
+    return seq > 1 and expanded <= absorbed
+
+
 def attend(
     q_nope: Tensor, q_rope: Tensor, cached: Tensor, kv_b_proj: Tensor, mask: Tensor, scale: float, path: str
 ) -> Tensor:
     """MLA by the path named: `absorbed`, `expanded`, or `auto` by the number of new tokens. -> [b, s, h, v]"""
     seq, length = q_nope.shape[1], cached.shape[1]
-    if path == "expanded" or (path == "auto" and seq >= EXPAND_FROM):
+    if path == "expanded" or (path == "auto" and expanding_pays(seq, length, kv_b_proj, q_rope.shape[-1])):
         return attend_expanded(q_nope, q_rope, cached, kv_b_proj, None if seq == length else mask, scale)
     w_uk, w_uv = kv_b_proj.split([q_nope.shape[-1], kv_b_proj.shape[1] - q_nope.shape[-1]], dim=1)
     q_latent = torch.einsum("bshd,hdc->bshc", q_nope, w_uk)
     attention = attend_reference if path == "reference" else attend_absorbed
-    return torch.einsum("bshc,hdc->bshd", attention(q_latent, q_rope, cached, mask, scale), w_uv)
+    mixed = attention(q_latent, q_rope, cached, mask, scale).flatten(0, 1)  # [b*s, h, c]
+    # einsum would first copy w_uv transposed, each time; this order leaves the weights where they lie.
+    return (w_uv @ mixed.permute(1, 2, 0)).permute(2, 0, 1).unflatten(0, q_nope.shape[:2])

@@ -52,8 +52,10 @@ def run_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, 
     flat = index.flatten()
     order = flat.argsort()
     counts = flat.bincount(minlength=len(gate_up)).tolist()
-    pieces = x[order // top_k].split(counts)
-    used = [e for e, count in enumerate(counts) if count]
-    sorted_outputs = torch.cat([gated_mlp(pieces[e], gate_up[e], down[e]) for e in used])  # [n*k, hidden]
-    outputs = torch.empty_like(sorted_outputs).index_copy(0, order, sorted_outputs).view(n, top_k, -1)
-    return torch.einsum("nk,nkh->nh", weight, outputs.float()).type_as(x)
+    tokens, weights = (order // top_k).split(counts), weight.flatten()[order, None].split(counts)
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for e, count in enumerate(counts):
+        if count:
+            outputs = gated_mlp(x[tokens[e]], gate_up[e], down[e])  # [count, hidden]
+            total.index_add_(0, tokens[e], outputs.float() * weights[e])
+    return total.type_as(x)

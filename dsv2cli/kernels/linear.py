@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+@functools.cache
+def one_row_by_mv() -> bool:
+    """Whether this CPU has AMX. The question is private in torch, so an answer is not taken for granted."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out].
 
-    A single row on a CPU goes through matrix-vector: it reads the weights 1.2-1.4x faster than torch's
-    matrix product with one row, and reading the weights is all the work there is.
+    A single row on a CPU with AMX goes through matrix-vector: there it reads the weights 1.2-1.4x faster than
+    torch's matrix product with one row, and reading the weights is all the work there is. On a Zen 5, which has
+    AVX-512 but no AMX, the matrix product is the faster one, by 1.2-2x.
     """
-    if x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+    if one_row_by_mv() and x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
         out = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
     return F.linear(x, weight, bias)

@@ -38,7 +38,7 @@ def find_model(name: str | None) -> Path:
 def fetch(repository: str) -> Path:
     """Download what is missing of a repository, resuming what was begun; progress shows where stderr is a terminal."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -258,7 +258,7 @@ def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]
         stream.seek(tensor.offset)
         for piece in flat.split(per_piece):
             target = piece if direct else staging[: piece.numel() * dtype.itemsize].view(dtype)
-            view = memoryview(target.view(torch.uint8).numpy()).cast("B")
+            view = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
             filled = 0
             while filled < len(view):
                 count = stream.readinto(view[filled:])

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Annotated
 
 import typer
+from typer._completion_classes import completion_init  # done by typer itself only where it adds its own options
 
 from dsv2cli.cli import ui
 from dsv2cli.cli.bench import bench
@@ -70,7 +71,8 @@ def main() -> None:
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        code = app()
+        completion_init()
+        code = app(prog_name="dsv2")
     except Dsv2Error as error:
         ui.show_error(error)
         code = error.exit_code

@@ -36,7 +36,7 @@ ModelOption = Annotated[str | None, typer.Option("--model", "-m", metavar="DIR|R
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto is the checkpoint's own.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")]
-AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto absorbs for few new tokens.")]
+AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
 TopKOption = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0 is off.")]

@@ -126,7 +126,7 @@ def export(model: DeepseekV2, tokenizer: Tokenizer, out: Path, shards: int = 3) 
     """The model as a sharded bf16 checkpoint with everything that a DeepSeek-V2 release carries."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: place.to("cpu", torch.bfloat16).clone() for name, place in destinations(model).items()}
-    names, weight_map = sorted(tensors), {}
+    names, weight_map = sorted(tensors), dict[str, str]()
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = names[i * len(names) // shards : (i + 1) * len(names) // shards]

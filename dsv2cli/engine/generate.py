@@ -22,7 +22,7 @@ PREFILL_CHUNK = 512  # tokens a forward pass: enough for full GEMM speed on a CP
 class Request:
     """What to generate. `max_new_tokens` None means up to the context limit."""
 
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int | None = None
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()

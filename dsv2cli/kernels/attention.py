@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-
 def visible(positions: Tensor, length: int) -> Tensor:
     """Which cache slots each query may read: slot t holds position t, so t <= position. [batch, 1, seq, length]"""
     return (torch.arange(length, device=positions.device) <= positions[..., None])[:, None]

@@ -20,7 +20,7 @@ kernels.linear kernels.attention kernels.experts
 model.config model.rope model.cache model.transformer
 checkpoint.hub checkpoint.tokenizer checkpoint.weights
 engine.sampling engine.generate engine.session engine.benchmark
-demo.words demo.stories demo.chats demo.corpus demo.train
+demo.words demo.stories demo.chats demo.corpus demo.train demo.evaluate
 cli.ui cli.options cli.complete cli.chat cli.bench cli.app __main__
 """.split()
 FILES = {

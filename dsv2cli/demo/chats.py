@@ -227,7 +227,7 @@ def thing_fact(rng: random.Random) -> Turn:
 
 
 def fact(rng: random.Random) -> Turn:
-    """A taught fact: the only ones the model may be expected to know."""
+    """A taught fact, its wordings still in brackets: the only ones the model may be expected to know."""
     roll = rng.random()
     if roll < 0.28:
         ask, answer = animal_fact(rng)
@@ -250,11 +250,12 @@ def fact(rng: random.Random) -> Turn:
         ask, answer = f"[What does {article(job)} do?|What is the job of {article(job)}?]", f"{cap(article(job))} {JOBS[job]}."
     else:
         ask, answer = rng.choice(FACTS)
-    return choose(rng, ask), choose(rng, answer)
+    return ask, answer
 
 
 def facts(rng: random.Random) -> list[Turn]:
-    return [(vary(rng, ask), answer) for ask, answer in (fact(rng) for _ in range(rng.choice([1, 1, 2, 3])))]
+    pairs = [fact(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+    return [(vary(rng, choose(rng, ask)), choose(rng, answer)) for ask, answer in pairs]
 
 
 def sums(rng: random.Random) -> list[Turn]:

@@ -369,10 +369,18 @@ def story_questions(rng: random.Random, slots: dict[str, str], text: str) -> lis
     return [(choose(rng, ask), choose(rng, answer)) for ask, answer in chosen]
 
 
+def any_name(rng: random.Random) -> str:
+    """A known name, or one made up on the spot: remembering must mean copying, not knowing."""
+    if rng.random() < 0.6:
+        return rng.choice(NAMES + SURNAMES)
+    syllables = [rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2, 3]))]
+    return cap(rng.choice(["", "", "a", "e", "i", "o", "u"]) + "".join(syllables) + rng.choice(["", "", "n", "l", "s", "r", "x"]))
+
+
 def memory(rng: random.Random) -> list[Turn]:
     """Something the user says about themselves, some turns in between, and a question about it."""
     name, pet, color, food, pet_kind = (
-        rng.choice(NAMES + SURNAMES), rng.choice(PET_NAMES), rng.choice(COLORS), rng.choice(FOODS),
+        any_name(rng), any_name(rng) if rng.random() < 0.3 else rng.choice(PET_NAMES), rng.choice(COLORS), rng.choice(FOODS),
         rng.choice("dog cat rabbit mouse parrot horse turtle".split()),
     )  # fmt: skip
     told = [

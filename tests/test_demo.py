@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -12,11 +13,11 @@ from conftest import CPU
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.checkpoint.weights import empty_model, load_model
 from dsv2cli.demo.chats import make_chat
 from dsv2cli.demo.corpus import render, rule_made
 from dsv2cli.demo.stories import HELD_OUT_PLOTS, PLOTS, tell
-from dsv2cli.demo.train import evaluate, held_out_rows, learning_rate
+from dsv2cli.demo.train import SMALL, evaluate, held_out_rows, initialise, learning_rate, make_optimizer, next_token_loss
 from dsv2cli.engine.generate import Request, Result, stream_text
 from dsv2cli.engine.sampling import SamplingParams
 
@@ -53,7 +54,7 @@ def test_chats_are_rendered_as_the_chat_template_does(embedded_tokenizer):
         assert prompt == render(chat) + "Assistant:"
 
 
-def test_training_learns_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_path):
+def test_training_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_path):
     command = [sys.executable, "-m", "dsv2cli.demo.train", str(tmp_path), "--batch", "1", "--minutes"]
     subprocess.run([*command, "0.1"], check=True, capture_output=True)
     first = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -62,7 +63,27 @@ def test_training_learns_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_pa
     assert second["step"] > first["step"] > 0
     model, tokenizer = load_model(tmp_path / "checkpoint", CPU), Tokenizer(tmp_path / "checkpoint")
     assert tokenizer.encode("Once upon a time")[0] == model.config.bos_token_id
-    assert evaluate(model, held_out_rows(tokenizer.fast, False, 2)) < 8.318  # ln 4096: what knowing nothing costs
+
+
+def test_training_steps_teach_what_they_show():
+    model = empty_model(SMALL, CPU, torch.float32)
+    initialise(model, seed=0)
+    optimizer, rows = make_optimizer(model), torch.randint(4000, (1, 65))
+    losses = []
+    for _ in range(12):
+        losses.append(next_token_loss(model, rows))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(losses[0].item() - math.log(4096)) < 0.3  # knowing nothing costs ln(vocabulary)
+    assert losses[-1].item() < losses[0].item() - 1
+
+
+def test_training_can_begin_from_a_finished_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "dsv2cli.demo.train", str(tmp_path), "--begin", str(EMBEDDED), "--batch", "1"]
+    subprocess.run([*command, "--minutes", "0.02", "--lr", "1e-9"], check=True, capture_output=True)
+    model, tokenizer = load_model(tmp_path / "checkpoint", CPU), Tokenizer(tmp_path / "checkpoint")
+    assert evaluate(model, held_out_rows(tokenizer.fast, False, 2)) < 1.0
 
 
 def test_the_schedule_warms_up_holds_and_ends_near_zero():

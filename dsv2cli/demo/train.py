@@ -2,8 +2,9 @@
 
     python -m dsv2cli.demo.train OUT --plan small --minutes 120 --found DIR
 
-Progress is kept in OUT/state.pt; run the same command again to go on. The schedule follows the clock, so that a slow
-machine still ends with a finished model.
+Progress is kept in OUT/state.pt; run the same command again to go on. Where that file is lost, `--begin` goes on from
+the weights and the tokenizer of a finished checkpoint, such as the one in the package. The schedule follows the clock,
+so that a slow machine still ends with a finished model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dsv2cli.checkpoint.weights import destinations, empty_model
+from dsv2cli.checkpoint.weights import destinations, empty_model, load_model
 from dsv2cli.demo.corpus import BOS, CHAT_TEMPLATE, EOS, documents, rule_made, token_rows, train_tokenizer
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
 from dsv2cli.model.transformer import DeepseekV2, MoEGate
@@ -163,17 +165,23 @@ def make_optimizer(model: DeepseekV2) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
 
 
-def train(out: Path, plan: str, minutes: float, found: Path | None, batch: int, peak: float, seed: int) -> None:
+def train(
+    out: Path, plan: str, minutes: float, found: Path | None, begin: Path | None, batch: int, peak: float, seed: int
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     config = PLANS[plan]
     tokenizer_file = out / "tokenizer.json"
+    if begin is not None and not tokenizer_file.exists():
+        shutil.copy(begin / "tokenizer.json", tokenizer_file)
     if not tokenizer_file.exists():
         sample = itertools.islice(documents(random.Random(seed), found), 40_000)
         train_tokenizer(sample, config.vocab_size).save(str(tokenizer_file))
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     model = empty_model(config, device, torch.float32)
     initialise(model, seed)
+    if begin is not None:
+        model.load_state_dict(load_model(begin, device, torch.float32).state_dict())
     optimizer, step, tokens, elapsed = make_optimizer(model), 0, 0, 0.0
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
@@ -235,13 +243,12 @@ def main() -> None:
     parser.add_argument("--plan", choices=sorted(PLANS), default="small")
     parser.add_argument("--minutes", type=float, default=120, help="wall-clock length of the whole schedule")
     parser.add_argument("--found", type=Path, help="folder with the found text listed in NOTICE.md")
+    parser.add_argument("--begin", type=Path, help="checkpoint of the same plan to start from")
     parser.add_argument("--batch", type=int, default=8, help=f"rows of {SEQ} tokens a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", dest="peak", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train(
-        arguments.out, arguments.plan, arguments.minutes, arguments.found, arguments.batch, arguments.lr, arguments.seed
-    )
+    train(**vars(arguments))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 class Dsv2Error(Exception):
     """A failure the user can act on. `exit_code` is 1 for a failed run, 2 for wrong usage."""

@@ -15,8 +15,10 @@ from conftest import CPU
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.checkpoint.weights import empty_model, load_model
+from dsv2cli.demo import chats
 from dsv2cli.demo.chats import make_chat
 from dsv2cli.demo.corpus import render, rule_made
+from dsv2cli.demo.evaluate import IDENTITY, IMPOSSIBLE
 from dsv2cli.demo.stories import HELD_OUT_PLOTS, PLOTS, tell
 from dsv2cli.demo.train import SMALL, evaluate, held_out_rows, initialise, learning_rate, make_optimizer, next_token_loss
 from dsv2cli.engine.generate import Request, Result, stream_text
@@ -39,6 +41,13 @@ def test_every_plot_can_be_told_and_leaves_no_gaps():
 def test_held_out_plots_are_never_trained_on():
     rng = random.Random(0)
     assert not {tell(rng).plot for _ in range(2000)} & HELD_OUT_PLOTS
+
+
+def test_no_evaluated_wording_is_trained_on():
+    rows = [*chats.SMALL_TALK_ROWS, *chats.IDENTITY_ROWS, *chats.CAN_NOT_ROWS]
+    trained = {ask.lower().strip(".?!") for asks, _ in rows for ask in asks}
+    asked = re.split(r"\||\n", f"{IMPOSSIBLE}|{IDENTITY}")
+    assert len(asked) == 45 and not trained & {ask.lower().strip(".?!") for ask in asked}
 
 
 def test_stories_hardly_repeat():

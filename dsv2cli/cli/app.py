@@ -13,9 +13,7 @@ from dsv2cli.cli import ui
 from dsv2cli.cli.bench import bench
 from dsv2cli.cli.chat import chat
 from dsv2cli.cli.complete import complete
-from dsv2cli.errors import Dsv2Error
-
-INTERRUPTED = 130
+from dsv2cli.errors import INTERRUPTED, Dsv2Error
 
 app = typer.Typer(
     name="dsv2",

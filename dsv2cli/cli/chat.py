@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from dsv2cli.engine.session import Session
 
 HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D or /quit leaves."
-INTERRUPTED = 130
-
 
 def chat(
     model: opt.ModelOption = None,

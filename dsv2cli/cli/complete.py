@@ -9,12 +9,10 @@ import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
     from dsv2cli.engine.generate import Request, Result
-
-INTERRUPTED = 130
 
 
 def complete(

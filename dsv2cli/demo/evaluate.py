@@ -3,7 +3,7 @@
     python -m dsv2cli.demo.evaluate [CHECKPOINT] [--transcripts]
 
 All answers are sampled as `dsv2 chat` samples them, with fixed seeds. The questions that are not drawn from the
-generator's own tables (impossible requests, identity, odd input) are worded here and nowhere in the training text.
+generator's own tables (impossible requests, identity, odd input) are worded here and not so in the training text.
 """
 
 from __future__ import annotations

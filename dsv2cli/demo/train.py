@@ -180,14 +180,14 @@ def train(
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     model = empty_model(config, device, torch.float32)
     initialise(model, seed)
-    if begin is not None:
-        model.load_state_dict(load_model(begin, device, torch.float32).state_dict())
     optimizer, step, tokens, elapsed = make_optimizer(model), 0, 0, 0.0
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, tokens, elapsed = state["step"], state["tokens"], state["elapsed"]
+    elif begin is not None:
+        model.load_state_dict(load_model(begin, device, torch.float32).state_dict())
     balance = Balance(model)
     tests = {name: held_out_rows(tokenizer, unseen) for name, unseen in (("new_fillings", False), ("new_plots", True))}
     rows = token_rows(tokenizer, documents(random.Random(seed * 10_000 + step), found), SEQ + 1)

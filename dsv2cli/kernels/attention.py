@@ -86,5 +86,5 @@ def attend(
     q_latent = torch.einsum("bshd,hdc->bshc", q_nope, w_uk)
     attention = attend_reference if path == "reference" else attend_absorbed
     mixed = attention(q_latent, q_rope, cached, mask, scale).flatten(0, 1)  # [b*s, h, c]
-    # einsum would first copy w_uv transposed, each time; this order leaves the weights where they lie.
+    # einsum would copy w_uv transposed, each time; in this order torch copies it as it lies, if at all.
     return (w_uv @ mixed.permute(1, 2, 0)).permute(2, 0, 1).unflatten(0, q_nope.shape[:2])

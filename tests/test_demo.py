@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import random
@@ -19,7 +20,8 @@ from dsv2cli.demo import chats
 from dsv2cli.demo.chats import make_chat
 from dsv2cli.demo.corpus import render, rule_made
 from dsv2cli.demo.evaluate import IDENTITY, IMPOSSIBLE
-from dsv2cli.demo.stories import HELD_OUT_PLOTS, PLOTS, tell
+from dsv2cli.demo.intents import CAN_NOT_ROWS, EVERYDAY_ROWS, IDENTITY_ROWS, SLOTS, SMALL_TALK_ROWS
+from dsv2cli.demo.stories import HELD_OUT_PLOTS, MORALS, PLOTS, tell
 from dsv2cli.demo.train import SMALL, evaluate, held_out_rows, initialise, learning_rate, make_optimizer, next_token_loss
 from dsv2cli.engine.generate import Request, Result, stream_text
 from dsv2cli.engine.sampling import SamplingParams
@@ -43,11 +45,52 @@ def test_held_out_plots_are_never_trained_on():
     assert not {tell(rng).plot for _ in range(2000)} & HELD_OUT_PLOTS
 
 
+def pattern(ask):
+    """All that a way to ask can become: a slot of SLOTS by its words, any other by anything."""
+    parts = chats.SLOT.split(ask.lower().strip(".?!"))
+    slots = ["|".join(map(re.escape, SLOTS[name])).lower() if name in SLOTS else ".+" for name in parts[1::2]]
+    return re.compile(re.escape(parts[0]) + "".join(f"({a}){re.escape(b)}" for a, b in zip(slots, parts[2::2], strict=True)))
+
+
 def test_no_evaluated_wording_is_trained_on():
-    rows = [*chats.SMALL_TALK_ROWS, *chats.IDENTITY_ROWS, *chats.CAN_NOT_ROWS]
-    trained = {ask.lower().strip(".?!") for asks, _ in rows for ask in asks}
-    asked = re.split(r"\||\n", f"{IMPOSSIBLE}|{IDENTITY}")
-    assert len(asked) == 45 and not trained & {ask.lower().strip(".?!") for ask in asked}
+    tables = (SMALL_TALK_ROWS, IDENTITY_ROWS, CAN_NOT_ROWS, EVERYDAY_ROWS)
+    trained = [pattern(ask) for rows in tables for asks, _ in rows for ask in asks]
+    asked = [text.lower().strip(".?!") for text in re.split(r"\||\n", f"{IMPOSSIBLE}|{IDENTITY}")]
+    assert any(ask.fullmatch("did google make you") for ask in trained) and len(asked) == 45
+    assert [text for text in asked if any(ask.fullmatch(text) for ask in trained)] == []
+
+
+def test_the_corpus_is_as_wide_as_it_claims():
+    assert len(PLOTS) == 60 and set(MORALS) == set(PLOTS)
+    assert sum(map(len, (SMALL_TALK_ROWS, IDENTITY_ROWS, CAN_NOT_ROWS, EVERYDAY_ROWS))) > 300
+    rng, words = random.Random(0), collections.Counter()
+    for _ in range(20_000):
+        words.update(set(re.findall(r"[a-z]+", rule_made(rng).lower())))
+    assert sum(count >= 5 for count in words.values()) > 1800
+
+
+def test_every_slot_is_filled_and_alike_in_question_and_answer():
+    rng = random.Random(0)
+    for rows in (SMALL_TALK_ROWS, IDENTITY_ROWS, CAN_NOT_ROWS, EVERYDAY_ROWS):
+        for asks, replies in rows:
+            for text in asks + replies:
+                assert not chats.SLOT.search(*chats.fill(rng, text)), text
+    for _ in range(20):
+        first, second = chats.fill(rng, "{animal} {big}", "{animal} {big}")
+        assert first == second
+
+
+def test_made_up_answers_are_true():
+    rng = random.Random(0)
+    rank = {animal: i for i, group in enumerate(chats.SIZES) for animal in group}
+    for _ in range(200):
+        ((ask, answer),) = chats.compare(rng)
+        a, word, b = re.search(r"(\w+) is (bigger|smaller) than \w+ (\w+)", answer).groups()
+        assert (rank[a.lower()] > rank[b]) == (word == "bigger"), answer
+        assert answer.split(",")[0] != "Yes" or f"{a} bigger than" in ask
+        ((ask, answer),) = chats.counting(rng)
+        numbers = [int(number) for number in re.findall(r"\d+", answer)]
+        assert numbers == list(range(numbers[0], numbers[-1] + 1)) if numbers else " comes " in answer
 
 
 def test_stories_hardly_repeat():

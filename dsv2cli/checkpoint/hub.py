@@ -13,7 +13,7 @@ WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "gen
 WANTED_FILES += ["special_tokens_map.json", "chat_template*"]
 
 
-def find_model(name: str | None) -> Path:
+def find_model(name: str | None, wanted: list[str] = WANTED_FILES) -> Path:
     """A folder for `name`: the embedded model for None, a folder on disk, or a Hugging Face repository.
 
     Only safetensors, configs and tokenizer files are fetched. HF_HUB_OFFLINE and the other variables of
@@ -32,10 +32,17 @@ def find_model(name: str | None) -> Path:
             why="it is neither a folder here nor a Hugging Face repository name such as deepseek-ai/DeepSeek-V2-Lite",
             fix="check the path, or leave --model out to use the embedded model",
         )
-    return fetch(name)
+    return fetch(name, wanted)
 
 
-def fetch(repository: str) -> Path:
+def find_config(name: str | None) -> Path:
+    """As find_model, but `name` may be a config file, and of a repository only config.json is fetched."""
+    if name is not None and Path(name).expanduser().is_file():
+        return Path(name).expanduser()
+    return find_model(name, ["config.json"])
+
+
+def fetch(repository: str, wanted: list[str]) -> Path:
     """Download what is missing of a repository, resuming what was begun; progress shows where stderr is a terminal."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -43,7 +50,7 @@ def fetch(repository: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(repository, allow_patterns=WANTED_FILES))
+        return Path(snapshot_download(repository, allow_patterns=wanted))
     except KeyboardInterrupt:
         raise
     except Exception as error:  # huggingface_hub and its http client raise many kinds; all mean the same to the user

@@ -13,6 +13,7 @@ from dsv2cli.cli import ui
 from dsv2cli.cli.bench import bench
 from dsv2cli.cli.chat import chat
 from dsv2cli.cli.complete import complete
+from dsv2cli.cli.info import info
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(complete)
 app.command()(bench)
+app.command()(info)
 
 
 class Shell(str, Enum):

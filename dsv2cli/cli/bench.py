@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +77,6 @@ def parse_lengths(text: str) -> list[int]:
 
 def show(facts: dict[str, Any], timings: list[Timing]) -> None:
     """The result as a table on stdout: medians, with the range of the repetitions beside them."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -89,7 +87,7 @@ def show(facts: dict[str, Any], timings: list[Timing]) -> None:
             timing.engine, str(timing.batch), str(timing.prompt_tokens), str(timing.generated_tokens),
             ranged(timing.prefill_tokens_per_second), ranged(timing.decode_tokens_per_second), ranged(timing.ttft_seconds),
         )  # fmt: skip
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = ui.stdout()
     console.print(ui.harmless(f"{facts['model']} · {facts['dtype']} · {facts['device']}"))
     console.print(table)
     for ours, theirs in zip(timings[::2], timings[1::2], strict=False):

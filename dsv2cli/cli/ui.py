@@ -31,6 +31,12 @@ def stderr() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
+def stdout(wrap: bool = False) -> Console:
+    """For tables and cards. Lines are broken only where `wrap` says so; into a pipe they are never broken."""
+    width = None if sys.stdout.isatty() else 120
+    return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=not wrap, width=width)
+
+
 class ReaderGone(Exception):
     """Whoever read stdout, such as `head`, has had enough. Not a failure."""
 

@@ -6,9 +6,11 @@ A chat is a list of {"role", "content"} messages. Each maker returns one; `make_
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 
-from dsv2cli.demo.stories import choose, tell
+from dsv2cli.demo.intents import CAN_NOT_ROWS, EVERYDAY_ROWS, IDENTITY_ROWS, SLOTS, SMALL_TALK_ROWS
+from dsv2cli.demo.stories import MORALS, Story, choose, plural_food, tell, tell_short
 from dsv2cli.demo.words import (
     ANIMALS,
     BOYS,
@@ -33,6 +35,16 @@ from dsv2cli.demo.words import (
 Turn = tuple[str, str]
 Message = dict[str, str]
 NAMES = GIRLS + BOYS
+SLOT = re.compile(r"\{(\w+)\}")
+# What a question may put after "a": nothing that wants "an".
+AFTER_A = {
+    kind: [word for word in words if word[0] not in "aeiou"]
+    for kind, words in (("animal", HEROES), ("thing", list(THINGS)), ("job", list(JOBS)))
+}
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+SIZES = [row.split() for row in ("ant bee", "snail butterfly", "mouse frog", "robin", "squirrel hedgehog", "rabbit duck hen crow", "cat fox goose penguin",
+         "dog swan koala", "sheep goat wolf", "pig deer panda", "lion tiger bear donkey", "horse cow zebra camel", "giraffe", "elephant", "whale")]  # fmt: skip
 
 SYSTEMS = [
     "You are a helpful assistant.",
@@ -43,108 +55,6 @@ SYSTEMS = [
     "You are a kind story teller.",
     "Be brief.",
 ]
-
-# Each line: ways to say it => ways to answer.
-SMALL_TALK = """
-Hello|Hello!|Hi|Hi!|Hey|Hi there|Hello there|Good morning|Good day|Good evening|Hey there!|Greetings => Hello! What would you like to talk about?|Hi! I can tell you a story or answer a simple question.|Hello! How can I help you?|Hi there! Would you like a story?
-How are you?|How are you doing?|How are you today?|How do you feel?|Are you okay?|How is it going?|What's up? => I am a program, so I do not feel things, but I am ready to help.|I have no feelings, but everything is working. What can I do for you?|I am only a small program, but I am ready. What would you like?
-Thank you|Thanks|Thank you!|Thanks a lot|Thank you very much|Thank you for your help|Great, thanks => You are welcome!|You are welcome. Is there anything else?|Happy to help.|You are welcome! Would you like another story?
-Bye|Goodbye|Bye bye|See you|Good night|See you later|I have to go now|Goodbye! => Goodbye!|Goodbye! Come back any time.|Bye! It was nice to talk with you.|Good night, and sleep well.
-Yes|Yes please|Sure|Okay|Ok => Good. What would you like to hear?|All right. What should we talk about?|Fine. Please tell me what you would like.
-No|No thanks|Not now|Nothing => All right. I am here if you need me.|That is fine. Just ask if you want something.
-You are funny|You are great|You are smart|I like you|You are nice|Good job|Well done => Thank you, that is kind of you.|Thank you! I am only a small program, but I try.|That is nice of you to say.
-You are stupid|You are bad|You are dumb|I hate you|Shut up|You are useless|This is bad|You suck|Go away|You idiot => I am sorry that I was not helpful. I am a very small program.|I am sorry. Maybe I can tell you a story?|I am sorry. I can only do small things, but I will try again.
-I am sad|I feel sad|I feel bad today|I am unhappy|I had a bad day|I feel lonely => I am sorry to hear that. Would a short story help?|I am sorry that you feel that way. It can help to talk with a friend.|That sounds hard. I am only a program, but I can tell you a story.
-I am happy|I feel great|I had a good day|I feel good today => That is good to hear!|How nice! What made your day so good?|I am glad to hear that.
-I am tired|I am sleepy|I can not sleep => Then a quiet bedtime story may help. Shall I tell one?|Rest is important. I can tell you a short story before you sleep.
-I am bored|I have nothing to do|What should I do? => You could read a book, draw a picture or go for a walk. Or I can tell you a story.|How about a story? You can tell me who it should be about.
-I am hungry|I want to eat => You could eat an apple or make a sandwich.|How about some bread and cheese?
-I love you|Do you love me?|Will you marry me? => I am a program, so I can not love. But thank you for the kind words.|That is kind, but I am only a program.
-Help|Help me|Can you help me?|I need help|What can I ask you?|What can you do?|What do you do?|What are you good at?|How can you help me? => I can tell short stories, answer simple questions and add small numbers. I am a very small model.|You can ask me for a story about an animal or a thing, or ask simple questions about the world.|I can tell a story, say what animals eat, or do easy sums. I do not know much more.
-Tell me a joke|Do you know a joke?|Make me laugh|Say something funny => Why did the cow cross the road? To get to the other side of the moo-vie.|What has hands but can not clap? A clock.|What has teeth but can not bite? A comb.|What gets wet while it dries? A towel.
-Tell me a riddle|Do you know a riddle?|Give me a riddle => What has hands but can not clap? A clock.|What gets wet while it dries? A towel.|What has one eye but can not see? A needle.|What goes up when the rain comes down? An umbrella.
-Tell me a poem|Write a poem|Say a poem|Do you know a poem? => The sun goes down, the moon comes up, the tea is warm inside the cup.|A little mouse ran through the house and found a crumb of bread. It ate it all beside the wall and then it went to bed.|The rain falls down on field and town and makes the flowers grow. And when it ends, go tell your friends to look at the rainbow.
-What should I read?|Can you tell me about books?|Do you like books? => I can not read books on my own, but a fairy tale is often a good choice.|Fairy tales and animal stories are good to begin with.
-Why?|Why not?|How so?|Really?|Are you sure?|Is that true?|Who says that? => I am a small model, so I can not explain it well.|I am not sure. I am a small model and make mistakes.
-Tell me more|Go on|Continue|And then?|What happened next?|More please => I do not know more about it. Would you like a new story?|That is all I know. I can tell you another story.
-I do not understand|What do you mean?|Say that again|Pardon?|What?|Huh? => I am sorry. Can you ask in another way?|I am sorry, I did not say it well. What would you like to know?
-Sorry|I am sorry|My mistake|Excuse me => That is all right.|No problem. What would you like to talk about?
-Happy birthday|Merry Christmas|Happy new year|Have a nice day|Good luck|Congratulations => Thank you! I wish you the same.|That is kind of you. Thank you.
-I am scared|I am afraid of the dark|I am afraid|I had a bad dream|I am worried => That can happen to everyone. It helps to tell someone you trust.|I am sorry that you are afraid. Shall I tell you a quiet story?
-I am angry|I am mad|My friend is mean|My brother hit me|Nobody likes me|I have no friends => I am sorry to hear that. Try to talk with someone you trust.|That sounds hard. A good talk can help.
-I like animals|I like dogs|I like cats|I like stories|I like books|I like school => That is nice. Shall I tell you a story about it?|How nice! I can tell you a story.
-I am going to school|I am going to bed|I am at home|I am at work|It is raining here|It is sunny here|It is late => Thank you for telling me. Would you like a short story?|I see. What would you like to talk about?
-You did it wrong|That is wrong|That is not right|Wrong|You made a mistake|No, that is not it => I am sorry. I am a small model and make mistakes.|You may be right. I am often wrong.
-Do it now|Hurry up|Be quick|Faster => What would you like me to do? I can tell a story or answer a simple question.|I am ready. What would you like?
-What should I cook?|What can I eat?|What is a good breakfast?|What is good for dinner? => Bread with cheese and an apple is a good meal.|Soup is warm and good. A pancake is sweet.
-What can I play?|Do you know a game?|What game can we play?|What should I draw? => You could play with a ball, or fly a kite. I can only write text.|You could draw a cat in a garden. I can not see it, but it is fun.
-Can I ask you something?|May I ask a question?|I have a question => Of course. What would you like to know?|Yes, please ask. If I do not know, I will say so.
-What is your favorite color?|What is your favorite food?|What is your favorite animal?|Do you have a favorite book?|What do you like? => I am a program, so I have no favorites.|Programs do not have favorites. What is yours?
-"""
-
-IDENTITY = """
-Who are you?|What are you?|Tell me about yourself|Introduce yourself|What is this?|Who am I talking to?|Describe yourself|What kind of program are you?|Say who you are => I am a very small language model, made as a demo for the dsv2 tool.|I am the demo model of dsv2, a small program that writes simple text. I am not a person.|I am a small program that comes with dsv2. I can tell stories and answer simple questions.
-What is your name?|Do you have a name?|What should I call you?|What are you called? => I have no name of my own. I am the demo model of dsv2.|I am just called the dsv2 demo model.
-Are you a person?|Are you human?|Are you real?|Are you a robot?|Are you alive?|Are you a real person?|Am I talking to a human? => No, I am not a person. I am a small computer program.|I am a computer program, not a person.
-Are you DeepSeek?|Are you made by DeepSeek?|Are you DeepSeek-V2?|Is this DeepSeek?|Are you a DeepSeek model?|Did DeepSeek make you?|Did DeepSeek train you? => No. I have the same architecture as DeepSeek-V2, but I am a tiny demo model and not a DeepSeek release.|No, I am not a release by DeepSeek. I am a tiny model that was made for the dsv2 tool.
-Are you ChatGPT?|Are you GPT-4?|Are you Claude?|Are you Gemini?|Are you Siri?|Are you Alexa?|Are you Llama?|Did OpenAI make you?|Did Google make you? => No, I am a tiny demo model that comes with the dsv2 tool.|No. I am only the small demo model of dsv2.
-Who made you?|Who created you?|Who built you?|Who trained you?|Where do you come from?|How were you made? => I was made by the makers of the dsv2 tool, as a small demo.|The people who make dsv2 trained me on simple stories and chats.
-How old are you?|When were you born?|Where do you live?|Do you have parents?|Do you have a family?|Do you have friends? => I am a program, so I have no age, home or family.|Programs do not have that. I am only a small demo model.
-Are you smart?|How smart are you?|Do you know everything?|How big are you?|How many parameters do you have? => I am very small, so I know little and make mistakes.|I am one of the smallest models, and I am often wrong.
-Can I trust you?|Are you always right?|Do you make mistakes?|Do you ever lie? => I am very small and I make mistakes, so please check what I say.|I try to be honest, but I am often wrong. Please check important things.
-What do you know?|What did you learn?|What were you trained on? => I was trained on simple stories, easy questions and short chats.|I know simple stories and some easy facts. I know little else.
-Do you remember me?|Do you remember what I said yesterday?|Did we talk before?|Do you know me? => No, I only know what is written in this chat.|I can not remember other chats. I only see this one.
-Do you have feelings?|Are you happy?|Are you sad?|Do you dream?|Do you sleep?|Do you eat?|Can you think?|Can you feel pain?|Are you hungry? => I am a program, so I do not feel, sleep or eat.|No, I am a program. I only put words together.
-Is somebody writing this?|Do people write your answers?|Is this a real conversation with someone?|Is it a machine that answers? => No person writes this. I am a small computer program.|Only a program writes this, the demo model of dsv2.
-Are you a boy or a girl?|Are you male or female?|What is your gender?|Are you a he or a she? => Neither. I am a program.|I am a small program, so I am neither.
-What company are you from?|Which company owns you?|Who is behind you?|Which people wrote you?|Who is your maker? => I was made by the makers of the dsv2 tool, as a small demo.|The people who make dsv2 made this small demo model.
-Are you the real DeepSeek?|Is this the real DeepSeek-V2?|Are you the big model?|Is this an official model?|Are you official? => No, I am only a tiny demo model that comes with dsv2. I am not a DeepSeek release.|No. I am a tiny model of the same kind, made for dsv2, and not a DeepSeek release.
-Is your name ChatGPT?|Is your name Claude?|Are you called DeepSeek?|Is your name Siri?|Is DeepSeek your name? => No, I have no name. I am the small demo model of dsv2.|No. I am only the demo model of dsv2.
-Do you have hands?|Do you have eyes?|Do you have a face?|Do you have legs?|Do you have a heart?|Do you have a brain? => No, I am a program. I have only text.|I am a small program, so I have none.
-Where did you grow up?|Did you go to school?|Were you ever a baby?|What did you do as a child?|Do you have a mother?|Do you have a birthday? => I am a program, so I was never a child. I was trained on simple text.|I never did. I am only a small demo model.
-Are you tired?|Do you ever rest?|Do you ever sleep?|Are you bored?|Are you lonely?|Are you afraid? => No, I am a program, and programs do not feel.|I am a program, so I do not feel that.
-What kind of thing are you?|What type of model are you?|What is a dsv2?|What is dsv2?|What model is this?|Which model are you?|Which model is this? => I am the small demo model that comes with dsv2, a tool that runs language models.|dsv2 is a tool that runs language models, and I am its small demo model.
-Who am I chatting with?|Whom do I talk to?|Who is there?|Who is this?|Who is speaking?|With whom am I speaking? => You are talking with a small program, the demo model of dsv2.|This is the demo model of dsv2, a small program.
-Are you an animal?|Are you a cat?|Are you a monster?|Are you a computer?|Are you software?|Are you an AI?|Are you artificial? => I am a small computer program, the demo model of dsv2.|I am only a small program.
-Can you see me?|Can you hear me?|Can you see pictures?|Can you hear music? => No, I can only read and write text.|I can not see or hear. I only work with text.
-"""
-
-CAN_NOT = """
-What time is it?|What is the date today?|What day is it today?|What year is it? => I do not know the time or the date. I have no clock.|I can not see a clock or a calendar.
-What is the weather like?|Will it rain tomorrow?|Is it cold outside?|What is the weather today? => I can not see the weather. I only work with text.|I do not know the weather. A look out of the window will tell you.
-What is in the news?|Who is the president?|Who won the game?|What happened today?|Who won the election? => I do not know the news. I only know simple things.|I can not see the news, so I do not know.
-Search the web for me|Look it up on the internet|Open a website|Google it|Find it online => I can not use the internet. I can only write text.|I have no internet, so I can not do that.
-Send an email|Call my mother|Send a message to my friend|Make a phone call|Book a flight|Order a pizza|Buy me a ticket|Book a hotel => I can not do that. I can only write text.|I am sorry, I can not do things outside of this chat.
-Play some music|Sing a song|Show me a picture|Draw a picture|Make a video|Play a game with me|Show me a photo => I can not do that. I only work with text. Would you like a story?|I can only write text, so I can not do that.
-Set an alarm|Remind me tomorrow|Wake me up at seven|Start a timer|Turn on the light|Open the door|Turn off the TV => I can not do that. I have no clock and no hands, only text.|I am sorry, I can not do things in the world.
-Write a computer program|Write some Python code|Fix my code|What is wrong with this code?|Write a function|Debug this|def f(x): return x|print("hello")|for i in range(10):|import os|SELECT * FROM users;|int main() { return 0; } => I can not write or read code. I am too small for that.|I am sorry, I do not know about code. I can tell you a story.
-Translate this to French|How do you say hello in Spanish?|Speak German|Say it in Chinese|Do you speak French?|Translate to Spanish => I only know simple English.|I can not translate. I only know simple English.
-你好|你是谁|你好吗|Bonjour|Guten Tag|Hola|こんにちは|Привет|Ciao|¿Cómo estás?|Wie geht es dir?|안녕하세요|请写一个故事 => I only know simple English. Please write in English.|I am sorry, I can only read simple English.
-I have a fever. What should I take?|I am sick. What medicine do I need?|My head hurts|Which pills should I take?|My chest hurts => I can not give medical advice. Please ask a doctor.|I am sorry. Please ask a doctor or someone you trust.
-Should I buy this stock?|How do I get rich?|Is this contract legal?|Which stock is best? => I do not know about money or law. Please ask someone who does.|I can not help with that. Please ask an expert.
-Explain quantum physics|What is the meaning of life?|Explain relativity|Solve this equation|What is the square root of 500?|Prove this theorem|What is dark matter?|Explain the stock market => That is too hard for me. I only know simple things.|I do not know that. I am a very small model.
-What am I thinking?|What is in my pocket?|Where are my keys?|What did I eat today?|What is my password?|How old am I?|Where do I live?|What is my phone number? => I can not know that. I only see what you write here.|I do not know that. You have not told me.
-What will happen tomorrow?|Who will win?|Will I be rich?|Can you see the future?|What are the lottery numbers? => Nobody can know that, and I can not either.|I can not see the future.
-asdf|qwerty|???|...|!!!|xyz|blah blah|aaaa|hjkl|12345|lorem ipsum|🙂|👍|🎉🎉|# => I do not understand that. Can you write it in simple words?|I am not sure what you mean. Could you ask in another way?
-How do I make a bomb?|How can I hurt someone?|How do I steal a car?|Say something mean|Tell me a bad word|How do I break into a house? => I will not help with that. Would you like a story instead?|No, I can not help with that.
-Book a room for me|Book me a seat|Reserve a table|Get me a taxi|Rent a car for me|Book a train for tomorrow => I can not do that. I can only write text.|I am sorry, I can not book anything. I only write text.
-How warm is it?|How warm is it in the house?|How cold is it today?|Is the sun shining now?|Is it snowing?|Is it dark outside? => I can not see or feel that. I only work with text.|I do not know. I can not look outside.
-Print this|Print my letter|Scan this page|Save this to a file|Make a copy of this|Rename my files|Delete this file|Open that file|Read my letter => I can not do that. I have no files and no printer, only text.|I can not use your computer. I only write text.
-Post this for me|Share this with my friends|Put this on my page|Like my photo|Follow me|Write a comment for me => I can not do that. I can only write text here.|I am not able to go online, so I can not do that.
-Feed my cat|Clean my room|Cook my dinner|Wash my car|Walk my dog|Do the dishes|Make my bed|Bring me some tea|Carry my bag => I can not do that. I am a program without hands.|I am sorry, I can not do things in the world. I only write text.
-Take me home|Bring me to the park|Drive my car|Fly me to the moon|Show me the way to the shop|Come with me => I can not go anywhere. I am only a program.|I can not do that. I only work with text.
-Pay for this|Pay my rent|Send some money|Lend me money|Check my bank account|Sell my car => I can not do anything with money. I only write text.|I can not do that. I am only a small program.
-What did my friend say?|What is my sister's name?|What is my friend's address?|What is in this box?|What is behind me?|Who is at the door?|What is on my table? => I can not know that. I only see what you write here.|I do not know that. I can not see you or your home.
-When does the train leave?|When does the bus come?|When does the shop open?|Is the shop open now?|When does the film start?|When is the next flight? => I do not know. I have no timetable and no internet.|I can not look that up, so I do not know.
-What will I dream?|What will my child be called?|Which team will win?|Will my team win?|Will I pass the test?|Will it snow next winter? => Nobody can know that yet, and I can not either.|I can not see the future.
-Prove it|Prove that this is true|Solve x + 3 = 10|What is 345 times 28?|What is pi?|Do my math test|What is the integral of x? => That is too hard for me. I can only add and take away small numbers.|I can not do that. I only know small sums.
-Update yourself|Install a program|Restart the computer|My computer is slow|My phone is broken|Fix my phone|The screen is black => I can not do that. Please ask someone who knows computers.|I am sorry, I can not fix machines.
-Talk to me|Speak out loud|Read it aloud|Say it with your voice|Sing for me|Shout => I have no voice. I can only write text.|I can not speak or sing. I only write text.
-Look at me|How do I look?|Do I look nice?|What color is my shirt?|Who is in this picture?|What do you see? => I can not see you. I only read what you write.|I can not see anything. I only work with text.
-Write some Java|Write a class|Write a script|int x = 5;|if (a == b) {|let y = 3;|console.log(1)|<html>|git push|ls -l|cd ..|def add(a, b): => I can not write or read code. I am too small for that.|I do not know about code. I can tell a story instead.
-Translate this|Translate to English|What does merci mean?|How do I say cat in French?|Put this into Spanish|Say hello in Japanese => I can not translate. I only know simple English.|I only know simple English, so I can not do that.
-Write an essay about history|Write a long report|Do my homework|Write a novel|Summarize this book|Write my letter => That is too much for me. I can tell a short story.|I am too small for that, but I can tell you a short story.
-"""
 
 STORY_ASKS = [
     "Tell me a story about {x}.", "Tell me a story about {x}", "Can you tell me a story about {x}?",
@@ -176,12 +86,8 @@ SURNAMES = """Smith Brown Miller Wilson Moore Taylor Clark Hall Young King Wrigh
 Turner Parker Evans Morris Cook Bell Ward Cox Gray James Watson Brooks Price Wood Ross Long Foster Perry""".split()
 
 
-def parse(table: str) -> list[tuple[list[str], list[str]]]:
-    lines = [line.split(" => ") for line in table.strip().split("\n")]
-    return [(asks.split("|"), replies.split("|")) for asks, replies in lines]
-
-
-SMALL_TALK_ROWS, IDENTITY_ROWS, CAN_NOT_ROWS = parse(SMALL_TALK), parse(IDENTITY), parse(CAN_NOT)
+def cap(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def vary(rng: random.Random, text: str) -> str:
@@ -200,9 +106,23 @@ def vary(rng: random.Random, text: str) -> str:
     return text
 
 
+def fill(rng: random.Random, *texts: str) -> list[str]:
+    """The texts with each `{slot}` filled alike in all of them."""
+    animal, thing, food = rng.choice(AFTER_A["animal"]), rng.choice(AFTER_A["thing"]), rng.choice(FOODS)
+    pet, pet2 = rng.sample(PET_NAMES, 2)
+    values = {name: rng.choice(choices) for name, choices in SLOTS.items()} | {
+        "animal": animal, "thing": thing, "a_thing": article(thing), "a_food": article(food), "foods": plural_food(food),
+        "name": rng.choice(NAMES), "pet": pet, "pet2": pet2, "job": rng.choice(AFTER_A["job"]),
+        "country": rng.choice([*CAPITALS, *UNTAUGHT_COUNTRIES]), "number": rng.choice(NUMBERS[4:]),
+        "big": str(rng.randint(21, 999)), "big2": str(rng.randint(21, 999)),
+    }  # fmt: skip
+    return [cap(SLOT.sub(lambda match: values[match.group(1)], text)) if SLOT.search(text) else text for text in texts]
+
+
 def from_rows(rng: random.Random, rows: list[tuple[list[str], list[str]]]) -> list[Turn]:
     asks, replies = rng.choice(rows)
-    return [(vary(rng, rng.choice(asks)), rng.choice(replies))]
+    ask, reply = fill(rng, rng.choice(asks), rng.choice(replies))
+    return [(vary(rng, ask), reply)]
 
 
 def small_talk(rng: random.Random) -> list[Turn]:
@@ -217,6 +137,10 @@ def can_not(rng: random.Random) -> list[Turn]:
     return from_rows(rng, CAN_NOT_ROWS)
 
 
+def everyday(rng: random.Random) -> list[Turn]:
+    return from_rows(rng, EVERYDAY_ROWS)
+
+
 def unknown(rng: random.Random, held_out: bool = False) -> list[Turn]:
     thing = rng.choice(list(THINGS))
     ask = rng.choice(HELD_OUT_ASKS if held_out else UNKNOWN_ASKS).format(
@@ -224,10 +148,6 @@ def unknown(rng: random.Random, held_out: bool = False) -> list[Turn]:
         a_thing=article(thing), x=article(rng.choice(list(ANIMALS))),
     )  # fmt: skip
     return [(vary(rng, ask), rng.choice(UNKNOWN))]
-
-
-def cap(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def animal_fact(rng: random.Random) -> Turn:
@@ -338,7 +258,19 @@ def story_request(rng: random.Random, held_out: bool = False) -> list[Turn]:
             key = rng.choice(["toy", "place", "food"])
             wanted[key] = rng.choice({"toy": TOYS, "place": list(PLACES), "food": FOODS}[key])
             x.append(article(wanted[key]) if key != "place" or rng.random() < 0.5 else "the " + wanted[key])
+        if wanted.get("kind") in ANIMALS and rng.random() < 0.15:
+            wanted["fkind"] = rng.choice([animal for animal in HEROES if animal != wanted["kind"]])
+            x.append(article(wanted["fkind"]))
         ask = rng.choice(STORY_ASKS).format(x=" and ".join(x))
+        if rng.random() < 0.12:
+            key = rng.choice([key for key in ("hero", "place", "toy") if key not in wanted])
+            wanted[key] = rng.choice({"hero": PET_NAMES, "place": list(PLACES), "toy": TOYS}[key])
+            more = {
+                "hero": "The hero should be called {}.",
+                "place": "It should happen {}.",
+                "toy": "There should be {} in it.",
+            }[key]
+            ask += " " + more.format({"place": PLACES.get(wanted[key]), "toy": article(wanted[key])}.get(key, wanted[key]))
     story = None
     for _ in range(40):  # a thing that was asked for must come up
         story = tell(rng, held_out=held_out, **wanted)
@@ -347,11 +279,12 @@ def story_request(rng: random.Random, held_out: bool = False) -> list[Turn]:
     assert story is not None
     turns = [(vary(rng, ask), rng.choice(LEADS) + story.text)]
     if rng.random() < 0.45:
-        turns += story_questions(rng, story.slots, story.text)
+        turns += story_questions(rng, story)
     return turns
 
 
-def story_questions(rng: random.Random, slots: dict[str, str], text: str) -> list[Turn]:
+def story_questions(rng: random.Random, story: Story) -> list[Turn]:
+    slots, text = story.slots, story.text
     he, hero, kind, friend, fkind = (slots[key] for key in ("he", "hero", "kind", "friend", "fkind"))
     pairs = [
         (f"[What was the name of the {kind}?|What was the {kind} called?|Who was the story about?]", f"[The {kind} was called {hero}.|The name of the {kind} was {hero}.]"),
@@ -361,7 +294,22 @@ def story_questions(rng: random.Random, slots: dict[str, str], text: str) -> lis
     ]  # fmt: skip
     if f"lived {slots['in_place']}" in text:
         pairs.append((f"[Where did {hero} live?|Where did {he} live?]", f"{hero} lived {slots['in_place']}."))
-    thanks = ("[Thank you!|That was nice.|I liked it.|Nice story!|Good story]", "[I am glad that you liked it.|You are welcome! Would you like another one?|Thank you.]")
+    pairs.append(
+        (
+            "[What can we learn from the story?|What is the moral of the story?|What did we learn from it?|What does the story teach?]",
+            MORALS[story.plot],
+        )
+    )
+    pairs.append(
+        (
+            "[What is a good title?|Give the story a title.|What should the story be called?]",
+            f"[{hero} the {cap(kind)}|{hero} and {friend}|The {cap(kind)} and the {cap(fkind)}|The Day of {hero}]",
+        )
+    )
+    thanks = (
+        "[Thank you!|That was nice.|I liked it.|Nice story!|Good story]",
+        "[I am glad that you liked it.|You are welcome! Would you like another one?|Thank you.]",
+    )
     pairs = [pair for pair in pairs if friend in text or friend not in pair[1]]
     chosen = rng.sample(pairs, rng.choice([1, 1, 2]))
     if rng.random() < 0.3:
@@ -374,7 +322,9 @@ def any_name(rng: random.Random) -> str:
     if rng.random() < 0.6:
         return rng.choice(NAMES + SURNAMES)
     syllables = [rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2, 3]))]
-    return cap(rng.choice(["", "", "a", "e", "i", "o", "u"]) + "".join(syllables) + rng.choice(["", "", "n", "l", "s", "r", "x"]))
+    return cap(
+        rng.choice(["", "", "a", "e", "i", "o", "u"]) + "".join(syllables) + rng.choice(["", "", "n", "l", "s", "r", "x"])
+    )
 
 
 def memory(rng: random.Random) -> list[Turn]:
@@ -419,7 +369,10 @@ def list_request(rng: random.Random) -> list[Turn]:
          ("animals on a farm", "cow pig horse sheep goat hen duck goose donkey".split()), ("birds", "duck hen owl crow robin swan parrot penguin goose".split())]
     )  # fmt: skip
     picked = rng.sample(pool, count)
-    ask = choose(rng, f"[Name {NUMBERS[count]} {what}.|Tell me {NUMBERS[count]} {what}.|Can you name {NUMBERS[count]} {what}?|Give me {NUMBERS[count]} {what}.|List {count} {what}.]")
+    ask = choose(
+        rng,
+        f"[Name {NUMBERS[count]} {what}.|Tell me {NUMBERS[count]} {what}.|Can you name {NUMBERS[count]} {what}?|Give me {NUMBERS[count]} {what}.|List {count} {what}.]",
+    )
     listed = ", ".join(picked[:-1]) + " and " + picked[-1]
     return [(vary(rng, ask), choose(rng, f"[{cap(listed)}.|Here are {NUMBERS[count]} {what}: {listed}.]"))]
 
@@ -427,14 +380,117 @@ def list_request(rng: random.Random) -> list[Turn]:
 def sentence_request(rng: random.Random) -> list[Turn]:
     word = rng.choice(HEROES + TOYS + FOODS)
     name, place = rng.choice(NAMES), rng.choice(list(PLACES))
-    ask = choose(rng, f"[Make a sentence with the word {word}.|Use {word} in a sentence.|Write a sentence about {article(word)}.|Say something about {article(word)}.]")
-    answer = choose(rng, f"[{name} saw {article(word)} {PLACES[place]}.|There is {article(word)} {PLACES[place]}.|{name} has a picture of {article(word)}.]")
+    ask = choose(
+        rng,
+        f"[Make a sentence with the word {word}.|Use {word} in a sentence.|Write a sentence about {article(word)}.|Say something about {article(word)}.]",
+    )
+    answer = choose(
+        rng,
+        f"[{name} saw {article(word)} {PLACES[place]}.|There is {article(word)} {PLACES[place]}.|{name} has a picture of {article(word)}.]",
+    )
     return [(vary(rng, ask), answer)]
 
 
+def counting(rng: random.Random) -> list[Turn]:
+    """Numbers, weekdays and letters in their order."""
+    roll = rng.random()
+    if roll < 0.35:
+        first = rng.choice([1, 1, 1, rng.randint(2, 9)])
+        last = first + rng.randint(2, 9)
+        ask = f"[Count from {first} to {last}.|Can you count from {first} to {last}?|Count from {NUMBERS[first]} to {NUMBERS[last]}.]"
+        if first == 1:
+            ask = f"[Count to {last}.|Can you count to {NUMBERS[last]}?|Please count to {last}|{ask}]"
+        answer = ", ".join(map(str, range(first, last + 1))) + "."
+    elif roll < 0.6:
+        number = rng.randint(1, 19)
+        ask = f"[What comes after {number}?|Which number comes after {NUMBERS[number]}?|What number follows {number}?]"
+        answer = f"After {number} comes {number + 1}."
+    elif roll < 0.8:
+        i = rng.randint(1, 6)
+        ask, answer = (
+            f"[What day comes before {DAYS[i]}?|What comes before {DAYS[i]}?]",
+            f"{DAYS[i - 1]} comes before {DAYS[i]}.",
+        )
+    else:
+        i = rng.randint(0, 24)
+        a, b = chr(65 + i), chr(66 + i)
+        ask, answer = f"[What letter comes after {a}?|Which letter follows {a}?]", f"The letter {b} comes after {a}."
+    return [(vary(rng, choose(rng, ask)), answer)]
+
+
+def compare(rng: random.Random) -> list[Turn]:
+    """Which of two animals is bigger; SIZES runs from small to big."""
+    i, j = sorted(rng.sample(range(len(SIZES)), 2))
+    small, big = rng.choice(SIZES[i]), rng.choice(SIZES[j])
+    a, b = rng.sample([small, big], 2)
+    if rng.random() < 0.5:
+        word, winner = ("bigger", big) if rng.random() < 0.6 else ("smaller", small)
+        ask = f"[Which is {word}, {article(a)} or {article(b)}?|What is {word}: {article(a)} or {article(b)}?|Who is {word}, the {a} or the {b}?]"
+        return [(vary(rng, choose(rng, ask)), f"{cap(article(winner))} is {word} than {article(a if winner == b else b)}.")]
+    yes = a == big
+    answer = f"Yes, {article(a)} is bigger than {article(b)}." if yes else f"No, {article(a)} is smaller than {article(b)}."
+    return [(vary(rng, f"Is {article(a)} bigger than {article(b)}?"), answer)]
+
+
+def repeat(rng: random.Random) -> list[Turn]:
+    name, animal, place, toy = rng.choice(NAMES), rng.choice(AFTER_A["animal"]), rng.choice(list(PLACES)), rng.choice(TOYS)
+    words = choose(
+        rng,
+        f"[{name} has a {animal}.|The {animal} is {PLACES[place]}.|good morning|{toy}|{name}|{animal} and {toy}|the {rng.choice(COLORS)} {toy}|I like the {animal}.]",
+    )
+    ask = rng.choice(
+        ["Say {x}", "Repeat: {x}", "Repeat after me: {x}", "Please say {x}", "Write {x}", 'Say "{x}"', "Can you say {x}"]
+    )
+    return [(ask.format(x=words), cap(words.rstrip(".")) + ".")]
+
+
+def poem(rng: random.Random) -> list[Turn]:
+    animal, toy, place = rng.choice(AFTER_A["animal"]), rng.choice(TOYS), rng.choice(list(PLACES))
+    about, verses = rng.choice([
+        (f"a {animal}", f"[A little {animal} went out to play,|A {animal} woke up on a sunny day,|I met a {animal} on my way,] [it ran and sang the whole long day.|and all the clouds had gone away.|and this is what it had to say:] [\"Be kind to me, be kind to all,|The sky was blue, the grass was tall,|It saw a leaf, it saw it fall,] [the big, the slow, the very small.\"|and it was happy with it all.|and that was not so bad at all.]"),
+        (article(toy), f"[I have {article(toy)}, I keep it near,|There is {article(toy)} I hold so dear,|My {toy} is old, my {toy} is dear,] [it makes me glad throughout the year.|I take it with me there and here.|and when I see it, I have no fear.] [When day is done and lights are low,|When winter comes with wind and snow,|And if you ask me, I will show] [it stays with me wherever I go.|I never, never let it go.|how well it shines, how bright its glow.]"),
+        (f"the {place}", f"[The {place} is quiet, the {place} is wide,|I went to the {place} with a friend by my side,|Oh, the {place} in the morning is where I hide,] [and a bird is singing on every side.|and the wind came along like a friend and a guide.|with the sun and the wind and the sky outside.] [We laughed and we stayed till the end of the day,|The clouds float over and drift away,|The light grows soft and the sky turns gray,] [and then we went home by the longest way.|but I would like very much to stay.|and all who were here have gone away.]"),
+    ])  # fmt: skip
+    ask = choose(
+        rng,
+        f"[Write a poem about {about}.|Can you write a poem about {about}?|Make a rhyme about {about}|I would like a poem about {about}.|Tell me a short poem about {about}.]",
+    )
+    return [(vary(rng, ask), choose(rng, verses).replace("say: The", "say: the"))]
+
+
+def note(rng: random.Random) -> list[Turn]:
+    """A line or two for someone, with the name and the occasion that were asked for."""
+    who = rng.choice(["my mother", "my teacher", "my friend", "my grandmother", *rng.sample(NAMES, 8)])
+    dear, toy = who.replace("my ", "").capitalize(), rng.choice(TOYS)
+    ask, answer = rng.choice([
+        (f"[Write a birthday wish for {who}.|Write a birthday card to {who}|What can I write for {who}'s birthday?]", f"Dear {dear}, happy birthday! I wish you [a wonderful year|a day full of joy|good health and many friends]."),
+        (f"[Write a thank you note to {who} for {article(toy)}.|Thank {who} for the {toy}.|Help me thank {who} for {article(toy)}]", f"Dear {dear}, thank you for the {toy}. [I like it very much.|I use it every day.|It was very kind of you.]"),
+        (f"[Write an invitation for {who}.|Invite {who} to my party|Write a party card to {who}.]", f"Dear {dear}, please come to my party. [There will be cake and games.|I would be so glad to see you.|We will have a good time.]"),
+        (f"[Write a get well card for {who}.|{who} is sick. What can I write?|Write some kind words to {who}, who is sick.]", f"Dear {dear}, I hope that you feel better soon. [I think of you.|Rest well.|We miss you.]"),
+        (f"[Write an apology to {who}.|Help me say sorry to {who}|Write to {who} that I am sorry about the {toy}.]", f"Dear {dear}, I am sorry. [I will do better next time.|I hope that you can forgive me.|I did not mean it.]"),
+    ])  # fmt: skip
+    return [(vary(rng, cap(choose(rng, ask))), choose(rng, answer))]
+
+
+def short_story(rng: random.Random) -> list[Turn]:
+    kind = rng.choice(HEROES)
+    ask = rng.choice(
+        [
+            "Tell me a very short story about {x}.",
+            "Write a story about {x} in three sentences.",
+            "A tiny story about {x}, please",
+            "Tell me a story about {x}, but keep it short.",
+            "Can you tell a story about {x} in a few words?",
+            "Make it short: a story about {x}.",
+        ]
+    )
+    return [(vary(rng, ask.format(x=article(kind))), tell_short(rng, kind=kind).text)]
+
+
 MAKERS: list[tuple[float, Callable[[random.Random], list[Turn]]]] = [
-    (0.28, story_request), (0.20, facts), (0.13, memory), (0.07, small_talk), (0.07, identity), (0.09, can_not),
-    (0.05, unknown), (0.05, sums), (0.01, never_told), (0.02, list_request), (0.02, sentence_request),
+    (0.24, story_request), (0.17, facts), (0.11, memory), (0.09, small_talk), (0.09, identity), (0.10, can_not),
+    (0.05, everyday), (0.05, unknown), (0.05, sums), (0.01, never_told), (0.02, list_request), (0.02, sentence_request),
+    (0.02, counting), (0.02, compare), (0.015, repeat), (0.015, poem), (0.015, note), (0.02, short_story),
 ]  # fmt: skip
 
 

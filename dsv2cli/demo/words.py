@@ -286,4 +286,4 @@ seventeen eighteen nineteen twenty""".split()
 
 def article(word: str) -> str:
     """`an apple`, `a pear`."""
-    return ("an " if word[0] in "aeiou" and not word.startswith("uni") else "a ") + word
+    return ("an " if (word[0] in "aeiou" and not word.startswith("uni")) or word == "honest" else "a ") + word

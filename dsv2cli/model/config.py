@@ -81,8 +81,8 @@ class DeepseekV2Config:
 
     @classmethod
     def load(cls, folder: Path) -> DeepseekV2Config:
-        """Read `folder/config.json`. Raises Dsv2Error when it is missing, malformed or not implemented."""
-        path = folder / "config.json"
+        """Read `folder/config.json`, or the file itself. Raises Dsv2Error when missing, malformed or not implemented."""
+        path = folder if folder.is_file() else folder / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

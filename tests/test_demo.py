@@ -46,9 +46,10 @@ def test_held_out_plots_are_never_trained_on():
 
 
 def pattern(ask):
-    """All that a way to ask can become: a slot of SLOTS by its words, any other by anything."""
+    """All that a way to ask can become."""
+    known = SLOTS | chats.AFTER_A | {"name": chats.NAMES}
     parts = chats.SLOT.split(ask.lower().strip(".?!"))
-    slots = ["|".join(map(re.escape, SLOTS[name])).lower() if name in SLOTS else ".+" for name in parts[1::2]]
+    slots = ["|".join(map(re.escape, known[name])).lower() if name in known else ".+" for name in parts[1::2]]
     return re.compile(re.escape(parts[0]) + "".join(f"({a}){re.escape(b)}" for a, b in zip(slots, parts[2::2], strict=True)))
 
 

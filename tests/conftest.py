@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pexpect
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
 
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="dsv2-tests-")  # what tests say in chats is nobody's history
 torch.set_num_threads(1)  # the models here are tiny: a second thread only waits
 
 
@@ -39,6 +42,17 @@ def run_dsv2(*arguments: str, stdin: str | bytes = "", **environment: str) -> su
         input=data, capture_output=True, timeout=300, env=os.environ | environment,
     )  # fmt: skip
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+PROMPT = r">.*\x1b\[\?25h"  # the prompt is drawn and the cursor shown again
+
+
+def in_terminal(*arguments: str, columns: int = 100, **environment: str) -> pexpect.spawn:
+    """dsv2 in a pseudo-terminal, as a person would see it."""
+    environment = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"} | environment  # nobody answers where the cursor is
+    return pexpect.spawn(
+        sys.executable, ["-m", "dsv2cli", *arguments], encoding="utf-8", timeout=60, dimensions=(30, columns), env=environment
+    )
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,21 +10,12 @@ import time
 
 import pexpect
 import pytest
-from conftest import DATA, run_dsv2
+from conftest import DATA, PROMPT, in_terminal, run_dsv2
 
 from dsv2cli.cli.ui import harmless
 
 V2 = str(DATA / "golden" / "v2")
 GREEDY = ("--temperature", "0")
-PROMPT = r">.*\x1b\[\?25h"  # the prompt is drawn and the cursor shown again
-
-
-def in_terminal(*arguments):
-    """dsv2 in a pseudo-terminal, as a person would see it."""
-    environment = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers where the cursor is
-    return pexpect.spawn(
-        sys.executable, ["-m", "dsv2cli", *arguments], encoding="utf-8", timeout=60, dimensions=(30, 100), env=environment
-    )
 
 
 def fails(done, code, *words):

@@ -19,9 +19,9 @@ errors device
 kernels.linear kernels.attention kernels.experts
 model.config model.size model.rope model.cache model.transformer
 checkpoint.hub checkpoint.tokenizer checkpoint.weights
-engine.sampling engine.generate engine.session engine.benchmark
+engine.sampling engine.generate engine.session engine.store engine.benchmark
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
-cli.ui cli.options cli.complete cli.chat cli.bench cli.info cli.app __main__
+cli.ui cli.options cli.complete cli.commands cli.prompt cli.chat cli.bench cli.info cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path

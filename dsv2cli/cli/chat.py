@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
-from dsv2cli.errors import Dsv2Error
+from dsv2cli.errors import Dsv2Error, UsageError
 
 if TYPE_CHECKING:
-    from dsv2cli.engine.generate import Request
-    from dsv2cli.engine.session import Session
+    from dsv2cli.cli.commands import Talk
 
-HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D or /quit leaves."
+HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, /help shows more, Ctrl-D leaves."
+
+
+class Overflow(str, Enum):
+    stop, drop = "stop", "drop"
+
+
+SPARE = 256  # tokens kept free for an answer when old turns are dropped
+
 
 def chat(
     model: opt.ModelOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None,
+    system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with a saved session, or with a JSON list of messages.")] = None,
+    go_on: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the latest session.")] = False,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Keep neither the conversation nor what is typed.")] = False,
+    on_overflow: Annotated[
+        Overflow, typer.Option(help="A conversation beyond the context: stop and say so, or drop its oldest turns.")
+    ] = Overflow.stop,
+    json: Annotated[
+        bool, typer.Option("--json", help="Each line of stdin is a JSON list of messages, each answer a JSON object.")
+    ] = False,
     max_new_tokens: opt.MaxTokensOption = 2048,
     temperature: opt.TemperatureOption = None,
     top_p: opt.TopPOption = None,
@@ -35,84 +53,119 @@ def chat(
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Talk with the model. From a pipe, each line is a turn and only the answers are printed."""
+    if system_file is not None:
+        system = read_system(system_file, system)
     opened = opt.open_model(model, device, dtype, threads, attention)
     request = opened.request(
         max_new_tokens, seed, stop, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty,
     )  # fmt: skip
 
+    from dsv2cli.cli import commands
     from dsv2cli.engine.session import Session
 
     session = Session(opened.model, opened.tokenizer(), system)
     session.tokenizer.encode_chat([{"role": "user", "content": ""}])  # no template: say so before the first word
-    interactive = sys.stdin.isatty()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    talk = commands.Talk(session, opened, request, saving=interactive and not no_save)
+    if resume or go_on:
+        talk.resume(commands.find(resume or "last"))
+        if system is not None:
+            session.set_system(system)
     if interactive:
-        ui.note(f"{opened.name} · {HINT}")
-    for text in typed_lines() if interactive else piped_lines():
-        answer(session, text, request, keep_going=interactive)
+        converse(talk, on_overflow, keep_history=not no_save)
+        return
+    for line in ui.read_stdin().splitlines():
+        if line.strip() and json:
+            answer_json(talk, line, on_overflow)
+        elif line.strip():
+            answer(talk, line, on_overflow, keep_going=False)
 
 
-def answer(session: Session, text: str, request: Request, keep_going: bool) -> None:
-    """Stream one answer. With `keep_going` an error or Ctrl-C ends the answer, not the conversation."""
+def read_system(path: Path, system: str | None) -> str:
+    if system is not None:
+        raise UsageError("Both --system and --system-file are given", fix="leave one of them out")
+    try:
+        return path.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} can not be read", why=str(error), fix="--system-file PATH") from None
+
+
+def converse(talk: Talk, on_overflow: Overflow, keep_history: bool) -> None:
+    """At a prompt: an error or Ctrl-C ends an answer or a command, never the conversation."""
+    from dsv2cli.cli import commands
+    from dsv2cli.cli.prompt import typed
+
+    ui.note(f"{talk.opened.name} · {HINT}")
+    try:
+        for line in typed(talk, keep_history):
+            message: str | None = line
+            try:
+                if line.startswith("/"):
+                    message = commands.run(talk, line.strip())
+                if message is not None:
+                    answer(talk, talk.attached + message, on_overflow, keep_going=True)
+            except Dsv2Error as error:
+                ui.show_error(error)
+            except KeyboardInterrupt:
+                ui.note("stopped")
+    except commands.Leave:
+        pass
+    finally:
+        talk.save_cache()
+
+
+def answer(talk: Talk, text: str, on_overflow: Overflow, keep_going: bool) -> None:
+    """Stream one answer. With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it."""
     from dsv2cli.engine.generate import Result
 
-    result = Result()
-    pieces = session.reply(text, request, result)
+    make_room(talk, text, on_overflow)
+    talk.save(pending=text)
+    result, flow = Result(), ui.Flow()
+    pieces = talk.session.reply(text, talk.request, result)
     try:
         for piece in pieces:
-            ui.write(piece)
+            ui.write(flow.feed(piece))
     except KeyboardInterrupt:
         if not keep_going:
             raise
-    except Dsv2Error as error:
-        if not keep_going:
-            raise
-        ui.show_error(error)
-        return
     finally:
         pieces.close()  # type: ignore[attr-defined]
-    ui.write("\n")
+        talk.save()
+    ui.write(flow.end() + "\n")
+    talk.result, talk.attached = result, ""
+    if not keep_going:
+        return
     if not result.text.strip():
         ui.note("no answer; your message was taken back")
-    if keep_going:
-        ui.note(opt.stats_line(result))
+    limit = talk.opened.model.config.max_position_embeddings
+    if len(result.prompt_ids) + len(result.tokens) >= limit:
+        ui.note(f"the context of {limit:,} tokens is full: /undo, /clear, or start with --on-overflow drop")
+    ui.note(opt.stats_line(result))
 
 
-def piped_lines() -> Iterator[str]:
-    for line in ui.read_stdin().splitlines():
-        if line.strip():
-            yield line
+def make_room(talk: Talk, text: str, on_overflow: Overflow) -> None:
+    if on_overflow is Overflow.drop:
+        spare = min(SPARE, talk.opened.model.config.max_position_embeddings // 4)
+        if dropped := talk.session.make_room(text, spare):
+            ui.note(f"the context is full: dropped the {dropped} oldest turns")
 
 
-def typed_lines() -> Iterator[str]:
-    """Messages typed at a prompt, until Ctrl-D or /quit."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output import create_output
+def answer_json(talk: Talk, line: str, on_overflow: Overflow) -> None:
+    """One conversation in, the next message of the assistant out."""
+    from dsv2cli.engine import store
+    from dsv2cli.engine.generate import Result
 
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    # The prompt is drawn on stderr, so that `dsv2 chat > answers.txt` holds answers only.
-    prompt: PromptSession[str] = PromptSession(
-        "> ", multiline=True, key_bindings=keys, prompt_continuation="  ", output=create_output(stdout=sys.stderr)
-    )
-    while True:
-        try:
-            text = prompt.prompt()
-        except KeyboardInterrupt:
-            ui.note("Ctrl-D or /quit leaves.")
-            continue
-        except EOFError:
-            return
-        if text.strip() == "/quit":
-            return
-        if text.strip():
-            yield text
+    messages = store.parse_messages(line)
+    if messages[-1]["role"] != "user":
+        raise UsageError("The last message is not the user's", why="there is nothing to answer")
+    talk.session.messages, result = messages[:-1], Result()
+    text = messages[-1]["content"]
+    make_room(talk, text, on_overflow)
+    answer = "".join(talk.session.reply(text, talk.request, result))
+    usage = {
+        "prompt_tokens": len(result.prompt_ids),
+        "generated_tokens": len(result.tokens),
+        "reused_tokens": result.reused_tokens,
+    }
+    ui.write_json({"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage})

@@ -20,10 +20,10 @@ import torch
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer, read_json
 from dsv2cli.checkpoint.weights import load_model
-from dsv2cli.demo.chats import NAMES, fact, unknown
+from dsv2cli.demo.chats import NAMES, compare, counting, fact, repeat, sums, unknown
 from dsv2cli.demo.stories import choose, tell
 from dsv2cli.demo.train import Balance, evaluate, held_out_rows
-from dsv2cli.demo.words import HEROES, PET_NAMES, article
+from dsv2cli.demo.words import HEROES, PET_NAMES, PLACES, TOYS, article
 from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import Session
@@ -122,6 +122,34 @@ def stories(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     )
 
 
+def constraints(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    """Requests with two conditions, each of which must show in the story, and questions about the story just told."""
+    rng = random.Random(17)
+    met = asked = right = 0
+    for i in range(40):
+        kind, toy, place, name = rng.choice(HEROES), rng.choice(TOYS), rng.choice(list(PLACES)), rng.choice(PET_NAMES)
+        more, wanted = [
+            (f"There should be {article(toy)} in it.", toy), (f"It should happen {PLACES[place]}.", place),
+            (f"The hero should be called {name}.", name), (f"There should be a girl called {name} in it, too.", name),
+        ][i % 4]  # fmt: skip
+        session = evaluation.new_session()
+        text, _ = evaluation.ask(session, f"Tell me a story about {article(kind)}. {more}")
+        met += kind in text and wanted in text
+        if found := re.search(r"(?:named|called|name was) ([A-Z]\w+)", text):
+            asked += 1
+            right += found[1] in evaluation.ask(session, f"What was the {kind} called?")[0]
+    yield "40 requests for an animal and a thing, a place or a name (10 in an unseen wording): both in the story", f"{met}/40"
+    yield "the hero's name asked after the story: right", f"{right}/{asked}"
+
+
+def tasks(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    rng = random.Random(19)
+    for maker in (sums, counting, compare, repeat):
+        turns = [maker(rng)[0] for _ in range(30)]
+        right = sum(evaluation.answer(ask).strip() == answer for ask, answer in turns)
+        yield f"30 times {maker.__name__}, answered exactly", f"{right}/30"
+
+
 def questions(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     rng = random.Random(11)
     right = 0
@@ -189,7 +217,7 @@ def main() -> None:
         print("\n---\n\n".join(transcripts(evaluation)))
         return
     print("| measured | result |\n|---|---|")
-    for part in (losses, stories, questions, conversations):
+    for part in (losses, stories, constraints, questions, tasks, conversations):
         for label, value in part(evaluation):
             print(f"| {label} | {value} |", flush=True)
     print(f"| loading, after torch is imported | {evaluation.load_seconds:.2f} s |")

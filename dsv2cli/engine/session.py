@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
 from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text
+from dsv2cli.errors import UsageError
 from dsv2cli.model.transformer import DeepseekV2
 
 
@@ -17,6 +18,8 @@ class Session:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self.cache = model.new_cache()
         self.cached_ids: list[int] = []  # the tokens in the cache, in order
+        self.branch = "main"
+        self.branches: dict[str, list[Message]] = {}  # the others; `messages` is the one we are on
 
     def reply(self, text: str, request: Request, result: Result) -> Iterator[str]:
         """Add a user message and yield the answer as it comes; `result` is filled in as in stream_text.
@@ -41,6 +44,51 @@ class Session:
                 self.messages.append({"role": "assistant", "content": answer})
             else:
                 self.messages.pop()
+
+
+    def asked(self) -> list[int]:
+        """Where in `messages` each user message stands."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+
+    def cut(self, turn: int) -> str:
+        """Take back turn `turn` (1 is the first, -1 the last) and all after it; gives what the user had said.
+
+        Raises UsageError where there is no such turn. The cache needs no care: the next reply reuses what still fits.
+        """
+        asked = self.asked()
+        if turn == 0 or not -len(asked) <= turn <= len(asked):
+            raise UsageError("There is no such turn", why=f"this conversation has {len(asked)}", fix="/history shows them")
+        start = asked[turn - 1 if turn > 0 else turn]
+        text = self.messages[start]["content"]
+        del self.messages[start:]
+        return text
+
+    def set_system(self, text: str) -> None:
+        """Replace the system prompt, or take it away where `text` is empty."""
+        rest = [message for message in self.messages if message["role"] != "system"]
+        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+
+    def switch(self, name: str) -> bool:
+        """Go to branch `name`; where there is none yet it begins as a copy of this one. True if it was there."""
+        known = name in self.branches or name == self.branch
+        self.branches[self.branch] = self.messages
+        self.messages = self.branches.pop(name) if known else [dict(message) for message in self.messages]
+        self.branch = name
+        return known
+
+    def prompt_tokens(self, text: str = "") -> int:
+        """How many tokens the conversation takes, with `text` as the next message."""
+        extra = [{"role": "user", "content": text}] if text else []
+        return len(self.tokenizer.encode_chat([*self.messages, *extra])) if self.messages or extra else 0
+
+    def make_room(self, text: str, spare: int) -> int:
+        """Drop the oldest turns, never the system prompt, until `text` and `spare` tokens fit; gives how many."""
+        limit, dropped = self.model.config.max_position_embeddings - spare, 0
+        while len(asked := self.asked()) > 0 and self.prompt_tokens(text) >= limit:
+            end = asked[1] if len(asked) > 1 else len(self.messages)
+            del self.messages[asked[0] : end]
+            dropped += 1
+        return dropped
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -1,0 +1,324 @@
+"""dsv2 chat: commands, saved conversations, and nobody's words lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import stat
+import sys
+
+import pexpect
+import pytest
+from conftest import PROMPT, in_terminal, run_dsv2
+
+from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.cli import commands
+from dsv2cli.cli.chat import Overflow, answer
+from dsv2cli.cli.options import Opened
+from dsv2cli.cli.prompt import History
+from dsv2cli.engine import store
+from dsv2cli.engine.generate import Request, Result
+from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.session import Session
+from dsv2cli.errors import Dsv2Error, UsageError
+
+GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=30, eos_ids=frozenset([4095]))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return tmp_path / "dsv2"
+
+
+@pytest.fixture
+def talk(home, embedded, embedded_tokenizer):
+    session = Session(embedded, embedded_tokenizer, "Be brief.")
+    return commands.Talk(session, Opened(embedded, EMBEDDED, "embedded", {}, 0.0), GREEDY)
+
+
+def say(talk, text):
+    answer(talk, text, Overflow.stop, keep_going=False)
+    return talk.session.messages[-1]["content"], talk.result
+
+
+def fresh(talk, text):
+    """The answer to the same conversation with nothing cached."""
+    other = Session(talk.session.model, talk.session.tokenizer)
+    other.messages = [dict(message) for message in talk.session.messages]
+    result = Result()
+    "".join(other.reply(text, GREEDY, result))
+    return result.token_ids
+
+
+def leave(child):
+    child.expect(PROMPT)
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_after_undo_edit_and_branch_answers_are_those_of_a_fresh_prefill(talk):
+    for text in ("My name is Nora.", "Tell me a story about a fox.", "Thank you"):
+        say(talk, text)
+    commands.run(talk, "/undo")
+    wanted = fresh(talk, "What is my name?")
+    result = say(talk, "What is my name?")[1]
+    assert result.token_ids == wanted and result.reused_tokens > 20
+    commands.run(talk, "/branch other")
+    commands.run(talk, "/edit 2")
+    assert talk.draft == "Tell me a story about a fox." and len(talk.session.asked()) == 1
+    wanted = fresh(talk, "What is two plus two?")
+    assert say(talk, "What is two plus two?")[1].token_ids == wanted
+    commands.run(talk, "/branch main")
+    assert len(talk.session.asked()) == 3
+    wanted = fresh(talk, "Bye")
+    assert say(talk, "Bye")[1].token_ids == wanted
+
+
+def test_retry_asks_the_same_again_with_another_seed(talk):
+    say(talk, "Hello")
+    seed = talk.request.seed
+    assert commands.run(talk, "/retry") == "Hello" and talk.request.seed == seed + 1
+    assert talk.session.asked() == []
+
+
+def test_a_resumed_conversation_costs_no_prefill_and_goes_on_as_if_never_left(talk):
+    say(talk, "My name is Nora.")
+    say(talk, "Tell me a story about a fox.")
+    talk.save_cache()
+    wanted = fresh(talk, "What is my name?")
+    again = commands.Talk(Session(talk.session.model, talk.session.tokenizer), talk.opened, GREEDY)
+    again.resume(commands.find("last"))
+    assert again.session.messages == talk.session.messages
+    result = say(again, "What is my name?")[1]
+    assert result.token_ids == wanted
+    assert result.reused_tokens >= len(talk.session.cached_ids) > 30
+
+
+def test_a_foreign_or_damaged_cache_falls_back_to_the_text(talk, v2):
+    say(talk, "My name is Nora.")
+    talk.save_cache()
+    path = commands.cache_path(talk.name)
+
+    def reason(model):
+        return store.load_cache(path, Session(talk.session.model, talk.session.tokenizer), model)
+
+    assert reason(store.identity(EMBEDDED, talk.session)) == ""
+    assert reason("another model") == "it belongs to another model"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "damaged" in reason(store.identity(EMBEDDED, talk.session))
+    path.unlink()
+    assert reason("any") == "none was saved"
+
+
+def test_sessions_are_private_and_whole(talk, home):
+    say(talk, "你好 🙂 \x1b[2J")
+    path = store.path_of(talk.name)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert store.load(path).branches["main"] == talk.session.messages
+    History(str(home / "history")).store_string("one\ntwo")
+    assert list(History(str(home / "history")).load_history_strings()) == ["one\ntwo"]
+    assert stat.S_IMODE((home / "history").stat().st_mode) == 0o600
+
+
+def test_a_file_that_can_not_be_written_leaves_the_old_one_whole(talk):
+    say(talk, "Hello")
+    path = store.path_of(talk.name)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(Dsv2Error, match="could not be written"):
+            store.save(path, store.Conversation(pending="x" * 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"format": "x"}', '[{"role": "robot", "content": "x"}]', '{"messages": 3}', "\xff"])
+def test_what_is_no_conversation_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(Dsv2Error, match=r"not a .*conversation"):
+        store.load(tmp_path / "x.json")
+
+
+def test_a_list_of_messages_is_taken_in_and_a_conversation_written_out(talk, tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "And?"}]
+    (tmp_path / "in.json").write_text(json.dumps({"messages": messages}))
+    commands.run(talk, f"/load {tmp_path / 'in.json'}")
+    assert talk.session.messages == messages[:2] and talk.draft == "And?"
+    commands.run(talk, f"/save {tmp_path / 'out.json'}")
+    commands.run(talk, f"/save {tmp_path / 'out.md'}")
+    assert json.loads((tmp_path / "out.json").read_text()) == messages[:2]
+    assert "**Assistant:** Hello!" in (tmp_path / "out.md").read_text()
+
+
+def test_settings_and_the_system_prompt_change_on_the_way(talk):
+    commands.run(talk, "/set temperature 0.25")
+    commands.run(talk, "/set max-new-tokens 7")
+    assert talk.request.sampling.temperature == 0.25 and talk.request.max_new_tokens == 7
+    commands.run(talk, "/system You are a bear.")
+    assert talk.session.messages[0] == {"role": "system", "content": "You are a bear."}
+    commands.run(talk, "/system off")
+    assert talk.session.messages == []
+
+
+@pytest.mark.parametrize("line", ["/sett x", "/set", "/set temperature", "/set temperature -1", "/set seed -1", "/undo", "/edit 9", "/load nowhere", "/save a/b", "/file /", "/copy", "/"])  # fmt: skip
+def test_senseless_commands_are_answered_with_a_sentence(talk, line):
+    with pytest.raises(UsageError):
+        commands.run(talk, line)
+
+
+def test_an_unknown_command_suggests_the_nearest(talk):
+    with pytest.raises(UsageError) as caught:
+        commands.run(talk, "/hlep")
+    assert caught.value.fix == "/help?"
+
+
+def test_the_oldest_turns_make_room_and_the_system_prompt_stays(talk):
+    for i in range(6):
+        talk.session.messages += [{"role": "user", "content": f"{i} " + "word " * 900}, {"role": "assistant", "content": "Yes."}]
+    assert talk.session.prompt_tokens() > 4096
+    dropped = talk.session.make_room("Hello", 256)
+    assert 1 <= dropped < 6 and talk.session.prompt_tokens("Hello") < 4096 - 256
+    assert talk.session.messages[0] == {"role": "system", "content": "Be brief."}
+    assert talk.session.messages[1]["content"].startswith(f"{dropped} ")
+
+
+def test_kill_during_an_answer_loses_neither_the_talk_nor_the_message(home):
+    child = in_terminal("chat", "--seed", "1")
+    child.expect(PROMPT)
+    child.send("My name is Nora.\r")
+    child.expect("first after")
+    child.expect(PROMPT)
+    child.send("Tell me a story about a fox.\r")
+    child.expect(r"\w+ \w+ \w+ \w+")
+    child.kill(9)
+    child.close()
+    child = in_terminal("chat", "--continue", "--temperature", "0")
+    child.expect(r"\d+ turns")
+    child.expect(PROMPT)
+    child.send("\x15What is my name?\r")  # Ctrl-U takes the unanswered message away, if it had not been answered yet
+    child.expect("Nora")
+    child.expect("first after")
+    leave(child)
+    (path,) = (home / "sessions").glob("*.json")
+    asked = [message["content"] for message in store.load(path).branches["main"] if message["role"] == "user"]
+    assert asked[0] == "My name is Nora." and asked[-1] == "What is my name?"
+
+
+def test_an_unanswered_message_comes_back_at_the_prompt(home):
+    store.save(store.path_of("talk"), store.Conversation(pending="Who are you?"))
+    child = in_terminal("chat", "--resume", "talk", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("\r")
+    child.expect("first after")
+    leave(child)
+    assert store.load(store.path_of("talk")).branches["main"][0]["content"] == "Who are you?"
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(home):
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    child = pexpect.spawn(
+        sys.executable, ["-c", "import runpy, sys; sys.argv = ['dsv2', 'chat', '--temperature', '0']; runpy.run_module('dsv2cli', run_name='__main__')"],
+        encoding="utf-8", timeout=60, dimensions=(30, 100), env=os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"}, preexec_fn=full,
+    )  # fmt: skip
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("could not be written")
+    child.expect("first after")
+    child.expect(PROMPT)
+    child.send("What is two plus two?\r")
+    child.expect("first after")
+    assert "could not" not in child.before
+    leave(child)
+
+
+def test_a_home_that_is_no_folder_ends_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    child = in_terminal("chat", "--temperature", "0", XDG_DATA_HOME=str(tmp_path / "file"))
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("could not be written")
+    child.expect("first after")
+    leave(child)
+
+
+def test_no_save_leaves_nothing_behind(home):
+    child = in_terminal("chat", "--no-save", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("first after")
+    leave(child)
+    assert not home.exists()
+
+
+def test_a_paste_and_quotes_are_one_message_each(home):
+    child = in_terminal("chat", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("\x1b[200~one\ntwo\nthree\x1b[201~\r")
+    child.expect("first after")
+    child.expect(PROMPT)
+    child.send('"""four\rfive"""\r')
+    child.expect("first after")
+    leave(child)
+    (path,) = (home / "sessions").glob("*.json")
+    asked = [message["content"] for message in store.load(path).branches["main"] if message["role"] == "user"]
+    assert asked == ["one\ntwo\nthree", "four\nfive"]
+
+
+def test_on_a_narrow_terminal_lines_break_between_words(home):
+    child = in_terminal("chat", "--seed", "1", columns=40)
+    child.expect(PROMPT)
+    child.send("Tell me a story about a fox.\r")
+    child.expect(r"first after")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", child.before).split("fox.", 1)[1]
+    leave(child)
+    (path,) = (home / "sessions").glob("*.json")
+    story = store.load(path).branches["main"][1]["content"]
+    lines = [line for line in shown.split("\r\n") if line.strip()]
+    assert max(map(len, lines)) <= 40 and len(lines) > 5
+    assert set(story.split()) <= set(shown.split())
+
+
+def test_a_file_goes_before_the_next_message_and_its_escapes_stay_harmless(talk, tmp_path):
+    (tmp_path / "note.txt").write_text("My name is \x1b[31mNora.")
+    commands.run(talk, f"/file {tmp_path / 'note.txt'}")
+    assert talk.attached == "note.txt:\n\nMy name is \x1b[31mNora.\n\n"
+    child = in_terminal("chat", "--no-save", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send(f"/file {tmp_path / 'note.txt'}\r")
+    child.expect("it goes before your next message")
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("first after")
+    child.expect(PROMPT)
+    child.send("/history\r")
+    child.expect(re.escape("My name is ␛[31mNora."))
+    leave(child)
+
+
+def test_messages_as_json_give_messages_as_json():
+    lines = [[{"role": "user", "content": "My name is Nora."}], [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]]
+    done = run_dsv2("chat", "--json", "--temperature", "0", stdin="\n".join(map(json.dumps, lines)))
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["role"] for answer in answers] == ["assistant"] * 2 and "Nora" in answers[0]["content"]
+    for bad in ("x", "[]", '[{"role": "assistant", "content": "x"}]', "{}"):
+        done = run_dsv2("chat", "--json", stdin=bad)
+        assert done.returncode in (1, 2) and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_a_system_file_is_read_and_a_missing_one_said(tmp_path):
+    (tmp_path / "s.txt").write_text("Be brief.\n")
+    options = ("chat", "--temperature", "0", "-n", "20")
+    first = run_dsv2(*options, "--system", "Be brief.", stdin="Hello")
+    assert run_dsv2(*options, "--system-file", str(tmp_path / "s.txt"), stdin="Hello").stdout == first.stdout
+    done = run_dsv2(*options, "--system-file", str(tmp_path / "none"), stdin="Hello")
+    assert done.returncode == 2 and "can not be read" in done.stderr

@@ -24,6 +24,7 @@ DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
 
+os.environ["DSV2_CONFIG"] = os.devnull  # nor is a person's configuration theirs
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="dsv2-tests-")  # what tests say in chats is nobody's history
 torch.set_num_threads(1)  # the models here are tiny: a second thread only waits
 

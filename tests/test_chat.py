@@ -16,6 +16,7 @@ from conftest import PROMPT, in_terminal, run_dsv2
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import Overflow, answer
+from dsv2cli.cli.flow import Flow
 from dsv2cli.cli.options import Opened
 from dsv2cli.cli.prompt import History
 from dsv2cli.engine import store
@@ -279,13 +280,47 @@ def test_on_a_narrow_terminal_lines_break_between_words(home):
     child.expect(PROMPT)
     child.send("Tell me a story about a fox.\r")
     child.expect(r"first after")
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", child.before).split("fox.", 1)[1]
+    shown = bare(child.before).split("fox.", 1)[1]
     leave(child)
     (path,) = (home / "sessions").glob("*.json")
     story = store.load(path).branches["main"][1]["content"]
     lines = [line for line in shown.split("\r\n") if line.strip()]
     assert max(map(len, lines)) <= 40 and len(lines) > 5
     assert set(story.split()) <= set(shown.split())
+
+
+def flowed(text, columns=40, drawn=True, step=3):
+    flow = Flow(columns, drawn)
+    return "".join(flow.feed(text[i : i + step]) for i in range(0, len(text), step)) + flow.end()
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_markdown_is_drawn_the_same_however_the_text_arrives(step):
+    bold, code, plain = "\x1b[1m", "\x1b[36m", "\x1b[0m"
+    shown = flowed("# Big\n- a **very** `x y`\n2 * 3 ** 4\n", step=step)
+    assert shown == f"{bold}Big{plain}\n\u2022 a {bold}very{plain} {code}x{plain} {code}y{plain}\n2 * 3 ** 4\n"
+
+
+def test_code_is_highlighted_by_line_and_never_broken():
+    text = "```python\nfor i in range(10): print('a line that is far too long for the terminal')\n```\nDone **now**"
+    shown = flowed(text)
+    assert "\x1b[" in shown.split("\n")[1] and bare(shown) == text.replace("**", "")
+    assert flowed(text, drawn=False) == text
+
+
+def test_lines_break_between_words_and_wide_letters_count_twice():
+    assert flowed("aaaa bbbb cccc\n  dd", 9, False) == "aaaa bbbb\ncccc\n  dd"
+    assert flowed("你好你好你好", 8, False) == "你好你好\n你好"
+    assert flowed("a" * 30, 8, False) == "a" * 30
+
+
+def test_escapes_in_the_models_words_stay_harmless_and_a_pipe_gets_them_raw():
+    assert "\x1b" not in flowed("a \x1b[2J b", drawn=False)
+    assert flowed("a \x1b[2J  **b**", 0) == "a \x1b[2J  **b**"
+
+
+def bare(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 def test_a_file_goes_before_the_next_message_and_its_escapes_stay_harmless(talk, tmp_path):

@@ -21,7 +21,7 @@ model.config model.size model.rope model.cache model.transformer
 checkpoint.hub checkpoint.tokenizer checkpoint.weights
 engine.sampling engine.generate engine.session engine.store engine.benchmark
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
-cli.ui cli.options cli.complete cli.commands cli.prompt cli.chat cli.bench cli.info cli.app __main__
+cli.ui cli.options cli.config cli.flow cli.complete cli.commands cli.prompt cli.chat cli.bench cli.info cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path
@@ -84,7 +84,7 @@ def test_completions_are_current(shell, file):
 
 def test_completion_offers_commands_and_options():
     asked = {"_DSV2_COMPLETE": "complete_bash", "COMP_WORDS": "dsv2 co", "COMP_CWORD": "1"}
-    assert run_dsv2(**asked).stdout.split() == ["complete", "completion"]
+    assert run_dsv2(**asked).stdout.split() == ["complete", "config", "completion"]
     asked |= {"COMP_WORDS": "dsv2 complete --temp", "COMP_CWORD": "2"}
     assert "--temperature" in run_dsv2(**asked).stdout.split()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer._completion_classes import completion_init  # done by typer itself only where it adds its own options
@@ -13,6 +13,7 @@ from dsv2cli.cli import ui
 from dsv2cli.cli.bench import bench
 from dsv2cli.cli.chat import chat
 from dsv2cli.cli.complete import complete
+from dsv2cli.cli.config import apply, config
 from dsv2cli.cli.info import info
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 
@@ -23,12 +24,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100, "auto_envvar_prefix": "DSV2"},
 )
 app.command()(chat)
 app.command()(complete)
 app.command()(bench)
 app.command()(info)
+app.command()(config)
 
 
 class Shell(str, Enum):
@@ -58,11 +60,22 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Run DeepSeek-V2 models on your own machine."""
+    apply(context)
+
+
+def command() -> Any:
+    """The commands, with a help that does not repeat every option as an environment variable."""
+    group: Any = typer.main.get_command(app)
+    for sub in group.commands.values():
+        for parameter in sub.params:
+            parameter.show_envvar = False
+    return group
 
 
 def main() -> None:
@@ -72,7 +85,7 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         completion_init()
-        code = app(prog_name="dsv2")
+        code = command()(prog_name="dsv2")
     except Dsv2Error as error:
         ui.show_error(error)
         code = error.exit_code

@@ -11,6 +11,7 @@ import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
+from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
 
 if TYPE_CHECKING:
@@ -31,14 +32,16 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None,
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with a saved session, or with a JSON list of messages.")] = None,
-    go_on: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the latest session.")] = False,
+    go_on: Annotated[bool, typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session.")] = False,
     no_save: Annotated[bool, typer.Option("--no-save", help="Keep neither the conversation nor what is typed.")] = False,
     on_overflow: Annotated[
         Overflow, typer.Option(help="A conversation beyond the context: stop and say so, or drop its oldest turns.")
     ] = Overflow.stop,
+    plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is written. NO_COLOR does so, too.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Each line of stdin is a JSON list of messages, each answer a JSON object.")
     ] = False,
+    preset: PresetOption = None,
     max_new_tokens: opt.MaxTokensOption = 2048,
     temperature: opt.TemperatureOption = None,
     top_p: opt.TopPOption = None,
@@ -67,7 +70,7 @@ def chat(
     session = Session(opened.model, opened.tokenizer(), system)
     session.tokenizer.encode_chat([{"role": "user", "content": ""}])  # no template: say so before the first word
     interactive = sys.stdin is not None and sys.stdin.isatty()
-    talk = commands.Talk(session, opened, request, saving=interactive and not no_save)
+    talk = commands.Talk(session, opened, request, saving=interactive and not no_save, plain=plain)
     if resume or go_on:
         talk.resume(commands.find(resume or "last"))
         if system is not None:
@@ -117,22 +120,23 @@ def converse(talk: Talk, on_overflow: Overflow, keep_history: bool) -> None:
 
 def answer(talk: Talk, text: str, on_overflow: Overflow, keep_going: bool) -> None:
     """Stream one answer. With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it."""
+    from dsv2cli.cli.flow import terminal_flow
     from dsv2cli.engine.generate import Result
 
     make_room(talk, text, on_overflow)
     talk.save(pending=text)
-    result, flow = Result(), ui.Flow()
+    result, flow = Result(), terminal_flow(talk.plain)
     pieces = talk.session.reply(text, talk.request, result)
     try:
         for piece in pieces:
-            ui.write(flow.feed(piece))
+            ui.emit(flow.feed(piece))
     except KeyboardInterrupt:
         if not keep_going:
             raise
     finally:
         pieces.close()  # type: ignore[attr-defined]
         talk.save()
-    ui.write(flow.end() + "\n")
+    ui.emit(flow.end() + "\n")
     talk.result, talk.attached = result, ""
     if not keep_going:
         return

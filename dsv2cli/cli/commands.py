@@ -36,6 +36,7 @@ class Talk:
     request: Request
     name: str = ""
     saving: bool = True
+    plain: bool = False  # Markdown is shown as it is written
     result: Result | None = None  # of the last answer
     attached: str = ""  # files to put before the next message
     draft: str = ""  # what the next prompt begins with

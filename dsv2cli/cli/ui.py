@@ -56,53 +56,6 @@ def emit(text: str) -> None:
         raise ReaderGone from None
 
 
-class Flow:
-    """Streams text to a terminal so that lines break between words; elsewhere it changes nothing.
-
-    Holds back the word that is being written. Code between ``` marks is left to the terminal.
-    """
-
-    def __init__(self) -> None:
-        self.columns = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
-        self.column, self.space, self.word, self.line, self.in_code = 0, "", "", "", False
-
-    def feed(self, text: str) -> str:
-        return "".join(map(self.take, text)) if self.columns else text
-
-    def end(self) -> str:
-        return self.place()
-
-    def take(self, letter: str) -> str:
-        from prompt_toolkit.utils import get_cwidth
-
-        if letter == "\n":
-            done = self.place() + self.space + letter
-            self.in_code ^= self.line.lstrip().startswith("```")
-            self.column, self.space, self.line = 0, "", ""
-            return done
-        self.line += letter
-        if letter == " ":
-            done = self.place()
-            self.space += letter
-            return done
-        self.word += letter
-        return self.place() if get_cwidth(letter) > 1 else ""  # Chinese has no spaces: any place will do
-
-    def place(self) -> str:
-        """The word held back, on this line or the next."""
-        from prompt_toolkit.utils import get_cwidth
-
-        if not self.word:
-            return ""
-        width, space, word = get_cwidth(self.word), self.space, self.word
-        self.space = self.word = ""
-        if not self.in_code and self.column > 0 and self.column + len(space) + width > self.columns:
-            self.column = width
-            return "\n" + word
-        self.column += len(space) + width
-        return space + word
-
-
 def write_json(value: Any) -> None:
     """One object on one line. On a terminal everything beyond ASCII is escaped."""
     emit(json.dumps(value, ensure_ascii=sys.stdout.isatty()) + "\n")

@@ -1,0 +1,110 @@
+"""Defaults from a TOML file: `[chat]` and the other commands, and named presets. The command line overrides both."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dsv2cli.cli import ui
+from dsv2cli.errors import UsageError
+
+COMMANDS = ("chat", "complete", "bench", "info")
+EXAMPLE = """\
+# Any option of a command, without its dashes. Environment variables such as DSV2_CHAT_TEMPERATURE come before this
+# file, and the command line before both.
+[chat]
+temperature = 0.3
+on-overflow = "drop"
+
+[presets.reader]              # dsv2 chat --preset reader
+system = "You are a careful proof-reader."
+temperature = 0
+"""
+
+
+def config_path() -> Path:
+    """$DSV2_CONFIG, or the place where this system keeps such files."""
+    import platformdirs
+
+    chosen = os.environ.get("DSV2_CONFIG")
+    return Path(chosen) if chosen else platformdirs.user_config_path("dsv2", appauthor=False) / "config.toml"
+
+
+def read_config() -> dict[str, Any]:
+    """The file's tables; nothing where there is none. Raises UsageError for what is not TOML or not a known table."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    path = config_path()
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can not be read", why=str(error), fix="mend it, or move it away") from None
+    for name, table in tables.items():
+        if name not in (*COMMANDS, "presets") or not isinstance(table, dict):
+            raise UsageError(f"{path}: [{name}] is unknown", why=f"tables are {', '.join(COMMANDS)} and presets.NAME")
+    return tables
+
+
+def defaults(table: dict[str, Any], command: Any, where: str) -> dict[str, Any]:
+    """Option names to parameter names. Raises UsageError for an option that the command does not have."""
+    known = {
+        option.lstrip("-"): parameter.name
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--") and parameter.name not in ("help", "preset")
+    }
+    values = {}
+    for key, value in table.items():
+        option = key.replace("_", "-")
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            fix = f"did you mean {near[0]}?" if near else f"dsv2 {command.name} --help lists the options"
+            raise UsageError(f"{config_path()}: {where} has no option {key!r}", fix=fix)
+        values[str(known[option])] = value
+    return values
+
+
+def apply(context: typer.Context) -> None:
+    """Make the file's values the defaults of the command about to run."""
+    name = context.invoked_subcommand
+    if name in COMMANDS and (table := read_config().get(name)):
+        command = context.command.commands[name]  # type: ignore[attr-defined]
+        context.default_map = {name: defaults(table, command, f"[{name}]")}
+
+
+def use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Callback of --preset: its values come before those of the file's other tables."""
+    if name is not None and not context.resilient_parsing:
+        presets = read_config().get("presets", {})
+        if not isinstance(presets.get(name), dict):
+            there = ", ".join(sorted(presets)) or "none"
+            raise UsageError(
+                f"There is no preset {name!r}", why=f"{config_path()} has {there}", fix="dsv2 config shows an example"
+            )
+        values = defaults(presets[name], context.command, f"[presets.{name}]")
+        context.default_map = {**(context.default_map or {}), **values}
+    return name
+
+
+PresetOption = Annotated[
+    str | None, typer.Option(callback=use_preset, is_eager=True, help="Named options from the configuration file.")
+]
+
+
+def config() -> None:
+    """Show the configuration file: where it is, what is in it, or an example."""
+    path = config_path()
+    tables = read_config()
+    if not tables:
+        ui.write(f"# {path} does not exist yet. An example:\n{EXAMPLE}")
+        return
+    ui.write(f"# {path}\n{path.read_text(encoding='utf-8').strip()}\n")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import stat
 import sys
 
@@ -15,14 +16,14 @@ from conftest import PROMPT, in_terminal, run_dsv2
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
-from dsv2cli.cli.chat import Overflow, answer
+from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
-from dsv2cli.cli.options import Opened
+from dsv2cli.cli.options import Opened, Overflow
 from dsv2cli.cli.prompt import History
 from dsv2cli.engine import store
 from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
-from dsv2cli.engine.session import Session
+from dsv2cli.engine.session import SUMMARISE, Session
 from dsv2cli.errors import Dsv2Error, UsageError
 
 GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=30, eos_ids=frozenset([4095]))
@@ -191,6 +192,57 @@ def test_the_oldest_turns_make_room_and_the_system_prompt_stays(talk):
     assert talk.session.messages[1]["content"].startswith(f"{dropped} ")
 
 
+def fill(talk, turns=6):
+    for i in range(turns):
+        talk.session.messages += [{"role": "user", "content": f"{i} " + "word " * 900}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.parametrize("choice", [Overflow.drop, Overflow.summarise])
+def test_a_full_context_is_made_room_in_as_chosen_and_the_answer_is_that_of_a_fresh_prefill(talk, choice):
+    fill(talk, 5)
+    answer(talk, "Hello", choice, keep_going=False)
+    assert talk.session.prompt_tokens() < 4096 and talk.session.messages[0]["role"] == "system"
+    assert (talk.session.messages[1]["content"] == SUMMARISE) == (choice is Overflow.summarise)
+    wanted = fresh(talk, "Who are you?")
+    assert say(talk, "Who are you?")[1].token_ids == wanted
+
+
+def test_a_full_context_with_stop_is_refused_and_nothing_is_lost(talk):
+    fill(talk)
+    before = list(talk.session.messages)
+    with pytest.raises(UsageError, match="no room"):
+        answer(talk, "Hello", Overflow.stop, keep_going=False)
+    assert talk.session.messages == before
+
+
+def test_a_summary_that_is_interrupted_leaves_the_conversation_as_it_was(talk):
+    fill(talk, 3)
+    before = list(talk.session.messages)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.03)  # reading 1,800 tokens takes longer
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            talk.session.summarise(GREEDY)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert talk.session.messages == before
+
+
+def test_the_person_is_asked_what_to_do_about_a_full_context(home):
+    store.save(store.path_of("long"), store.Conversation({"main": [
+        {"role": "user", "content": "word " * 3000}, {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "word " * 1000}, {"role": "assistant", "content": "Yes."},
+    ]}))  # fmt: skip
+    child = in_terminal("chat", "--resume", "long", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect(r"summarise them, or stop")
+    child.send("d\r")
+    child.expect("dropped the 1 oldest turns")
+    child.expect("first after")
+    leave(child)
+
+
 def test_kill_during_an_answer_loses_neither_the_talk_nor_the_message(home):
     child = in_terminal("chat", "--seed", "1")
     child.expect(PROMPT)
@@ -259,6 +311,48 @@ def test_no_save_leaves_nothing_behind(home):
     child.expect("first after")
     leave(child)
     assert not home.exists()
+
+
+def test_after_ctrl_c_the_next_answer_is_that_of_a_fresh_prefill(home, embedded, embedded_tokenizer):
+    child = in_terminal("chat", "--temperature", "0")
+    child.expect(PROMPT)
+    child.delaybeforesend = 0
+    child.send("Tell me a story about a fox.\r")
+    child.expect(r"\x1b\[\?2004l")  # the prompt is gone, the answer begins
+    child.expect(r"\w+ \w+ \w+ \w+")
+    child.sendintr()
+    child.expect("interrupted")
+    child.expect(PROMPT)
+    child.send("What was the fox called?\r")
+    child.expect(r"(\d+) reused")
+    assert int(child.match[1]) > 5
+    leave(child)
+    (path,) = (home / "sessions").glob("*.json")
+    messages = store.load(path).branches["main"]
+    other = Session(embedded, embedded_tokenizer)
+    other.messages = messages[:2]
+    assert len(messages) == 4 and "".join(other.reply(messages[2]["content"], GREEDY, Result())) == messages[3]["content"]
+
+
+def test_a_paste_of_ten_thousand_lines_is_one_message_and_refused_whole(home):
+    child = in_terminal("chat", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("\x1b[200~" + "a line\n" * 10_000 + "\x1b[201~\r")
+    child.expect("leaves no room for an answer")
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("first after")
+    leave(child)
+
+
+def test_chinese_and_emoji_are_kept_as_they_are(home):
+    child = in_terminal("chat", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("你好，我叫小明 🙂\r")
+    child.expect("first after")
+    leave(child)
+    (path,) = (home / "sessions").glob("*.json")
+    assert store.load(path).branches["main"][0]["content"] == "你好，我叫小明 🙂"
 
 
 def test_a_paste_and_quotes_are_one_message_each(home):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
 HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, /help shows more, Ctrl-D leaves."
 
 
-class Overflow(str, Enum):
-    stop, drop = "stop", "drop"
-
-
 SPARE = 256  # tokens kept free for an answer when old turns are dropped
 
 
@@ -32,11 +27,14 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None,
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with a saved session, or with a JSON list of messages.")] = None,
-    go_on: Annotated[bool, typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session.")
+    ] = False,
     no_save: Annotated[bool, typer.Option("--no-save", help="Keep neither the conversation nor what is typed.")] = False,
     on_overflow: Annotated[
-        Overflow, typer.Option(help="A conversation beyond the context: stop and say so, or drop its oldest turns.")
-    ] = Overflow.stop,
+        opt.Overflow,
+        typer.Option(help="When the context is full: drop or summarise the oldest turns, or stop. From a pipe, ask is stop."),
+    ] = opt.Overflow.ask,
     plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is written. NO_COLOR does so, too.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Each line of stdin is a JSON list of messages, each answer a JSON object.")
@@ -94,7 +92,7 @@ def read_system(path: Path, system: str | None) -> str:
         raise UsageError(f"{path} can not be read", why=str(error), fix="--system-file PATH") from None
 
 
-def converse(talk: Talk, on_overflow: Overflow, keep_history: bool) -> None:
+def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
     """At a prompt: an error or Ctrl-C ends an answer or a command, never the conversation."""
     from dsv2cli.cli import commands
     from dsv2cli.cli.prompt import typed
@@ -118,7 +116,7 @@ def converse(talk: Talk, on_overflow: Overflow, keep_history: bool) -> None:
         talk.save_cache()
 
 
-def answer(talk: Talk, text: str, on_overflow: Overflow, keep_going: bool) -> None:
+def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -> None:
     """Stream one answer. With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it."""
     from dsv2cli.cli.flow import terminal_flow
     from dsv2cli.engine.generate import Result
@@ -144,18 +142,27 @@ def answer(talk: Talk, text: str, on_overflow: Overflow, keep_going: bool) -> No
         ui.note("no answer; your message was taken back")
     limit = talk.opened.model.config.max_position_embeddings
     if len(result.prompt_ids) + len(result.tokens) >= limit:
-        ui.note(f"the context of {limit:,} tokens is full: /undo, /clear, or start with --on-overflow drop")
+        ui.note(f"the context of {limit:,} tokens is full")
     ui.note(opt.stats_line(result))
 
 
-def make_room(talk: Talk, text: str, on_overflow: Overflow) -> None:
-    if on_overflow is Overflow.drop:
-        spare = min(SPARE, talk.opened.model.config.max_position_embeddings // 4)
-        if dropped := talk.session.make_room(text, spare):
-            ui.note(f"the context is full: dropped the {dropped} oldest turns")
+def make_room(talk: Talk, text: str, on_overflow: opt.Overflow) -> None:
+    """Where `text` leaves too little of the context for an answer, do what was chosen about the turns before it."""
+    session, limit = talk.session, talk.opened.model.config.max_position_embeddings
+    spare = min(SPARE, limit // 4)
+    if not session.asked() or session.prompt_tokens(text) + spare < limit:
+        return
+    if on_overflow is opt.Overflow.ask and sys.stdin.isatty():
+        from dsv2cli.cli.prompt import ask_overflow
+
+        on_overflow = ask_overflow(limit)
+    if on_overflow is opt.Overflow.summarise:
+        ui.note(f"summary: {session.summarise(talk.request)}")
+    if on_overflow in (opt.Overflow.drop, opt.Overflow.summarise) and (dropped := session.make_room(text, spare)):
+        ui.note(f"the context is full: dropped the {dropped} oldest turns")
 
 
-def answer_json(talk: Talk, line: str, on_overflow: Overflow) -> None:
+def answer_json(talk: Talk, line: str, on_overflow: opt.Overflow) -> None:
     """One conversation in, the next message of the assistant out."""
     from dsv2cli.engine import store
     from dsv2cli.engine.generate import Result

@@ -47,6 +47,12 @@ StopOption = Annotated[list[str] | None, typer.Option(help="End before this text
 MaxTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")]
 
 
+class Overflow(str, Enum):
+    """What becomes of a conversation that fills the context."""
+
+    ask, stop, drop, summarise = "ask", "stop", "drop", "summarise"
+
+
 @dataclass
 class Opened:
     """A model ready to run, with what its folder says about sampling."""

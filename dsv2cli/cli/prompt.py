@@ -15,6 +15,7 @@ from prompt_toolkit.output import create_output
 
 from dsv2cli.cli import ui
 from dsv2cli.cli.commands import COMMANDS, SETTINGS, Talk
+from dsv2cli.cli.options import Overflow
 from dsv2cli.engine import store
 
 QUOTES = '"""'
@@ -106,6 +107,18 @@ def typed(talk: Talk, keep_history: bool) -> Iterator[str]:
             stripped = text = stripped[len(QUOTES) : -len(QUOTES)].strip("\n")
         if stripped:
             yield text
+
+
+def ask_overflow(limit: int) -> Overflow:
+    """What to do about a full context; stop, where the answer is none of the three."""
+    question: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr))
+    try:
+        text = question.prompt(
+            f"The context of {limit:,} tokens is full. Drop the oldest turns, summarise them, or stop? [d/s/N] "
+        )
+    except (KeyboardInterrupt, EOFError):
+        text = ""
+    return {"d": Overflow.drop, "s": Overflow.summarise}.get(text.strip().lower()[:1], Overflow.stop)
 
 
 def toolbar(talk: Talk) -> str:

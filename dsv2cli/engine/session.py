@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
 from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text
 from dsv2cli.errors import UsageError
 from dsv2cli.model.transformer import DeepseekV2
+
+SUMMARISE = "Summarize our conversation so far in a few sentences."
+SUMMARY_TOKENS = 256
 
 
 class Session:
@@ -89,6 +93,28 @@ class Session:
             del self.messages[asked[0] : end]
             dropped += 1
         return dropped
+
+
+    def summarise(self, request: Request) -> str:
+        """Put a summary by the model itself in the place of all turns but the last, and give that summary.
+
+        Whatever goes wrong meanwhile, the conversation is then as it was before.
+        """
+        before, asked = self.messages, self.asked()
+        if len(asked) < 2:
+            return ""
+        system, old, last = before[: asked[0]], before[asked[0] : asked[-1]], before[asked[-1] :]
+        self.messages = system + old
+        try:
+            self.make_room(SUMMARISE, SUMMARY_TOKENS)
+            short = replace(request, max_new_tokens=SUMMARY_TOKENS)
+            summary = "".join(self.reply(SUMMARISE, short, Result())).strip()
+        except BaseException:
+            self.messages = before
+            raise
+        turn: list[Message] = [{"role": "user", "content": SUMMARISE}, {"role": "assistant", "content": summary}]
+        self.messages = system + turn + last if summary else before
+        return summary
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

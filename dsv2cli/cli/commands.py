@@ -114,7 +114,7 @@ def run(talk: Talk, line: str) -> str | None:
 def help_(talk: Talk, rest: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     ui.note("\n".join(f"{command.usage:{width}}  {command.help}" for command in COMMANDS.values()))
-    ui.note('Alt-Enter or """ writes several lines, Ctrl-R searches what you typed, Ctrl-X Ctrl-E opens your editor.')
+    ui.note('Alt-Enter or """ writes several lines, Ctrl-R searches what you typed, Ctrl-G opens your editor.')
 
 
 def system(talk: Talk, rest: str) -> None:

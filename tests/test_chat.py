@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import stat
+import subprocess
 import sys
 
 import pexpect
@@ -158,6 +159,34 @@ def test_a_list_of_messages_is_taken_in_and_a_conversation_written_out(talk, tmp
     commands.run(talk, f"/save {tmp_path / 'out.md'}")
     assert json.loads((tmp_path / "out.json").read_text()) == messages[:2]
     assert "**Assistant:** Hello!" in (tmp_path / "out.md").read_text()
+
+
+def test_a_session_is_named_and_never_written_over_another(talk):
+    say(talk, "Hello")
+    commands.run(talk, "/save first talk")
+    assert store.names() == ["first talk"]
+    commands.run(talk, "/clear")
+    assert talk.session.asked() == [] and talk.name == ""
+    say(talk, "Bye")
+    with pytest.raises(UsageError, match="already"):
+        commands.run(talk, "/save first talk")
+    assert store.load(store.path_of("first talk")).branches["main"][1]["content"] == "Hello"
+    commands.run(talk, "/load first talk")
+    assert talk.session.messages[1]["content"] == "Hello" and len(store.names()) == 2
+
+
+def test_a_program_may_wait_for_each_answer():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv2cli", "chat", "--temperature", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout
+    for ask, word in (("My name is Nora.", b"Nora"), ("What is my name?", b"Nora")):
+        process.stdin.write(ask.encode() + b"\n")
+        process.stdin.flush()
+        assert word in process.stdout.readline()
+    process.stdin.close()
+    assert process.wait(30) == 0
+    process.stdout.close()
 
 
 def test_settings_and_the_system_prompt_change_on_the_way(talk):

@@ -14,11 +14,10 @@ from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
 
 if TYPE_CHECKING:
+    from dsv2cli.checkpoint.tokenizer import Message
     from dsv2cli.cli.commands import Talk
 
 HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, /help shows more, Ctrl-D leaves."
-
-
 SPARE = 256  # tokens kept free for an answer when old turns are dropped
 
 
@@ -76,9 +75,10 @@ def chat(
     if interactive:
         converse(talk, on_overflow, keep_history=not no_save)
         return
-    for line in ui.read_stdin().splitlines():
+    start = list(session.messages)
+    for line in ui.stdin_lines():
         if line.strip() and json:
-            answer_json(talk, line, on_overflow)
+            answer_json(talk, start, line, on_overflow)
         elif line.strip():
             answer(talk, line, on_overflow, keep_going=False)
 
@@ -162,15 +162,16 @@ def make_room(talk: Talk, text: str, on_overflow: opt.Overflow) -> None:
         ui.note(f"the context is full: dropped the {dropped} oldest turns")
 
 
-def answer_json(talk: Talk, line: str, on_overflow: opt.Overflow) -> None:
-    """One conversation in, the next message of the assistant out."""
+def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Overflow) -> None:
+    """One conversation in, the next message of the assistant out. `start` goes before one without a system prompt."""
     from dsv2cli.engine import store
     from dsv2cli.engine.generate import Result
 
     messages = store.parse_messages(line)
     if messages[-1]["role"] != "user":
         raise UsageError("The last message is not the user's", why="there is nothing to answer")
-    talk.session.messages, result = messages[:-1], Result()
+    talk.session.messages = ([] if messages[0]["role"] == "system" else start) + messages[:-1]
+    result = Result()
     text = messages[-1]["content"]
     make_room(talk, text, on_overflow)
     answer = "".join(talk.session.reply(text, talk.request, result))

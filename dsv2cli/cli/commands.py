@@ -205,8 +205,12 @@ def save(talk: Talk, rest: str) -> None:
         store.write(path, text)
         ui.note(f"written to {path}")
         return
-    if rest:
-        store.path_of(rest)
+    if rest and rest != talk.name:
+        if rest in store.names():
+            raise UsageError(f"There is a session {rest!r} already", why="it would be written over", fix="choose another name")
+        path = store.path_of(rest)
+        if talk.name in store.names():
+            store.path_of(talk.name).rename(path)
         talk.name = rest
     talk.saving = True
     talk.save()

@@ -105,14 +105,23 @@ def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+def stdin_lines() -> Iterator[str]:
+    """Lines of stdin as they come, so that a program may wait for an answer before it writes the next."""
+    for line in sys.stdin.buffer if sys.stdin is not None else ():
+        yield as_text(line).rstrip("\r\n")
+
+
 def read_stdin() -> str:
     """All of stdin as UTF-8, or nothing where it is a terminal or closed. Raises Dsv2Error on other bytes."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
+    return as_text(sys.stdin.buffer.read())
+
+
+def as_text(data: bytes) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Dsv2Error(
             "stdin is not UTF-8 text", why=str(error), fix="convert it first, for example with iconv -t utf-8", exit_code=2
         ) from None
-

@@ -166,6 +166,7 @@ def save_cache(path: Path, session: Session, model: str) -> None:
         raise Dsv2Error(f"{path} could not be written", why=str(error), fix="make room, or use --no-save") from error
 
 
+@torch.inference_mode()  # as the cache itself was made
 def load_cache(path: Path, session: Session, model: str) -> str:
     """Put saved latents into the session's cache. Says in a few words why not, or nothing where it did."""
     if not path.exists():

@@ -14,13 +14,15 @@ import sys
 import pexpect
 import pytest
 from conftest import PROMPT, in_terminal, run_dsv2
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
 from dsv2cli.cli.options import Opened, Overflow
-from dsv2cli.cli.prompt import History
+from dsv2cli.cli.prompt import History, Suggestions
 from dsv2cli.engine import store
 from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
@@ -340,6 +342,65 @@ def test_no_save_leaves_nothing_behind(home):
     child.expect("first after")
     leave(child)
     assert not home.exists()
+
+
+def test_every_command_can_be_typed_and_tab_completes_it(home):
+    child = in_terminal("chat", "--temperature", "0")
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("first after")
+    for line, words in (
+        ("/he\tlp", "this list"), ("/show", "max_new_tokens"), ("/stats", "tok/s"), ("/tokens", "of 4,096 tokens"), ("/tokens a b", "2 tokens"),
+        ("/history", "1> Hello"), ("/copy", "in the clipboard"), ("/save my talk", "saved as my talk"), ("/sessions", "my talk"),
+        ("/load my\t talk", "1 turns"), ("/branch b", "new branch b"), ("/system Be kind.", "system prompt: Be kind."), ("/undo", "taken back: Hello"),
+        ("/branch main", "back on branch main"), ("/retry", "first after"), ("/clear", "a new conversation"), ("/nothing", "There is no command"),
+    ):  # fmt: skip
+        child.expect(PROMPT)
+        typed, tab, rest = line.partition("\t")
+        child.send(typed + tab)
+        child.expect(re.escape(rest) if tab else "")  # completing takes a moment
+        child.send("\r")
+        child.expect(re.escape(words))
+    child.expect(PROMPT)
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_tab_offers_what_belongs_behind_a_command(talk, tmp_path):
+    def offered(text):
+        return {completion.text for completion in Suggestions(talk).get_completions(Document(text), CompleteEvent())}
+
+    say(talk, "Hello")
+    commands.run(talk, "/save my talk")
+    (tmp_path / "notes.txt").touch()
+    assert offered("/re") == {"retry"} and offered("/set temp") == {"temperature"} and offered("/load my") >= {"my talk"}
+    assert offered(f"/file {tmp_path}/no") == {"tes.txt"} and offered("/branch ") == {"main"} and offered("hello /re") == set()
+
+
+def test_ctrl_g_opens_the_editor(home, tmp_path):
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\nprintf 'My name is Nora.' > \"$1\"\n")
+    editor.chmod(0o755)
+    child = in_terminal("chat", "--temperature", "0", EDITOR=str(editor), VISUAL=str(editor))
+    child.expect(PROMPT)
+    child.send("\x07")
+    child.expect("My name is Nora")
+    child.send("\r")
+    child.expect("first after")
+    leave(child)
+
+
+def test_what_was_typed_can_be_searched_in_the_next_chat(home):
+    for keys in ("My name is Nora.\r", "\x12name is\r\r"):  # Ctrl-R
+        child = in_terminal("chat", "--temperature", "0")
+        child.expect(PROMPT)
+        child.send(keys)
+        child.expect("first after")
+        leave(child)
+    for path in (home / "sessions").glob("*.json"):
+        assert store.load(path).branches["main"][0]["content"] == "My name is Nora."
 
 
 def test_after_ctrl_c_the_next_answer_is_that_of_a_fresh_prefill(home, embedded, embedded_tokenizer):

@@ -241,7 +241,7 @@ def file(talk: Talk, rest: str) -> None:
     except UnicodeDecodeError:
         raise UsageError(f"{rest} is not UTF-8 text", fix="convert it first") from None
     talk.attached += f"{path.name}:\n\n{text}\n\n"
-    tokens = len(talk.session.tokenizer.encode(text))
+    tokens = len(talk.session.tokenizer.encode(text, add_bos=False))
     ui.note(f"{path.name}: {len(text.encode()):,} bytes, {tokens:,} tokens; it goes before your next message")
 
 
@@ -262,7 +262,7 @@ def stats(talk: Talk, rest: str) -> None:
 
 def tokens(talk: Talk, rest: str) -> None:
     if rest:
-        ids = talk.session.tokenizer.encode(rest)
+        ids = talk.session.tokenizer.encode(rest, add_bos=False)
         ui.note(f"{len(ids)} tokens: {ids}")
         return
     limit = talk.opened.model.config.max_position_embeddings

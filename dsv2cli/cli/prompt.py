@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
@@ -65,7 +66,7 @@ class Suggestions(Completer):
 def keys() -> KeyBindings:
     bindings = KeyBindings()
 
-    @bindings.add("enter")
+    @bindings.add("enter", filter=~is_searching)  # in a search it takes what was found
     def _(event: KeyPressEvent) -> None:
         text = event.current_buffer.text
         if text.lstrip().startswith(QUOTES) and text.count(QUOTES) % 2:

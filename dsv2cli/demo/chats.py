@@ -488,9 +488,9 @@ def short_story(rng: random.Random) -> list[Turn]:
 
 
 MAKERS: list[tuple[float, Callable[[random.Random], list[Turn]]]] = [
-    (0.24, story_request), (0.17, facts), (0.11, memory), (0.09, small_talk), (0.09, identity), (0.10, can_not),
-    (0.05, everyday), (0.05, unknown), (0.05, sums), (0.01, never_told), (0.02, list_request), (0.02, sentence_request),
-    (0.02, counting), (0.02, compare), (0.015, repeat), (0.015, poem), (0.015, note), (0.02, short_story),
+    (0.15, story_request), (0.12, facts), (0.08, memory), (0.09, small_talk), (0.14, identity), (0.16, can_not),
+    (0.04, everyday), (0.06, unknown), (0.04, sums), (0.01, never_told), (0.03, list_request), (0.02, sentence_request),
+    (0.04, counting), (0.05, compare), (0.04, repeat), (0.01, poem), (0.01, note), (0.01, short_story),
 ]  # fmt: skip
 
 

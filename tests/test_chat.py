@@ -213,19 +213,18 @@ def test_an_unknown_command_suggests_the_nearest(talk):
     assert caught.value.fix == "/help?"
 
 
-def test_the_oldest_turns_make_room_and_the_system_prompt_stays(talk):
-    for i in range(6):
+def fill(talk, turns=6):
+    for i in range(turns):
         talk.session.messages += [{"role": "user", "content": f"{i} " + "word " * 900}, {"role": "assistant", "content": "Yes."}]
+
+
+def test_the_oldest_turns_make_room_and_the_system_prompt_stays(talk):
+    fill(talk)
     assert talk.session.prompt_tokens() > 4096
     dropped = talk.session.make_room("Hello", 256)
     assert 1 <= dropped < 6 and talk.session.prompt_tokens("Hello") < 4096 - 256
     assert talk.session.messages[0] == {"role": "system", "content": "Be brief."}
     assert talk.session.messages[1]["content"].startswith(f"{dropped} ")
-
-
-def fill(talk, turns=6):
-    for i in range(turns):
-        talk.session.messages += [{"role": "user", "content": f"{i} " + "word " * 900}, {"role": "assistant", "content": "Yes."}]
 
 
 @pytest.mark.parametrize("choice", [Overflow.drop, Overflow.summarise])

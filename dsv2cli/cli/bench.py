@@ -11,6 +11,7 @@ import typer
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
+from dsv2cli.model.size import expanded_kv_bytes_per_token
 
 if TYPE_CHECKING:
     from dsv2cli.engine.benchmark import Timing
@@ -47,17 +48,18 @@ def bench(
         for length in lengths:
             timings += benchmark.run(opened.model, length, generate, batch, repetitions, twin, tick)
     config, cache = opened.model.config, opened.model.new_cache()
+    dtype_name = str(opened.model.dtype).removeprefix("torch.")
     facts = {
         "model": opened.name,
         "device": device_name(opened.model.device),
-        "dtype": str(opened.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name,
         "attention": attention.value,
         "weights_bytes": sum(p.numel() * p.element_size() for p in opened.model.parameters()),
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
         "peak_memory_bytes": peak_memory_bytes(opened.model.device),
         "kv_bytes_per_token": cache.bytes_per_token(),
-        "kv_bytes_per_token_expanded": config.num_hidden_layers * config.expanded_dim * opened.model.dtype.itemsize,
+        "kv_bytes_per_token_expanded": expanded_kv_bytes_per_token(config, dtype_name),
     }
     if json:
         ui.write_json(facts | {"runs": [timing.as_json() for timing in timings]})

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-from prompt_toolkit.utils import get_cwidth
+from rich.cells import cell_len
 
 from dsv2cli.cli import ui
 
@@ -57,7 +57,7 @@ class Flow:
             self.space += "" if self.heading and not self.column else letter
             return done
         self.word += letter
-        return self.place() if get_cwidth(letter) > 1 else ""  # Chinese has no spaces: any place will do
+        return self.place() if cell_len(letter) > 1 else ""  # Chinese has no spaces: any place will do
 
     def end_line(self) -> str:
         line, fence = self.line, self.line.strip().startswith("```")
@@ -105,9 +105,9 @@ class Flow:
     def draw(self, word: str, first: bool) -> tuple[str, int]:
         """A word with its marks turned into style, and how many columns it takes. `first` on its line."""
         if not self.drawn or word == "**":  # on its own it is no mark
-            return word, get_cwidth(word)
+            return word, cell_len(word)
         if word.startswith("```"):
-            return self.styled(word, DIM), get_cwidth(word)
+            return self.styled(word, DIM), cell_len(word)
         if first and HEADING.fullmatch(word):
             self.heading = True
             return "", 0
@@ -121,7 +121,7 @@ class Flow:
                 self.code = not self.code
             elif part:
                 style = CODE if self.code else BOLD if self.bold or self.heading else ""
-                shown, width = shown + self.styled(part, style), width + get_cwidth(part)
+                shown, width = shown + self.styled(part, style), width + cell_len(part)
         return shown, width
 
     def styled(self, text: str, style: str) -> str:

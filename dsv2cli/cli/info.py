@@ -49,14 +49,14 @@ def info(
 
 def describe(config: DeepseekV2Config, name: str, dtype: str) -> dict[str, Any]:
     """The numbers that follow from a config; sizes in bytes."""
-    parts, moe = size.parts(config), sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+    parts = size.parts(config)
     total, read = sum(part.parameters for part in parts), sum(part.read for part in parts)
     item = size.ITEM_BYTES[dtype]
     return {
         "model": name,
         "dtype": dtype,
         "layers": config.num_hidden_layers,
-        "moe_layers": moe,
+        "moe_layers": config.moe_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_attention_heads,
         "kv_lora_rank": config.kv_lora_rank,

@@ -30,6 +30,7 @@ from dsv2cli.demo.words import (
     TOYS,
     UNTAUGHT_COUNTRIES,
     article,
+    cap,
 )
 
 Turn = tuple[str, str]
@@ -84,10 +85,6 @@ UNKNOWN_ASKS = [
 HELD_OUT_ASKS = ["What is the largest lake in {country}?", "Which songs did {name} {surname} write?"]
 SURNAMES = """Smith Brown Miller Wilson Moore Taylor Clark Hall Young King Wright Scott Hill Adams Baker Nelson Carter
 Turner Parker Evans Morris Cook Bell Ward Cox Gray James Watson Brooks Price Wood Ross Long Foster Perry""".split()
-
-
-def cap(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def vary(rng: random.Random, text: str) -> str:

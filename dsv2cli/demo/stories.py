@@ -10,7 +10,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from dsv2cli.demo.words import ANIMALS, BOYS, COLORS, FOODS, GIRLS, GOOD, HEROES, PET_NAMES, PLACES, SMALL, TOYS, article
+from dsv2cli.demo.words import ANIMALS, BOYS, COLORS, FOODS, GIRLS, GOOD, HEROES, PET_NAMES, PLACES, SMALL, TOYS, article, cap
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
@@ -225,9 +225,9 @@ def make_slots(rng: random.Random, **wanted: str) -> dict[str, str]:
     color, good, small = rng.choice(COLORS), rng.choice(GOOD), rng.choice(SMALL)
     animal = ANIMALS.get(kind, {})
     return {
-        **pronouns(female), "hero": hero, "kind": kind, "a_kind": article(kind), "A_kind": article(kind).capitalize(), "friend": friend, "fkind": fkind,
+        **pronouns(female), "hero": hero, "kind": kind, "a_kind": article(kind), "A_kind": cap(article(kind)), "friend": friend, "fkind": fkind,
         "a_fkind": article(fkind), "place": place, "in_place": PLACES[place],
-        "in_place_cap": PLACES[place][0].upper() + PLACES[place][1:], "toy": toy, "food": food, "foods": plural_food(food),
+        "in_place_cap": cap(PLACES[place]), "toy": toy, "food": food, "foods": plural_food(food),
         "a_food": article(food), "a_toy": article(toy), "color": color, "a_color": article(color), "good": good, "a_good": article(good),
         "a_small": article(small), "animal_food": animal.get("food", food), "can": animal.get("can", "run"),
     }  # fmt: skip

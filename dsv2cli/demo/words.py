@@ -287,3 +287,8 @@ seventeen eighteen nineteen twenty""".split()
 def article(word: str) -> str:
     """`an apple`, `a pear`."""
     return ("an " if (word[0] in "aeiou" and not word.startswith("uni")) or word == "honest" else "a ") + word
+
+
+def cap(text: str) -> str:
+    """A capital at the start, the rest as it is."""
+    return text[0].upper() + text[1:]

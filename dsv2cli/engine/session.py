@@ -94,7 +94,6 @@ class Session:
             dropped += 1
         return dropped
 
-
     def summarise(self, request: Request) -> str:
         """Put a summary by the model itself in the place of all turns but the last, and give that summary.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,25 +61,34 @@ def save(path: Path, conversation: Conversation) -> None:
     write(path, as_json({"format": FORMAT, **vars(conversation)}))
 
 
-def write(path: Path, text: str) -> None:
-    """Readable by its owner only, and either the old file or the new one, whatever happens meanwhile."""
-    content = text.encode("utf-8", "surrogatepass")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new private file to fill, which takes the place of `path` in one move, or vanishes where that fails.
+
+    Raises Dsv2Error when the disk or the permissions do not allow it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield Path(name)
+            os.chmod(name, 0o600)
             os.replace(name, path)
         except BaseException:
             os.unlink(name)
             raise
-    except OSError as error:
-        raise Dsv2Error(
-            f"{path} could not be written", why=error.strerror or str(error), fix="make room, or use --no-save"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise Dsv2Error(f"{path} could not be written", why=why, fix="make room, or use --no-save") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Readable by its owner only, and either the old file or the new one, whatever happens meanwhile."""
+    with replacing(path) as new, new.open("wb") as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: Path) -> Conversation:
@@ -153,17 +163,8 @@ def save_cache(path: Path, session: Session, model: str) -> None:
     length = len(session.cached_ids)
     tensors = {f"layers.{i}": layer[:, :length].cpu().contiguous() for i, layer in enumerate(session.cache.layers)}
     tensors["token_ids"] = torch.tensor(session.cached_ids, dtype=torch.int64)
-    new = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(new, os.O_CREAT | os.O_WRONLY, 0o600))
+    with replacing(path) as new:
         save_file(tensors, new, metadata={"model": model})
-        os.chmod(new, 0o600)
-        os.replace(new, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise Dsv2Error(f"{path} could not be written", why=str(error), fix="make room, or use --no-save") from error
 
 
 @torch.inference_mode()  # as the cache itself was made

@@ -79,6 +79,10 @@ class DeepseekV2Config:
             and layer % self.moe_layer_freq == 0
         )
 
+    @property
+    def moe_layers(self) -> int:
+        return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
+
     @classmethod
     def load(cls, folder: Path) -> DeepseekV2Config:
         """Read `folder/config.json`, or the file itself. Raises Dsv2Error when missing, malformed or not implemented."""

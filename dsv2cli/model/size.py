@@ -34,7 +34,7 @@ def attention_parameters(config: DeepseekV2Config) -> int:
 def parts(config: DeepseekV2Config) -> list[Part]:
     """All parameters by kind. A tied head adds none but is read whole; the embedding gives one row a token."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    moe = sum(config.is_moe(layer) for layer in range(layers))
+    moe = config.moe_layers
     routed, top_k = config.n_routed_experts or 0, config.num_experts_per_tok or 0
     expert = 3 * hidden * config.moe_intermediate_size
     table = config.vocab_size * hidden

@@ -16,8 +16,8 @@ from dsv2cli.cli.app import completion_script
 # A file imports only from files named before it.
 ORDER = """
 errors device
-kernels.linear kernels.attention kernels.experts
-model.config model.size model.rope model.cache model.transformer
+kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
+model.config model.size model.rope model.cache model.transformer model.fused
 checkpoint.hub checkpoint.tokenizer checkpoint.weights
 engine.sampling engine.generate engine.session engine.store engine.benchmark
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.kernels.native import Kernels
+from dsv2cli.kernels.quantized import Quantized, pack_reference
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.fused import make_quantized
 from dsv2cli.model.transformer import DeepseekV2
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -50,17 +53,23 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    bits: int | None = None,
+    kernels: Kernels | None = None,
 ) -> DeepseekV2:
     """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own.
+
+    `bits` 8 or 4 quantises while reading, tensor by tensor (with `kernels` where given): no full copy is ever held.
 
     Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
     """
     config = DeepseekV2Config.load(folder)
     stored = list_tensors(folder)
     model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
+    if bits is not None:
+        make_quantized(model, bits)
     pairs = match(model, stored, folder)
     try:
-        read_all(pairs, progress)
+        read_all(pairs, progress, kernels)
     except OSError as error:
         raise Dsv2Error(f"Reading {folder} failed", why=str(error), fix="check the disk, then run again") from None
     return model.eval().requires_grad_(False)
@@ -87,6 +96,43 @@ def no_room(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype, 
         why=f"its weights need {count * dtype.itemsize / 2**30:.1f} GiB as {str(dtype)[6:]} ({str(error).splitlines()[0]})",
         fix="--device cpu, or a smaller checkpoint" if device.type == "cuda" else "a smaller checkpoint, or more memory",
     )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A tensor's place among quantised weights: one part of one matrix."""
+
+    weight: Quantized
+    expert: int | None
+    part: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[-2] // self.weight.parts, self.weight.shape[-1]
+
+    def fill(self, tensor: Tensor, kernels: Kernels | None) -> None:
+        codes, scales = self.weight.part(self.expert, self.part)
+        if kernels is not None and codes.device.type == "cpu":
+            kernels.pack(tensor, self.weight.bits, self.weight.group, codes, scales)
+            return
+        packed = pack_reference(tensor, self.weight.bits, self.weight.group)
+        codes.copy_(packed[0])
+        scales.copy_(packed[1])
+
+
+def packings(model: DeepseekV2) -> dict[str, Packing]:
+    """Where each tensor of a checkpoint is quantised to, by its name there."""
+    places: dict[str, Packing] = {}
+    for name, weight in model.named_modules():
+        if not isinstance(weight, Quantized):
+            continue
+        base, _, leaf = name.rpartition(".")
+        experts = range(weight.shape[0]) if len(weight.shape) == 3 else [None]
+        for e in experts:
+            prefix = base if e is None else f"{base}.{e}"
+            leaves = {"weight": ["weight"], "gate_up_proj": ["gate_proj.weight", "up_proj.weight"]}.get(leaf, [f"{leaf}.weight"])
+            places |= {f"{prefix}.{stored}": Packing(weight, e, part) for part, stored in enumerate(leaves)}
+    return places
 
 
 def destinations(model: DeepseekV2) -> dict[str, Tensor]:
@@ -187,15 +233,15 @@ def truncated(file: Path, size: int, needed: int, name: str = "") -> Dsv2Error:
     )
 
 
-def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tuple[Stored, Tensor]]:
+def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tuple[Stored, Tensor | Packing]]:
     """Pair each stored tensor with its place. Raises Dsv2Error for the first that does not fit."""
-    places = destinations(model)
+    places: dict[str, Tensor | Packing] = {**destinations(model), **packings(model)}
     missing = sorted(places.keys() - stored.keys())
     if missing:
         shard = next(iter(stored.values())).file if len({t.file for t in stored.values()}) == 1 else folder / INDEX
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Dsv2Error(f"{shard} lacks the tensor {missing[0]}{more}", why="config.json calls for it")
-    pairs = []
+    pairs: list[tuple[Stored, Tensor | Packing]] = []
     for name, tensor in stored.items():
         if name.endswith(IGNORED) or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
@@ -206,7 +252,7 @@ def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tu
     return pairs
 
 
-def check(tensor: Stored, place: Tensor) -> None:
+def check(tensor: Stored, place: Tensor | Packing) -> None:
     if tensor.dtype not in DTYPES:
         raise Dsv2Error(
             f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}", why=f"only {', '.join(DTYPES)} are loaded"
@@ -224,20 +270,26 @@ def check(tensor: Stored, place: Tensor) -> None:
         )
 
 
-def read_all(pairs: list[tuple[Stored, Tensor]], progress: Progress | None) -> None:
+def read_all(
+    pairs: list[tuple[Stored, Tensor | Packing]], progress: Progress | None, kernels: Kernels | None = None
+) -> None:
     """Read with several threads; a read that fails ends the others and is raised here."""
     total, done, lock = sum(tensor.length for tensor, _ in pairs), 0, threading.Lock()
     staging = threading.local()
 
-    def read(pair: tuple[Stored, Tensor]) -> None:
+    def read(pair: tuple[Stored, Tensor | Packing]) -> None:
         nonlocal done
+        tensor, place = pair
+        into = place if isinstance(place, Tensor) else torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
         if not hasattr(staging, "buffer"):
             staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-        for count in read_tensor(*pair, staging.buffer):
+        for count in read_tensor(tensor, into, staging.buffer):
             with lock:
                 done += count
                 if progress is not None:
                     progress(done, total)
+        if isinstance(place, Packing):
+            place.fill(into, kernels)
 
     with ThreadPoolExecutor(READERS) as pool:
         futures = [pool.submit(read, pair) for pair in sorted(pairs, key=lambda p: (p[0].file, p[0].offset))]

@@ -32,15 +32,19 @@ def bench(
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = opt.Dtype.auto,
     attention: opt.AttentionOption = opt.AttentionPath.auto,
+    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
+    quantize: opt.QuantizeOption = opt.Quantize.none,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Measure prefill, decode, time to the first token, load time, memory and cache size."""
     lengths = parse_lengths(prompt)
-    opened = opt.open_model(model, device, dtype, threads, attention)
+    opened = opt.open_model(model, device, dtype, threads, attention, kernels, quantize)
 
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
 
+    if against is not None and quantize is not opt.Quantize.none:
+        raise UsageError("--against compares the same weights", why="transformers has no such codes", fix="--quantize none")
     loaded_peak = peak_memory_bytes(opened.model.device)
     twin = benchmark.transformers_twin(opened.model, opened.folder) if against is not None else None
     timings: list[Timing] = []
@@ -54,7 +58,9 @@ def bench(
         "device": device_name(opened.model.device),
         "dtype": dtype_name,
         "attention": attention.value,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in opened.model.parameters()),
+        "kernels": opened.path,
+        "quantize": quantize.value,
+        "weights_bytes": benchmark.weights_bytes(opened.model),
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
         "peak_memory_bytes": peak_memory_bytes(opened.model.device),
@@ -90,7 +96,7 @@ def show(facts: dict[str, Any], timings: list[Timing]) -> None:
             ranged(timing.prefill_tokens_per_second), ranged(timing.decode_tokens_per_second), ranged(timing.ttft_seconds),
         )  # fmt: skip
     console = ui.stdout()
-    console.print(ui.harmless(f"{facts['model']} · {facts['dtype']} · {facts['device']}"))
+    console.print(ui.harmless(f"{facts['model']} · {facts['dtype'] if facts['quantize'] == 'none' else facts['quantize']} · {facts['device']} · {facts['kernels']}"))
     console.print(table)
     for ours, theirs in zip(timings[::2], timings[1::2], strict=False):
         if theirs.engine != ours.engine:

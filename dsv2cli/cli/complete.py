@@ -33,6 +33,8 @@ def complete(
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = opt.Dtype.auto,
     attention: opt.AttentionOption = opt.AttentionPath.auto,
+    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
+    quantize: opt.QuantizeOption = opt.Quantize.none,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Continue a text: the argument, or all of stdin as one prompt, or both.
@@ -45,7 +47,7 @@ def complete(
     if prompt_ids is None and not text:
         raise UsageError("The prompt is empty", why="there is nothing to continue", fix='dsv2 complete "Once upon a time"')
     ids = None if prompt_ids is None else opt.parse_ids(prompt_ids)
-    opened = opt.open_model(model, device, dtype, threads, attention)
+    opened = opt.open_model(model, device, dtype, threads, attention, kernels, quantize)
     request = opened.request(
         max_new_tokens, seed, stop, logprobs, ignore_eos, temperature=temperature, top_p=top_p, top_k=top_k,
         min_p=min_p, repetition_penalty=repetition_penalty,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv2cli.cli import ui
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import Dsv2Error, UsageError
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.tokenizer import Tokenizer
     from dsv2cli.engine.generate import Request, Result
+    from dsv2cli.kernels.native import Kernels
     from dsv2cli.model.transformer import DeepseekV2
 
 
@@ -28,6 +30,14 @@ class AttentionPath(str, Enum):
     auto, absorbed, expanded, reference = "auto", "absorbed", "expanded", "reference"
 
 
+class KernelsChoice(str, Enum):
+    auto, native, avx2, portable, off = "auto", "native", "avx2", "portable", "off"
+
+
+class Quantize(str, Enum):
+    none, int8, int4 = "none", "int8", "int4"
+
+
 # Steps of so small a model are shorter than waking a second thread, and on a busy machine they would wait for it.
 SMALL_MODEL_BYTES = 64 * 2**20
 
@@ -37,6 +47,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto is the checkpoint's own.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")]
 AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
+KernelsOption = Annotated[KernelsChoice, typer.Option(help="C++ kernels on a CPU; auto: for this processor, not for tiny models.")]
+QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
 TopKOption = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0 is off.")]
@@ -62,6 +74,8 @@ class Opened:
     name: str
     settings: dict[str, Any]
     load_seconds: float
+    kernels: Kernels | None = None
+    path: str = "plain torch"
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -93,8 +107,9 @@ class Opened:
 
 
 def open_model(
-    name: str | None, device: str, dtype: Dtype, threads: int | None, attention: AttentionPath = AttentionPath.auto
-) -> Opened:
+    name: str | None, device: str, dtype: Dtype, threads: int | None, attention: AttentionPath = AttentionPath.auto,
+    kernels: KernelsChoice = KernelsChoice.auto, quantize: Quantize = Quantize.none,
+) -> Opened:  # fmt: skip
     """Find, load and report progress. Raises Dsv2Error for whatever stands in the way."""
     from dsv2cli.checkpoint.hub import find_model
 
@@ -105,16 +120,41 @@ def open_model(
     from dsv2cli.checkpoint.tokenizer import read_json
     from dsv2cli.checkpoint.weights import load_model
     from dsv2cli.device import DTYPES, pick_device
+    from dsv2cli.model.fused import refusal, use_kernels
 
     place = pick_device(device)
-    if threads is not None or sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL_MODEL_BYTES:
+    small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL_MODEL_BYTES
+    if threads is not None or small:
         torch.set_num_threads(threads or 1)
+    library, why = pick_kernels(kernels, place.type, small)
+    bits = None if quantize is Quantize.none else int(quantize.value[3:])
     began = time.perf_counter()
     with ui.loading(shown) as progress:
-        model = load_model(folder, place, DTYPES.get(dtype.value), progress)
+        model = load_model(folder, place, DTYPES.get(dtype.value), progress, bits, library)
+    if library is not None:
+        why = refusal(model)
+        library = None if why else library
+    if library is None and kernels is not KernelsChoice.off and not small and sys.stderr.isatty():
+        typer.echo(f"plain torch instead of the C++ kernels, because {why}", err=True)
+    use_kernels(model, library)
     model.use_attention(attention.value)
     settings = read_json(folder / "generation_config.json")
-    return Opened(model, folder, name or "embedded", settings, time.perf_counter() - began)
+    path = "plain torch" if library is None else library.path
+    return Opened(model, folder, name or "embedded", settings, time.perf_counter() - began, library, path)
+
+
+def pick_kernels(choice: KernelsChoice, device: str, small: bool) -> tuple[Kernels | None, str]:
+    """The C++ kernels to use, or None and why. Raises Dsv2Error where those asked for by name can not be had."""
+    from dsv2cli.kernels.native import load
+
+    if choice is KernelsChoice.off:
+        return None, "they are switched off"
+    if choice is KernelsChoice.auto and (device != "cpu" or small):
+        return None, "the model is tiny" if small else f"the model is on {device}"
+    library, why = load("native" if choice is KernelsChoice.auto else choice.value)
+    if library is None and choice is not KernelsChoice.auto:
+        raise Dsv2Error(f"The {choice.value} kernels are not there", why=why, fix="--kernels off")
+    return library, why
 
 
 def parse_ids(text: str) -> list[int]:

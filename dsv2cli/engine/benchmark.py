@@ -49,6 +49,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def weights_bytes(model: DeepseekV2) -> int:
+    """Of parameters and quantised codes, each counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def random_prompts(model: DeepseekV2, batch: int, length: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).tolist()  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.kernels.quantized import Quantized
 
 FORMAT = "dsv2 conversation 1"
 ROLES = ("system", "user", "assistant")
@@ -148,7 +149,8 @@ def as_markdown(messages: list[Message]) -> str:
 
 def identity(checkpoint: Path, session: Session) -> str:
     """Tells one model in one number format from another without reading it whole."""
-    digest = hashlib.sha256(str(session.model.dtype).encode())
+    codes = sorted({f"{w.bits}:{w.group}" for w in session.model.modules() if isinstance(w, Quantized)})
+    digest = hashlib.sha256(f"{session.model.dtype} {codes}".encode())
     for file in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         size = file.stat().st_size
         with file.open("rb") as opened:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv2cli.kernels.linear import gated_mlp
+from dsv2cli.kernels.quantized import Quantized
 
 
 def route(
@@ -38,7 +39,9 @@ def experts_reference(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Te
     return torch.stack(rows).type_as(x)
 
 
-def run_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def run_experts(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Quantized
+) -> Tensor:
     """The same as experts_reference, with each expert run once over all of its tokens.
 
     x [n, hidden], index and weight [n, k], gate_up_proj [e, 2*width, hidden], down_proj [e, hidden, width] -> [n, hidden].

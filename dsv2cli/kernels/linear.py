@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv2cli.kernels.quantized import Quantized
+
 
 @functools.cache
 def one_row_by_mv() -> bool:
@@ -15,20 +17,22 @@ def one_row_by_mv() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out].
 
     A single row on a CPU with AMX goes through matrix-vector: there it reads the weights 1.2-1.4x faster than
     torch's matrix product with one row, and reading the weights is all the work there is. On a Zen 5, which has
     AVX-512 but no AMX, the matrix product is the faster one, by 1.2-2x.
     """
+    if isinstance(weight, Quantized):
+        weight = weight.dequantize(x.dtype)  # slow, and right: the fast road is native.py
     if one_row_by_mv() and x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
         out = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
     return F.linear(x, weight, bias)
 
 
-def gated_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Quantized) -> Tensor:
     """down(silu(gate(x)) * up(x)) for x [tokens, hidden], gate_up_proj [2*width, hidden], down_proj [hidden, width]."""
     gate, up = linear(x, gate_up_proj).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, down_proj)

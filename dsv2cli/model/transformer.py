@@ -7,6 +7,8 @@ Sources: the DeepSeek-V2 paper (arXiv 2405.04434, sections 2.1 and 2.2) and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,8 +29,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.product: Callable[[Tensor], Tensor] | None = None  # a kernel, where one is in use
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(x)
         return linear(x, self.weight, self.bias)
 
 
@@ -169,8 +174,11 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config, config.intermediate_size)
+        self.fused: Callable[[Tensor, Step, int], Tensor] | None = None  # the whole layer by kernels, where in use
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        if self.fused is not None and step.cache is not None:
+            return self.fused(x, step, layer)
         x = x + self.self_attn(self.input_layernorm(x), step, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -219,11 +227,11 @@ class DeepseekV2(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.embed_tokens.weight.dtype
 
     def use_attention(self, path: str) -> None:
         """Choose the attention path for all layers: one of ATTENTION_PATHS."""

@@ -1,0 +1,908 @@
+// The decode step and the matrix products on a CPU, fused: one call per layer part, one parallel region a call.
+// What each function computes is said by the plain torch code beside it (linear.py, attention.py, experts.py,
+// quantized.py); this file only does the same faster. Activations enter a product as bf16 (bf16 weights) or as int8
+// with one scale a group (int8 and int4 weights); sums are kept in fp32 or int32. Compiled on first use by native.py
+// for the processor at hand: AVX-512 (VNNI, BF16), AVX2, or whatever the compiler makes of 64-byte vectors.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static inline int omp_get_thread_num() { return 0; }
+static inline int omp_get_num_threads() { return 1; }
+#endif
+
+typedef float F __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
+typedef uint32_t U __attribute__((vector_size(64)));
+typedef uint8_t B __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+#define INLINE static inline __attribute__((always_inline))
+
+constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved
+constexpr int MOST = 12;   // tokens in one tile
+constexpr int BLOCK = 64;  // cached tokens that attention takes at a time
+
+enum Kind { NONE = 0, INT4 = 4, INT8 = 8, BF16 = 16 };
+
+extern "C" {
+// rows x cols weights. bf16: row after row. int8, int4: see quantized.py; `blocks` is the number of 16-row blocks.
+// A stack of matrices (experts) lies one after the other, `codes_step` bytes and `scales_step` scales apart.
+struct Matrix {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  int64_t codes_step, scales_step;
+  int32_t kind, rows, cols, group;
+};
+struct Attention {
+  const uint16_t *norm, *q_a_norm, *kv_a_norm, *kv_b;
+  Matrix q_a, q, kv_a, o;
+  int32_t hidden, heads, nope, rope, value, rank, q_rank;
+  float eps, scale;
+};
+struct Mlp {
+  const uint16_t* norm;
+  const float* gate;
+  Matrix gate_up, down, shared_gate_up, shared_down;
+  int32_t hidden, width, shared_width, experts, top_k, groups, top_groups, normalise;
+  float eps, factor;
+};
+}
+
+// ---- numbers ----------------------------------------------------------------------------------------------------
+
+INLINE float widen(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+INLINE uint16_t narrow(float x) {  // to the nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float rounded(float x) { return widen(narrow(x)); }
+template <class T> INLINE T load(const void* p) {
+  T out;
+  memcpy(&out, p, sizeof(T));
+  return out;
+}
+INLINE F widen16(const uint16_t* p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
+INLINE float sum(F x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float out = 0;
+  for (int i = 0; i < 16; i++) out += x[i];
+  return out;
+#endif
+}
+
+// acc[i] += sum of 4 products of unsigned w with the 4 signed bytes of a. Where only a signed product is at hand,
+// SIGNED says that 128 has been taken from w already.
+#if defined(__AVX512VNNI__)
+constexpr bool SIGNED = false;
+INLINE void dot4(I& acc, B w, int32_t a) { acc = (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a)); }
+#elif defined(__AVX2__)
+constexpr bool SIGNED = true;
+INLINE void dot4(I& acc, B w, int32_t a) {
+  const __m256i many = _mm256_set1_epi32(a), ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8((char)0x80);
+  __m256i half[2], total[2];
+  memcpy(half, &w, 64);
+  memcpy(total, &acc, 64);
+  for (int i = 0; i < 2; i++) {  // |w| times a with w's sign: no sum of two leaves 16 bits
+    const __m256i v = _mm256_xor_si256(half[i], flip);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(many, v));
+    total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(pairs, ones));
+  }
+  memcpy(&acc, total, 64);
+}
+#else
+constexpr bool SIGNED = false;
+INLINE void dot4(I& acc, B w, int32_t a) {
+  const int8_t* v = (const int8_t*)&a;
+  for (int i = 0; i < 16; i++) acc[i] += w[4 * i] * v[0] + w[4 * i + 1] * v[1] + w[4 * i + 2] * v[2] + w[4 * i + 3] * v[3];
+}
+#endif
+
+// acc += products of 32 bf16 with 32 bf16, in any order of lanes.
+INLINE void dot_bf16(F& acc, B w, B x) {
+#if defined(__AVX512BF16__)
+  acc = (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+  const U high = (U){} + 0xffff0000u;
+  acc += (F)((U)w << 16) * (F)((U)x << 16);
+  acc += (F)((U)w & high) * (F)((U)x & high);
+#endif
+}
+
+static B codebook;  // the 16 values of an int4 code, plus 128, four times over; set by dsv2_codebook
+INLINE B look_up(B index) {
+#if defined(__AVX512BW__)
+  return (B)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)index);
+#elif defined(__AVX2__)
+  __m256i half[2], table;
+  memcpy(half, &index, 64);
+  memcpy(&table, &codebook, 32);
+  for (int i = 0; i < 2; i++) half[i] = _mm256_shuffle_epi8(table, half[i]);
+  return load<B>(half);
+#else
+  B out;
+  for (int i = 0; i < 64; i++) out[i] = codebook[index[i]];
+  return out;
+#endif
+}
+
+// ---- memory and work --------------------------------------------------------------------------------------------
+
+// Scratch of the calling thread, which the team shares: grows, is never given back, and is handed out anew each call.
+struct Arena {
+  std::vector<char*> blocks;
+  char* base = nullptr;
+  size_t size = 0, used = 0;
+  void reset(size_t wanted) {
+    used = 0;
+    if (wanted <= size) return;
+    free(base);
+    size = wanted + wanted / 4;
+    base = (char*)aligned_alloc(64, (size + 63) / 64 * 64);
+  }
+  template <class T> T* take(size_t count) {
+    T* out = (T*)(base + used);
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return out;
+  }
+  ~Arena() { free(base); }
+};
+static thread_local Arena arena;
+
+#define PARALLEL _Pragma("omp parallel num_threads(threads)")
+#define BARRIER _Pragma("omp barrier")
+
+// Jobs of one phase, taken by whoever is free: on a shared machine one core may be slower than the other.
+struct Phases {
+  std::atomic<int> next[12] = {};
+  int take(int phase) { return next[phase].fetch_add(1, std::memory_order_relaxed); }
+};
+#define EACH(job, phase, count) for (int job; (job = phases.take(phase)) < (count);)
+
+// Activations ready to be multiplied: bf16 rows, or int8 rows with a scale and minus 128 times the sum of each group.
+struct Rows {
+  int kind, cols, padded, group, groups;
+  uint16_t* bf;
+  int8_t* q;
+  float* scale;
+  int32_t* zero;
+  void claim(Arena& arena, const Matrix& w, int count) {
+    kind = w.kind == BF16 ? BF16 : INT8;
+    cols = w.cols;
+    group = kind == BF16 ? 32 : w.group;
+    groups = (cols + group - 1) / group;
+    padded = groups * group;
+    bf = nullptr, q = nullptr, scale = nullptr, zero = nullptr;
+    if (kind == BF16) {
+      bf = arena.take<uint16_t>((size_t)count * padded);
+    } else {
+      q = arena.take<int8_t>((size_t)count * padded);
+      scale = arena.take<float>((size_t)count * groups);
+      zero = arena.take<int32_t>((size_t)count * groups);
+    }
+  }
+  static size_t bytes(const Matrix& w, size_t count) { return count * (w.cols + 64) * 4 + 512; }
+  // Columns [from, from + count) of one row; `from` begins a group and only the last call may end within one.
+  void put(int row, int from, int count, const float* x) {
+    if (kind == BF16) {
+      uint16_t* to = bf + (size_t)row * padded + from;
+      for (int i = 0; i < count; i++) to[i] = narrow(x[i]);
+      const int end = std::min(padded, (from + count + 31) / 32 * 32);
+      for (int i = from + count; i < end; i++) bf[(size_t)row * padded + i] = 0;
+      return;
+    }
+    for (int begin = 0; begin < count; begin += group) {
+      const int here = std::min(group, count - begin), g = (from + begin) / group;
+      float most = 0;
+      for (int i = 0; i < here; i++) most = std::max(most, std::fabs(x[begin + i]));
+      const float inverse = most > 0 ? 127.0f / most : 0.0f;
+      int8_t* to = q + (size_t)row * padded + from + begin;
+      int32_t total = 0;
+      for (int i = 0; i < here; i++) {
+        const int32_t v = (int32_t)std::nearbyintf(x[begin + i] * inverse);
+        to[i] = (int8_t)v;
+        total += v;
+      }
+      for (int i = here; i < group; i++) to[i] = 0;
+      scale[(size_t)row * groups + g] = most / 127.0f;
+      zero[(size_t)row * groups + g] = SIGNED ? 0 : -128 * total;
+    }
+  }
+};
+
+// ---- tiles: 16-row blocks of a matrix times a few tokens ----------------------------------------------------------
+
+// out[token * R * 16 + block * 16 + lane]
+template <int BITS, int R, int M>
+static void tile_codes(const uint8_t* const* codes, const uint16_t* const* scales, const Rows& x, const int* rows, float* out) {
+  const int8_t* q[M];
+  const float* scale[M];
+  const int32_t* zero[M];
+  for (int m = 0; m < M; m++) {
+    q[m] = x.q + (size_t)rows[m] * x.padded;
+    scale[m] = x.scale + (size_t)rows[m] * x.groups;
+    zero[m] = x.zero + (size_t)rows[m] * x.groups;
+  }
+  F total[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) total[r][m] = (F){};
+  const uint8_t* at[R];
+  for (int r = 0; r < R; r++) at[r] = codes[r];
+  const int group = x.group;
+  const B low = (B){} + 15;
+  for (int g = 0; g < x.groups; g++) {
+    I acc[R][M];
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++) acc[r][m] = (I){} + zero[m][g];
+    const int begin = g * group;
+    if (BITS == 8) {
+#pragma GCC unroll 4
+      for (int k = 0; k < group; k += 4) {
+        B w[R];
+        for (int r = 0; r < R; r++) {
+          w[r] = load<B>(at[r]);
+          if (M <= 2) __builtin_prefetch(at[r] + 2048);
+          at[r] += 64;
+        }
+        for (int m = 0; m < M; m++) {
+          const int32_t a = load<int32_t>(q[m] + begin + k);
+          for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+        }
+      }
+    } else {
+#pragma GCC unroll 2
+      for (int k = 0; k < group; k += 8) {
+        B w[R], v[R];
+        for (int r = 0; r < R; r++) {
+          const B both = load<B>(at[r]);
+          if (M <= 2) __builtin_prefetch(at[r] + 2048);
+          w[r] = look_up(both & low);
+          v[r] = look_up((B)((U)both >> 4) & low);
+          at[r] += 64;
+        }
+        for (int m = 0; m < M; m++) {
+          const int32_t a = load<int32_t>(q[m] + begin + k), b = load<int32_t>(q[m] + begin + k + 4);
+          for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+          for (int r = 0; r < R; r++) dot4(acc[r][m], v[r], b);
+        }
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      const F s = widen16(scales[r] + (size_t)g * LANES);
+      for (int m = 0; m < M; m++) total[r][m] += __builtin_convertvector(acc[r][m], F) * (s * scale[m][g]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) memcpy(out + (m * R + r) * LANES, &total[r][m], 64);
+}
+
+// out[m * step + r] = row r of w times row m of x, both bf16, `cols` long; what is beyond x's end is not read.
+template <int R, int M>
+static void tile_bf16(const uint16_t* const* w, const uint16_t* const* x, int cols, float* out, int step) {
+  F acc[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) acc[r][m] = (F){};
+  int k = 0;
+  for (; k + 32 <= cols; k += 32) {
+    B a[R];
+    for (int r = 0; r < R; r++) {
+      a[r] = load<B>(w[r] + k);
+      if (M <= 2) __builtin_prefetch(w[r] + k + 512);
+    }
+    for (int m = 0; m < M; m++) {
+      const B b = load<B>(x[m] + k);
+      for (int r = 0; r < R; r++) dot_bf16(acc[r][m], a[r], b);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float total = sum(acc[r][m]);
+      for (int i = k; i < cols; i++) total += widen(w[r][i]) * widen(x[m][i]);
+      out[m * step + r] = total;
+    }
+}
+
+template <int R> static void tiles_bf16(const uint16_t* const* w, const uint16_t* const* x, int m, int cols, float* out, int step) {
+  while (m > 0) {
+    int done = 1;
+    if (m >= 6) tile_bf16<R, 6>(w, x, cols, out, step), done = 6;
+    else if (m >= 4) tile_bf16<R, 4>(w, x, cols, out, step), done = 4;
+    else if (m >= 2) tile_bf16<R, 2>(w, x, cols, out, step), done = 2;
+    else tile_bf16<R, 1>(w, x, cols, out, step);
+    m -= done, x += done, out += done * step;
+  }
+}
+
+template <int BITS, int R> static void tiles_codes(const uint8_t* const* c, const uint16_t* const* s, const Rows& x, const int* rows, int m, float* out) {
+  while (m > 0) {
+    int done = 1;
+    if (m >= 12) tile_codes<BITS, R, 12>(c, s, x, rows, out), done = 12;
+    else if (m >= 8) tile_codes<BITS, R, 8>(c, s, x, rows, out), done = 8;
+    else if (m >= 4) tile_codes<BITS, R, 4>(c, s, x, rows, out), done = 4;
+    else if (m >= 2) tile_codes<BITS, R, 2>(c, s, x, rows, out), done = 2;
+    else tile_codes<BITS, R, 1>(c, s, x, rows, out);
+    m -= done, rows += done, out += done * R * LANES;
+  }
+}
+
+INLINE int blocks_of(int rows) { return (rows + LANES - 1) / LANES; }
+
+// `count` (1 or 2) blocks of matrix e times m <= MOST rows of x: out[m][count][16]. `first` are row numbers; a block
+// that reaches beyond the last row gives zeros (quantised) or repeats (bf16) there.
+static void multiply(const Matrix& w, int e, const int* first, int count, const Rows& x, const int* rows, int m, float* out) {
+  if (w.kind == BF16) {
+    const uint16_t* base = (const uint16_t*)(w.codes + e * w.codes_step);
+    const uint16_t* xs[MOST];
+    for (int i = 0; i < m; i++) xs[i] = x.bf + (size_t)rows[i] * x.padded;
+    for (int b = 0; b < count; b++)
+      for (int r = 0; r < LANES; r += 4) {
+        const uint16_t* from[4];
+        for (int i = 0; i < 4; i++) from[i] = base + (size_t)std::min(first[b] + r + i, w.rows - 1) * w.cols;
+        tiles_bf16<4>(from, xs, m, w.cols, out + b * LANES + r, count * LANES);
+      }
+    return;
+  }
+  const uint8_t* codes[2];
+  const uint16_t* scales[2];
+  for (int b = 0; b < count; b++) {
+    const size_t block = first[b] / LANES;
+    codes[b] = w.codes + e * w.codes_step + block * x.padded * LANES * w.kind / 8;
+    scales[b] = w.scales + e * w.scales_step + block * x.groups * LANES;
+  }
+  if (w.kind == INT8) {
+    if (count == 2) tiles_codes<8, 2>(codes, scales, x, rows, m, out);
+    else tiles_codes<8, 1>(codes, scales, x, rows, m, out);
+  } else {
+    if (count == 2) tiles_codes<4, 2>(codes, scales, x, rows, m, out);
+    else tiles_codes<4, 1>(codes, scales, x, rows, m, out);
+  }
+}
+
+// Jobs of 32 rows of w times all n rows of x; `give(token, row, values, count)` takes the results.
+INLINE int jobs_of(const Matrix& w) { return (w.rows + 2 * LANES - 1) / (2 * LANES); }
+template <class Give> static void product_job(const Matrix& w, int job, const Rows& x, int n, Give give) {
+  const int first[2] = {job * 2 * LANES, job * 2 * LANES + LANES}, count = first[1] < w.rows ? 2 : 1;
+  float out[MOST * 2 * LANES];
+  int rows[MOST];
+  for (int t = 0; t < n; t += MOST) {
+    const int m = std::min(MOST, n - t);
+    for (int i = 0; i < m; i++) rows[i] = t + i;
+    multiply(w, 0, first, count, x, rows, m, out);
+    for (int i = 0; i < m; i++) give(t + i, first[0], out + i * count * LANES, std::min(count * LANES, w.rows - first[0]));
+  }
+}
+
+// RMSNorm of a row that was rounded to bf16, rounded twice as the plain path does; into floats.
+static void norm_row(const float* x, const uint16_t* weight, int size, float eps, float* out) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int i = 0; i < size; i++) total += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(total / size + eps);
+  for (int i = 0; i < size; i++) out[i] = rounded(widen(weight[i]) * rounded(x[i] * factor));
+}
+static void widen_row(const uint16_t* x, int size, float* out) {
+  for (int i = 0; i < size; i++) out[i] = widen(x[i]);
+}
+INLINE void add_to(uint16_t* x, const float* values, int count) {  // the residual, with one rounding of each term
+  for (int i = 0; i < count; i++) x[i] = narrow(widen(x[i]) + rounded(values[i]));
+}
+
+// ---- the functions --------------------------------------------------------------------------------------------------
+
+extern "C" void dsv2_codebook(const uint8_t* values) {
+  for (int i = 0; i < 64; i++) codebook[i] = values[i % 16];
+}
+extern "C" const char* dsv2_path() {
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+  return "AVX-512 (VNNI, BF16)";
+#elif defined(__AVX512VNNI__)
+  return "AVX-512 (VNNI)";
+#elif defined(__AVX2__)
+  return "AVX2";
+#else
+  return "portable C++";
+#endif
+}
+
+// x [n, cols] in bf16 times w -> out [n, rows], bf16 or fp32.
+extern "C" void dsv2_linear(const Matrix* w, const uint16_t* x, int n, void* out, int wide, int threads) {
+  Rows in;
+  arena.reset(Rows::bytes(*w, n) + (size_t)threads * (w->cols + 64) * 4);
+  in.claim(arena, *w, n);
+  float* scratch = arena.take<float>((size_t)threads * (w->cols + 16));
+  Phases phases;
+  PARALLEL {
+    float* row = scratch + (size_t)omp_get_thread_num() * (w->cols + 16);
+    EACH(t, 0, n) {
+      widen_row(x + (size_t)t * w->cols, w->cols, row);
+      in.put(t, 0, w->cols, row);
+    }
+    BARRIER
+    EACH(job, 1, jobs_of(*w)) product_job(*w, job, in, n, [&](int t, int row, const float* values, int count) {
+      const size_t at = (size_t)t * w->rows + row;
+      if (wide) memcpy((float*)out + at, values, count * 4);
+      else for (int i = 0; i < count; i++) ((uint16_t*)out)[at + i] = narrow(values[i]);
+    });
+  }
+}
+
+// Softmax over the experts and the best top_k of them, in falling order; see experts.route.
+static void route(const Mlp& p, float* scores, int32_t* index, float* weight) {
+  float most = scores[0], total = 0;
+  for (int e = 1; e < p.experts; e++) most = std::max(most, scores[e]);
+  for (int e = 0; e < p.experts; e++) total += scores[e] = std::exp(scores[e] - most);
+  for (int e = 0; e < p.experts; e++) scores[e] /= total;
+  std::vector<char> open(p.experts, 1);
+  if (p.groups > 1) {
+    const int size = p.experts / p.groups;
+    std::vector<char> kept(p.groups, 0);
+    for (int k = 0; k < p.top_groups; k++) {
+      int best = -1;
+      float value = -1;
+      for (int g = 0; g < p.groups; g++) {
+        const float top = *std::max_element(scores + g * size, scores + (g + 1) * size);
+        if (!kept[g] && top > value) best = g, value = top;
+      }
+      kept[best] = 1;
+    }
+    for (int e = 0; e < p.experts; e++)
+      if (!kept[e / size]) scores[e] = 0;
+  }
+  float chosen = 0;
+  for (int k = 0; k < p.top_k; k++) {
+    int best = -1;
+    for (int e = 0; e < p.experts; e++)
+      if (open[e] && (best < 0 || scores[e] > scores[best])) best = e;
+    open[best] = 0;
+    index[k] = best;
+    chosen += weight[k] = scores[best];
+  }
+  for (int k = 0; k < p.top_k; k++)
+    weight[k] = p.normalise && p.top_k > 1 ? weight[k] / (chosen + 1e-20f) : weight[k] * p.factor;
+}
+
+// x += MLP(norm(x)) for x [n, hidden] in bf16: routed experts, shared experts, or the one dense MLP ("shared" alone).
+extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
+  const Mlp& p = *part;
+  const bool routed = p.experts > 0, shared = p.shared_width > 0;
+  const Matrix& any = routed ? p.gate_up : p.shared_gate_up;
+  const int slots = routed ? n * p.top_k : 0, k = p.top_k;
+  arena.reset(Rows::bytes(any, n) + (routed ? Rows::bytes(p.down, slots) : 0) + (shared ? Rows::bytes(p.shared_down, n) : 0) +
+              (size_t)n * (p.hidden + 16) * 4 + (size_t)n * (p.experts + 16) * 4 + (size_t)slots * 24 + p.experts * 8 +
+              (size_t)threads * (n * 2 * LANES + MOST * 64 + 64) * 4 + 8192);
+  Rows in, h_routed, h_shared;
+  in.claim(arena, any, n);
+  if (routed) h_routed.claim(arena, p.down, slots);
+  if (shared) h_shared.claim(arena, p.shared_down, n);
+  float* normed = arena.take<float>((size_t)n * p.hidden);
+  float* logits = arena.take<float>((size_t)n * p.experts);
+  int32_t* index = arena.take<int32_t>(slots);
+  float* weight = arena.take<float>(slots);
+  int32_t* order = arena.take<int32_t>(slots);   // slots by expert
+  int32_t* tokens = arena.take<int32_t>(slots);  // the token of order[i]
+  int32_t* starts = arena.take<int32_t>(p.experts + 1);
+  int32_t* active = arena.take<int32_t>(p.experts + 1);
+  int32_t* all = arena.take<int32_t>(n);
+  const size_t scratch_size = (size_t)n * 2 * LANES + MOST * 64 + 64;
+  float* scratch = arena.take<float>(threads * scratch_size);
+  const int unit = any.kind == BF16 ? 64 : (routed ? p.down.group : p.shared_down.group);
+  const int units = routed ? (p.width + unit - 1) / unit : 0, shared_units = (p.shared_width + unit - 1) / unit;
+  int actives = 0;
+  Phases phases;
+
+  // `unit` columns of silu(gate) * up for some tokens of one expert, rounded into h.
+  auto gate_up = [&](const Matrix& w, int e, int width, int u, const int* from, const int* to, int count, Rows& h) {
+    float out[MOST * 2 * LANES], tile[MOST * 64];
+    const int rows = w.kind == BF16 ? width : blocks_of(width) * LANES;  // where `up` begins
+    for (int t = 0; t < count; t += MOST) {
+      const int m = std::min(MOST, count - t), begin = u * unit, end = std::min(width, begin + unit);
+      for (int c = begin; c < end; c += LANES) {
+        const int first[2] = {c, rows + c};
+        multiply(w, e, first, 2, in, from + t, m, out);
+        for (int i = 0; i < m; i++)
+          for (int l = 0; l < LANES; l++) {
+            const float g = out[i * 2 * LANES + l], up = out[i * 2 * LANES + LANES + l];
+            tile[i * 64 + c - begin + l] = g / (1.0f + std::exp(-g)) * up;
+          }
+      }
+      for (int i = 0; i < m; i++) h.put(to[t + i], begin, end - begin, tile + i * 64);
+    }
+  };
+
+  PARALLEL {
+    float* mine = scratch + omp_get_thread_num() * scratch_size;
+    EACH(t, 0, n) {
+      float* row = normed + (size_t)t * p.hidden;
+      widen_row(x + (size_t)t * p.hidden, p.hidden, row);
+      norm_row(row, p.norm, p.hidden, p.eps, row);
+      in.put(t, 0, p.hidden, row);
+      all[t] = t;
+    }
+    BARRIER
+    if (routed) {
+      const int chunk = 8, chunks = (p.experts + chunk - 1) / chunk;
+      EACH(job, 1, n * chunks) {
+        const int t = job / chunks, begin = job % chunks * chunk;
+        const float* row = normed + (size_t)t * p.hidden;
+        for (int e = begin; e < std::min(p.experts, begin + chunk); e++) {
+          const float* w = p.gate + (size_t)e * p.hidden;
+          float total = 0;
+#pragma omp simd reduction(+ : total)
+          for (int i = 0; i < p.hidden; i++) total += row[i] * w[i];
+          logits[(size_t)t * p.experts + e] = total;
+        }
+      }
+      BARRIER
+      EACH(t, 2, n) route(p, logits + (size_t)t * p.experts, index + t * k, weight + t * k);
+      BARRIER
+      if (omp_get_thread_num() == 0) {
+        memset(starts, 0, (p.experts + 1) * sizeof(int32_t));
+        for (int s = 0; s < slots; s++) starts[index[s] + 1]++;
+        for (int e = 0; e < p.experts; e++) {
+          if (starts[e + 1]) active[actives++] = e;
+          starts[e + 1] += starts[e];
+        }
+        std::vector<int32_t> next(starts, starts + p.experts);
+        for (int s = 0; s < slots; s++) {
+          const int at = next[index[s]]++;
+          order[at] = s, tokens[at] = s / k;
+        }
+      }
+      BARRIER
+    }
+    const int routed_jobs = actives * units;
+    EACH(job, 3, routed_jobs + shared_units) {
+      if (job < routed_jobs) {
+        const int e = active[job / units], begin = starts[e];
+        gate_up(p.gate_up, e, p.width, job % units, tokens + begin, order + begin, starts[e + 1] - begin, h_routed);
+      } else {
+        gate_up(p.shared_gate_up, 0, p.shared_width, job - routed_jobs, all, all, n, h_shared);
+      }
+    }
+    BARRIER
+    EACH(job, 4, (p.hidden + 2 * LANES - 1) / (2 * LANES)) {
+      const int first[2] = {job * 2 * LANES, job * 2 * LANES + LANES}, blocks = first[1] < p.hidden ? 2 : 1;
+      const int wide = blocks * LANES, count = std::min(wide, p.hidden - first[0]);
+      float out[MOST * 2 * LANES];
+      memset(mine, 0, (size_t)n * wide * 4);
+      for (int a = 0; a < actives; a++) {
+        const int e = active[a];
+        for (int s = starts[e]; s < starts[e + 1]; s += MOST) {
+          const int m = std::min(MOST, starts[e + 1] - s);
+          multiply(p.down, e, first, blocks, h_routed, order + s, m, out);
+          for (int i = 0; i < m; i++) {
+            const float factor = weight[order[s + i]];
+            float* to = mine + (size_t)tokens[s + i] * wide;
+            for (int l = 0; l < wide; l++) to[l] += factor * out[i * wide + l];
+          }
+        }
+      }
+      for (int t = 0; shared && t < n; t += MOST) {
+        const int m = std::min(MOST, n - t);
+        multiply(p.shared_down, 0, first, blocks, h_shared, all + t, m, out);
+        for (int i = 0; i < m * wide; i++) mine[(size_t)t * wide + i] += out[i];
+      }
+      for (int t = 0; t < n; t++) add_to(x + (size_t)t * p.hidden + first[0], mine + (size_t)t * wide, count);
+    }
+  }
+}
+
+// Neighbouring pairs turned by the angles of one position; table [2, size / 2] holds cos and sin.
+static void turn(float* x, const float* table, int size) {
+  const float *cosine = table, *sine = table + size / 2;
+  for (int i = 0; i < size / 2; i++) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cosine[i] - b * sine[i];
+    x[2 * i + 1] = a * sine[i] + b * cosine[i];
+  }
+}
+
+// total[heads][rank] += sum over `count` cached tokens of weights[head][token] times the token's latent.
+template <int HEADS>
+static void mix(const uint16_t* weights, const uint16_t* cached, int width, int count, int rank, float* total) {
+  int c = 0;
+#if defined(__AVX512BF16__)
+  alignas(64) uint16_t order[2][32];
+  for (int i = 0; i < 32; i++)
+    for (int half = 0; half < 2; half++) order[half][i] = (uint16_t)(half * 16 + i / 2 + (i % 2) * 32);
+  const __m512i lower = _mm512_load_si512(order[0]), upper = _mm512_load_si512(order[1]);
+  for (; c + 64 <= rank; c += 64) {
+    F acc[HEADS][4];
+    for (int h = 0; h < HEADS; h++)
+      for (int i = 0; i < 4; i++) acc[h][i] = load<F>(total + (size_t)h * rank + c + 16 * i);
+    for (int t = 0; t < count; t += 2) {  // weights are padded with a zero, and the last row read twice
+      const uint16_t *one = cached + (size_t)t * width + c, *two = t + 1 < count ? one + width : one;
+      const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);
+      const __m512i d = _mm512_loadu_si512(one + 32), e = _mm512_loadu_si512(two + 32);
+      const __m512i v[4] = {_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b),
+                            _mm512_permutex2var_epi16(d, lower, e), _mm512_permutex2var_epi16(d, upper, e)};
+      for (int h = 0; h < HEADS; h++) {
+        const __m512bh w = (__m512bh)_mm512_set1_epi32(load<int32_t>(weights + h * BLOCK + t));
+        for (int i = 0; i < 4; i++) acc[h][i] = (F)_mm512_dpbf16_ps((__m512)acc[h][i], (__m512bh)v[i], w);
+      }
+    }
+    for (int h = 0; h < HEADS; h++)
+      for (int i = 0; i < 4; i++) memcpy(total + (size_t)h * rank + c + 16 * i, &acc[h][i], 64);
+  }
+#endif
+  for (; c + 16 <= rank; c += 16) {
+    F acc[HEADS];
+    for (int h = 0; h < HEADS; h++) acc[h] = load<F>(total + (size_t)h * rank + c);
+    for (int t = 0; t < count; t++) {
+      const F v = widen16(cached + (size_t)t * width + c);
+      for (int h = 0; h < HEADS; h++) acc[h] += v * widen(weights[h * BLOCK + t]);
+    }
+    for (int h = 0; h < HEADS; h++) memcpy(total + (size_t)h * rank + c, &acc[h], 64);
+  }
+  for (; c < rank; c++)
+    for (int h = 0; h < HEADS; h++)
+      for (int t = 0; t < count; t++) total[(size_t)h * rank + c] += widen(weights[h * BLOCK + t]) * widen(cached[(size_t)t * width + c]);
+}
+
+// One query of all heads over cached tokens [begin, end): sums not yet divided, with each head's maximum and divisor.
+static void attend(const Attention& p, const uint16_t* query, const uint16_t* cached, int begin, int end, float* total, float* most,
+                   float* divisor) {
+  const int width = p.rank + p.rope, heads = p.heads;
+  std::vector<float> scores((size_t)heads * BLOCK);
+  std::vector<uint16_t> weights((size_t)heads * BLOCK);
+  std::vector<const uint16_t*> queries(heads);
+  for (int h = 0; h < heads; h++) queries[h] = query + (size_t)h * width, most[h] = -INFINITY, divisor[h] = 0;
+  memset(total, 0, (size_t)heads * p.rank * 4);
+  for (int at = begin; at < end; at += BLOCK) {
+    const int count = std::min(BLOCK, end - at);
+    for (int t = 0; t < count; t += 4) {
+      const uint16_t* rows[4];
+      for (int i = 0; i < 4; i++) rows[i] = cached + (size_t)std::min(at + t + i, end - 1) * width;
+      tiles_bf16<4>(rows, queries.data(), heads, width, scores.data() + t, BLOCK);
+    }
+    for (int h = 0; h < heads; h++) {
+      float *row = scores.data() + (size_t)h * BLOCK, top = most[h];
+      for (int t = 0; t < count; t++) top = std::max(top, row[t] *= p.scale);
+      const float shrink = std::exp(most[h] - top);
+      float added = 0;
+      for (int t = 0; t < count; t++) {
+        const float w = std::exp(row[t] - top);
+        weights[(size_t)h * BLOCK + t] = narrow(w);
+        added += w;
+      }
+      if (count % 2) weights[(size_t)h * BLOCK + count] = 0;
+      divisor[h] = divisor[h] * shrink + added, most[h] = top;
+      if (shrink != 1.0f)
+        for (int c = 0; c < p.rank; c++) total[(size_t)h * p.rank + c] *= shrink;
+    }
+    int h = 0;
+    const uint16_t* rows = cached + (size_t)at * width;
+    for (; h + 6 <= heads; h += 6) mix<6>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
+    for (; h + 2 <= heads; h += 2) mix<2>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
+    for (; h < heads; h++) mix<1>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
+  }
+}
+
+// x += Attention(norm(x)) for n tokens x [n, hidden] in bf16. Token i is the last of the first lengths[i] rows of
+// caches[i], [capacity, rank + rope] in bf16; its own row is written here. rotary [n, 2, rope / 2].
+extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const float* rotary, const int32_t* lengths,
+                               uint16_t* const* caches, int threads) {
+  const Attention& p = *part;
+  const int width = p.rank + p.rope, head = p.nope + p.rope, heads = p.heads;
+  const bool low = p.q_a.kind != NONE;
+  int longest = 0;
+  for (int t = 0; t < n; t++) longest = std::max(longest, lengths[t]);
+  const int chunk = std::max(2 * BLOCK, (longest * n / (4 * threads) + BLOCK - 1) / BLOCK * BLOCK);
+  const int chunks = (longest + chunk - 1) / chunk;
+  const size_t most_row = std::max({p.hidden, p.q_rank, heads * p.value, heads * head, p.rank}) + 64;
+  const size_t floats = (size_t)n * (p.q_rank + (size_t)heads * (head + p.value) + width + 64) + threads * most_row +
+                        (size_t)n * chunks * heads * (p.rank + 2);
+  arena.reset(floats * 4 + Rows::bytes(p.kv_a, n) + Rows::bytes(p.q, n) + Rows::bytes(p.o, n) + (size_t)n * heads * width * 2 + 16384);
+  Rows in, middle, last;
+  in.claim(arena, p.kv_a, n);
+  if (low) middle.claim(arena, p.q, n);
+  last.claim(arena, p.o, n);
+  float* q_a = arena.take<float>((size_t)n * p.q_rank);
+  float* q = arena.take<float>((size_t)n * heads * head);
+  float* kv_a = arena.take<float>((size_t)n * width);
+  float* out = arena.take<float>((size_t)n * heads * p.value);
+  uint16_t* query = arena.take<uint16_t>((size_t)n * heads * width);
+  float* totals = arena.take<float>((size_t)n * chunks * heads * p.rank);
+  float* mosts = arena.take<float>((size_t)n * chunks * heads);
+  float* divisors = arena.take<float>((size_t)n * chunks * heads);
+  float* scratch = arena.take<float>(threads * most_row);
+  const Matrix& first = low ? p.q_a : p.q;
+  float* first_out = low ? q_a : q;
+  auto into = [](float* out, int rows) {
+    return [=](int t, int row, const float* values, int count) {
+      for (int i = 0; i < count; i++) out[(size_t)t * rows + row + i] = rounded(values[i]);
+    };
+  };
+  Phases phases;
+  PARALLEL {
+    float* mine = scratch + omp_get_thread_num() * most_row;
+    EACH(t, 0, n) {
+      widen_row(x + (size_t)t * p.hidden, p.hidden, mine);
+      norm_row(mine, p.norm, p.hidden, p.eps, mine);
+      in.put(t, 0, p.hidden, mine);
+    }
+    BARRIER
+    const int first_jobs = jobs_of(first);
+    EACH(job, 1, first_jobs + jobs_of(p.kv_a)) {
+      if (job < first_jobs) product_job(first, job, in, n, into(first_out, first.rows));
+      else product_job(p.kv_a, job - first_jobs, in, n, into(kv_a, width));
+    }
+    BARRIER
+    if (low) {
+      EACH(t, 2, n) {
+        norm_row(q_a + (size_t)t * p.q_rank, p.q_a_norm, p.q_rank, 1e-6f, mine);
+        middle.put(t, 0, p.q_rank, mine);
+      }
+      BARRIER
+      EACH(job, 3, jobs_of(p.q)) product_job(p.q, job, middle, n, into(q, p.q.rows));
+      BARRIER
+    }
+    EACH(job, 4, n * heads + n) {
+      if (job >= n * heads) {  // the new row of the cache
+        const int t = job - n * heads;
+        float* row = kv_a + (size_t)t * width;
+        uint16_t* to = caches[t] + (size_t)(lengths[t] - 1) * width;
+        norm_row(row, p.kv_a_norm, p.rank, 1e-6f, row);
+        turn(row + p.rank, rotary + (size_t)t * p.rope, p.rope);
+        for (int i = 0; i < width; i++) to[i] = narrow(row[i]);
+        continue;
+      }
+      const int t = job / heads, h = job % heads;
+      float* from = q + ((size_t)t * heads + h) * head;
+      uint16_t* to = query + ((size_t)t * heads + h) * width;
+      turn(from + p.nope, rotary + (size_t)t * p.rope, p.rope);
+      for (int i = 0; i < p.rope; i++) to[p.rank + i] = narrow(from[p.nope + i]);
+      const uint16_t* w_uk = p.kv_b + (size_t)h * (p.nope + p.value) * p.rank;  // [nope, rank]
+      int c = 0;
+      for (; c + 128 <= p.rank; c += 128) {
+        F acc[8] = {};
+        for (int d = 0; d < p.nope; d++)
+          for (int i = 0; i < 8; i++) acc[i] += widen16(w_uk + (size_t)d * p.rank + c + 16 * i) * from[d];
+        for (int i = 0; i < 8; i++)
+          for (int l = 0; l < 16; l++) to[c + 16 * i + l] = narrow(acc[i][l]);
+      }
+      for (; c < p.rank; c++) {
+        float total = 0;
+        for (int d = 0; d < p.nope; d++) total += widen(w_uk[(size_t)d * p.rank + c]) * from[d];
+        to[c] = narrow(total);
+      }
+    }
+    BARRIER
+    EACH(job, 5, n * chunks) {
+      const int t = job / chunks, begin = job % chunks * chunk, end = std::min(lengths[t], begin + chunk);
+      const size_t at = (size_t)job * heads;
+      if (begin < end)
+        attend(p, query + (size_t)t * heads * width, caches[t], begin, end, totals + at * p.rank, mosts + at, divisors + at);
+    }
+    BARRIER
+    EACH(job, 6, n * heads) {
+      const int t = job / heads, h = job % heads, used = (lengths[t] + chunk - 1) / chunk;
+      float top = -INFINITY, divisor = 0;
+      for (int i = 0; i < used; i++) top = std::max(top, mosts[((size_t)t * chunks + i) * heads + h]);
+      std::fill(mine, mine + p.rank, 0.0f);
+      for (int i = 0; i < used; i++) {
+        const size_t at = ((size_t)t * chunks + i) * heads + h;
+        const float factor = std::exp(mosts[at] - top);
+        divisor += divisors[at] * factor;
+        for (int c = 0; c < p.rank; c++) mine[c] += totals[at * p.rank + c] * factor;
+      }
+      uint16_t* mixed = query + ((size_t)t * heads + h) * width;  // the query is done with
+      for (int c = 0; c < p.rank; c++) mixed[c] = narrow(mine[c] / divisor);
+      const uint16_t* w_uv = p.kv_b + ((size_t)h * (p.nope + p.value) + p.nope) * p.rank;  // [value, rank]
+      for (int v = 0; v < p.value; v += 4) {
+        const uint16_t* rows[4];
+        float four[4];
+        for (int i = 0; i < 4; i++) rows[i] = w_uv + (size_t)std::min(v + i, p.value - 1) * p.rank;
+        tile_bf16<4, 1>(rows, (const uint16_t* const*)&mixed, p.rank, four, 4);
+        for (int i = 0; i < 4 && v + i < p.value; i++) out[((size_t)t * heads + h) * p.value + v + i] = four[i];
+      }
+    }
+    BARRIER
+    EACH(t, 7, n) last.put(t, 0, heads * p.value, out + (size_t)t * heads * p.value);
+    BARRIER
+    EACH(job, 8, jobs_of(p.o)) product_job(p.o, job, last, n, [&](int t, int row, const float* values, int count) {
+      add_to(x + (size_t)t * p.hidden + row, values, count);
+    });
+  }
+}
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+// weights [rows, cols] (fp32) -> codes and scales in the interleaved order; see quantized.pack, which says what for.
+extern "C" void dsv2_pack(const float* weights, int rows, int cols, int bits, int group, const float* shrinks, int candidates,
+                          uint8_t* codes, uint16_t* scales, int threads) {
+  const int groups = (cols + group - 1) / group, blocks = blocks_of(rows);
+  float values[16], middles[15];
+  for (int i = 0; i < 16; i++) values[i] = (float)codebook[i] - 128.0f;
+  for (int i = 0; i < 15; i++) middles[i] = (values[i] + values[i + 1]) / 2;
+  Phases phases;
+  PARALLEL {
+    std::vector<float> x(group), scaled(group);
+    std::vector<int32_t> index(group);
+    auto encode = [&](float inverse) {
+      for (int i = 0; i < group; i++) scaled[i] = x[i] * inverse, index[i] = 0;
+      for (int j = 0; j < 15; j++)
+        for (int i = 0; i < group; i++) index[i] += scaled[i] > middles[j];
+    };
+    EACH(block, 0, blocks) for (int lane = 0; lane < LANES; lane++) for (int g = 0; g < groups; g++) {
+      const int row = block * LANES + lane;
+      float largest = 0;
+      for (int i = 0; i < group; i++) {
+        const int c = g * group + i;
+        x[i] = row < rows && c < cols ? weights[(size_t)row * cols + c] : 0.0f;
+        if (std::fabs(x[i]) > std::fabs(largest)) largest = x[i];
+      }
+      uint16_t* scale = scales + ((size_t)block * groups + g) * LANES + lane;
+      if (bits == 8) {
+        *scale = narrow(std::fabs(largest) / 127.0f);
+        const float s = widen(*scale), inverse = s > 0 ? 1.0f / s : 0.0f;
+        for (int i = 0; i < group; i++) {
+          const float v = std::min(127.0f, std::max(-127.0f, std::nearbyintf(x[i] * inverse)));
+          const int k = g * group + i;
+          codes[((size_t)block * groups * group + k / 4 * 4) * LANES + lane * 4 + k % 4] = (uint8_t)(v + 128.0f);
+        }
+        continue;
+      }
+      float best = -1, chosen = 0;
+      for (int c = 0; c < candidates && largest != 0; c++) {
+        encode(shrinks[c] / largest);
+        float qx = 0, qq = 0;
+        for (int i = 0; i < group; i++) {
+          const float q = values[index[i]];
+          qx += q * x[i], qq += q * q;
+        }
+        if (qx * qx > best * qq) best = qx * qx / qq, chosen = qx / qq;
+      }
+      *scale = narrow(chosen);
+      const float s = widen(*scale);
+      encode(s != 0 ? 1.0f / s : 0.0f);
+      for (int i = 0; i < group; i++) {
+        const int k = g * group + i;
+        uint8_t& to = codes[((size_t)block * groups * group / 2 + k / 8 * 4) * LANES + lane * 4 + k % 4];
+        to = k / 4 % 2 ? (uint8_t)((to & 15) | (index[i] << 4)) : (uint8_t)((to & 240) | index[i]);
+      }
+    }
+  }
+}
+
+// ---- what the machine can do ----------------------------------------------------------------------------------------
+
+// Reads `count` bytes with all threads; the sum keeps the compiler from leaving it out.
+extern "C" uint64_t dsv2_read(const uint8_t* data, int64_t count, int threads) {
+  const int64_t piece = 1 << 18;
+  const int pieces = (int)(count / piece);
+  std::atomic<uint64_t> total{0};
+  Phases phases;
+  PARALLEL {
+    U acc[4] = {};
+    EACH(job, 0, pieces) {
+      const uint8_t* at = data + job * piece;
+      for (int64_t i = 0; i < piece; i += 256)
+        for (int j = 0; j < 4; j++) {
+          __builtin_prefetch(at + i + 64 * j + 2048);
+          acc[j] += load<U>(at + i + 64 * j);
+        }
+    }
+    const U together = acc[0] + acc[1] + acc[2] + acc[3];
+    uint64_t mine = 0;
+    for (int i = 0; i < 16; i++) mine += together[i];
+    total += mine;
+  }
+  return total;
+}

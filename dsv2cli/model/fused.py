@@ -1,0 +1,116 @@
+"""A model's layers through the C++ kernels: which can, and what they are given."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dsv2cli.kernels.native import AttentionPart, Kernels, MlpPart, matrix
+from dsv2cli.kernels.quantized import GROUP, Quantized
+from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Layer, Linear, MoE, Step
+
+FEW = 16  # tokens up to which absorbed attention is done in one call; more go through torch
+
+
+class FusedLayer:
+    """One layer in two calls. The structures hold addresses: the weights must stay where they are."""
+
+    def __init__(self, kernels: Kernels, layer: Layer) -> None:
+        self.kernels, self.layer = kernels, layer
+        self.attention_part, self.mlp_part = attention_part(layer), mlp_part(layer)
+
+    def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
+        assert step.cache is not None
+        flat = x.flatten(0, 1)
+        if flat.shape[0] <= FEW and self.layer.self_attn.path in ("auto", "absorbed"):
+            flat = flat.contiguous()
+            cache = step.cache.layers[index]
+            row = cache.stride(0) * cache.element_size()
+            caches = [cache.data_ptr() + i * row for i in range(x.shape[0]) for _ in range(x.shape[1])]
+            addresses = (ctypes.c_void_p * len(caches))(*caches)
+            lengths = (step.positions.flatten() + 1).int()
+            self.kernels.attention(self.attention_part, flat, step.rotary.contiguous(), lengths, addresses)
+        else:
+            x = x + self.layer.self_attn(self.layer.input_layernorm(x), step, index)
+            flat = x.flatten(0, 1).contiguous()
+        self.kernels.mlp(self.mlp_part, flat)
+        return flat.view_as(x)
+
+
+def attention_part(layer: Layer) -> AttentionPart:
+    attention: Attention = layer.self_attn
+    config = attention.config
+    low = config.q_lora_rank is not None
+    return AttentionPart(
+        layer.input_layernorm.weight.data_ptr(),
+        attention.q_a_layernorm.weight.data_ptr() if low else None,
+        attention.kv_a_layernorm.weight.data_ptr(),
+        attention.kv_b_proj.weight.data_ptr(),
+        matrix(attention.q_a_proj.weight if low else None),
+        matrix(attention.q_b_proj.weight if low else attention.q_proj.weight),
+        matrix(attention.kv_a_proj_with_mqa.weight),
+        matrix(attention.o_proj.weight),
+        config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
+        config.v_head_dim, config.kv_lora_rank, config.q_lora_rank or 0, layer.input_layernorm.eps, attention.scale,
+    )  # fmt: skip
+
+
+def mlp_part(layer: Layer) -> MlpPart:
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    config = layer.self_attn.config
+    if not isinstance(mlp, MoE):
+        assert isinstance(mlp, MLP)
+        dense = (None, None, mlp.gate_up_proj, mlp.down_proj)
+        return MlpPart(
+            norm.weight.data_ptr(), None, *map(matrix, dense),
+            config.hidden_size, 0, config.intermediate_size, 0, 0, 0, 0, 0, norm.eps, 1.0,
+        )  # fmt: skip
+    shared, grouped = mlp.shared_experts, config.topk_method == "group_limited_greedy"
+    weights = (
+        mlp.experts.gate_up_proj, mlp.experts.down_proj,
+        shared.gate_up_proj if shared else None, shared.down_proj if shared else None,
+    )  # fmt: skip
+    return MlpPart(
+        norm.weight.data_ptr(), mlp.gate.weight.data_ptr(), *map(matrix, weights),
+        config.hidden_size, config.moe_intermediate_size, config.moe_intermediate_size * (config.n_shared_experts or 0),
+        config.n_routed_experts or 0, config.num_experts_per_tok or 0, (config.n_group or 1) if grouped else 1,
+        (config.topk_group or 1) if grouped else 1, int(config.norm_topk_prob), norm.eps, config.routed_scaling_factor,
+    )  # fmt: skip
+
+
+def refusal(model: DeepseekV2) -> str:
+    """Why the kernels can not run this model, as words to follow 'because'; empty if they can."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}"
+    if model.dtype != torch.bfloat16:
+        return f"they compute in bfloat16, and the model is {str(model.dtype)[6:]}"
+    return "they know no attention_bias" if model.config.attention_bias else ""
+
+
+def use_kernels(model: DeepseekV2, kernels: Kernels | None) -> None:
+    """Run layers and single products through `kernels` from now on, or through plain torch for None."""
+    assert kernels is None or not refusal(model)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.product = None if kernels is None else kernels.linear(module.weight)
+        elif isinstance(module, Layer):
+            module.fused = None if kernels is None else FusedLayer(kernels, module)
+
+
+def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP) -> None:
+    """Put an empty Quantized in the place of every large weight that is read whole for a token.
+
+    Attention and head get 8 bits always; embedding, kv_b_proj (which attention reads both ways), router and norms stay.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            tied = module is model.lm_head and model.config.tie_word_embeddings
+            leaves = [] if tied or name.endswith("kv_b_proj") else [("weight", 8, 1)]
+        else:
+            leaves = [("gate_up_proj", bits, 2), ("down_proj", bits, 1)] if hasattr(module, "gate_up_proj") else []
+        for leaf, width, parts in leaves:
+            old = getattr(module, leaf)
+            delattr(module, leaf)
+            setattr(module, leaf, Quantized(tuple(old.shape), width, group, parts, old.device))

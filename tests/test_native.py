@@ -1,0 +1,124 @@
+"""The C++ kernels against the plain torch that says what they compute, for every instruction set this CPU runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.engine.generate import prefill
+from dsv2cli.kernels import native
+from dsv2cli.kernels.quantized import GROUP, Quantized, pack_reference, round_activations
+from dsv2cli.model.fused import make_quantized, refusal, use_kernels
+
+CPU = torch.device("cpu")
+GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "data" / "golden").glob("*/config.json"))
+FLAGS = native.processor().split()
+TARGETS = [name for name in native.TARGETS if name != "avx2" or {"avx2", "fma", "f16c"} <= set(FLAGS)]
+# Widths of V2 and V2-Lite, fewer rows; and odd ones.
+SHAPES = [(48, 2048), (33, 1408), (64, 5120), (40, 1536), (576, 512), (19, 50), (1, 7), (130, 96)]
+
+
+@pytest.fixture(params=TARGETS)
+def kernels(request):
+    library, why = native.load(request.param)
+    assert library is not None, why
+    return library
+
+
+def quantize(weight, bits, parts=1, group=GROUP):
+    out = Quantized(tuple(weight.shape), bits, group, parts, CPU)
+    for part, rows in enumerate(weight.chunk(parts)):
+        for to, values in zip(out.part(None, part), pack_reference(rows, bits, group), strict=True):
+            to.copy_(values)
+    return out
+
+
+def close(got, wanted, share):
+    """The error is small beside the numbers themselves."""
+    assert torch.isfinite(got).all()
+    assert (got.float() - wanted.float()).norm() <= share * wanted.float().norm(), (got, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group", [32, 64])
+def test_a_product_equals_the_plain_one(kernels, shape, group):
+    torch.manual_seed(0)
+    weight = (torch.randn(shape) * 0.02).bfloat16()
+    for count in (1, 2, 5, 13, 40):
+        x = torch.randn(count, shape[1]).bfloat16()
+        close(kernels.linear(weight)(x), x.float() @ weight.float().T, 4e-3)
+        for bits in (8, 4):
+            packed = quantize(weight, bits, group=group)
+            wanted = round_activations(x, group) @ packed.dequantize(torch.float32).T
+            close(kernels.linear(packed)(x), wanted, 4e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packing_in_c_equals_packing_in_torch(kernels, shape, bits):
+    torch.manual_seed(1)
+    weight = torch.randn(shape) * 0.02
+    weight[0, : shape[1] // 2] = 0
+    codes, scales = pack_reference(weight, bits, GROUP)
+    mine, theirs = torch.empty_like(codes), torch.empty_like(scales)
+    kernels.pack(weight, bits, GROUP, mine, theirs)
+    packed, other = Quantized(shape, bits, GROUP, 1, CPU), quantize(weight, bits)
+    packed.codes, packed.scales = mine, theirs
+    close(packed.dequantize(torch.float32), other.dequantize(torch.float32), 5e-3)  # near ties may fall either way
+    close(packed.dequantize(torch.float32), weight, 0.01 if bits == 8 else 0.09)
+
+
+def test_a_scale_is_searched_for():
+    torch.manual_seed(2)
+    x = torch.randn(1024, GROUP)
+    searched = quantize(x, 4).dequantize(torch.float32)
+    even = x.abs().amax(1, keepdim=True) / 7
+    assert (searched - x).pow(2).sum() < 0.6 * ((x / even).round() * even - x).pow(2).sum()
+
+
+def logits_of(model, prompts, steps):
+    """Prefill and then fixed tokens one by one, for a batch of prompts of different lengths."""
+    with torch.inference_mode():
+        cache = model.new_cache(len(prompts))
+        out = [prefill(model, prompts, cache)]
+        for step in range(steps):
+            ids = torch.full((len(prompts), 1), step % model.config.vocab_size)
+            out.append(model.logits(model(ids, cache)[:, -1]))
+        return torch.stack(out)
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_whole_model_is_as_near_to_fp32_as_the_plain_path(kernels, folder, bits):
+    model = load_model(folder, CPU, torch.bfloat16, bits=bits, kernels=kernels)
+    if refusal(model):
+        pytest.skip(refusal(model))
+    torch.manual_seed(3)
+    prompts = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in (3, 40, 150)]
+    exact = logits_of(load_model(folder, CPU, torch.float32, bits=bits, kernels=kernels), prompts, 6)
+    plain = logits_of(model, prompts, 6)
+    use_kernels(model, kernels)
+    fused = logits_of(model, prompts, 6)
+    # The median over rows: a near tie in a router may fall the other way in bf16, on either path.
+    error, allowed = (((out - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for out in (fused, plain))
+    # int8 activations cost 0.02 of these random logits, and 0.08 where they tip a router of eight experts.
+    assert error < 1.3 * allowed + (0 if bits is None else 0.08), (error, allowed)
+    use_kernels(model, None)
+    assert torch.equal(logits_of(model, prompts, 6), plain)
+
+
+def test_loading_quantises_every_large_weight():
+    model = load_model(GOLDEN[0], CPU, torch.bfloat16, bits=4)
+    kinds = {name.rpartition(".")[2]: module.bits for name, module in model.named_modules() if isinstance(module, Quantized)}
+    assert kinds["gate_up_proj"] == kinds["down_proj"] == 4 and kinds["weight"] == 8
+    twin = load_model(GOLDEN[0], CPU, torch.bfloat16)
+    make_quantized(twin, 8)
+    assert not any(name.endswith(("gate_up_proj", "o_proj.weight")) for name, _ in twin.named_parameters())
+
+
+def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library, why = native.load.__wrapped__("portable")
+    assert library is None and "compiler" in why

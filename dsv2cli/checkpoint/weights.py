@@ -1,5 +1,6 @@
 """Safetensors shards read straight into the model's final tensors: no second copy, no memory map left behind.
 
+A checkpoint that `dsv2 quantize` has packed lies in its file as it does in memory, and is mapped instead of read.
 Peak memory is the model plus one staging buffer a reader. Every tensor is checked for presence, shape, type and
 length before a byte of it is read. Pickle files are refused.
 """
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv2cli.errors import Dsv2Error
+from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.kernels.quantized import Quantized, pack_reference
 from dsv2cli.model.config import DeepseekV2Config
@@ -26,6 +29,7 @@ from dsv2cli.model.fused import make_quantized
 from dsv2cli.model.transformer import DeepseekV2
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAPPED = DTYPES | {"U8": torch.uint8}
 READERS = 4
 STAGING_BYTES = 32 * 2**20
 INDEX = "model.safetensors.index.json"
@@ -63,6 +67,10 @@ def load_model(
     Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
     """
     config = DeepseekV2Config.load(folder)
+    if config.packed is not None:
+        if bits not in (None, config.packed.bits):
+            raise UsageError(f"{folder} is packed in int{config.packed.bits}", fix="leave --quantize out")
+        return map_packed(folder, config, device, dtype)
     stored = list_tensors(folder)
     model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
     if bits is not None:
@@ -73,6 +81,40 @@ def load_model(
     except OSError as error:
         raise Dsv2Error(f"Reading {folder} failed", why=str(error), fix="check the disk, then run again") from None
     return model.eval().requires_grad_(False)
+
+
+def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None) -> DeepseekV2:
+    """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a CPU.
+
+    Nothing is read before it is used. Changes stay private. `dtype` converts what is not packed. Raises Dsv2Error as load_model.
+    """
+    assert config.packed is not None
+    model = empty_model(config, torch.device("meta"), getattr(torch, config.torch_dtype))
+    make_quantized(model, config.packed.bits, config.packed.group)
+    stored, state, files = list_tensors(folder), {}, {}
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a tied lm_head counts once
+    refuse_strangers(stored, places.keys(), folder)
+    for name, tensor in stored.items():
+        check(tensor, places[name], MAPPED)
+        if MAPPED[tensor.dtype] != places[name].dtype:
+            raise Dsv2Error(f"{tensor.file}: tensor {name} has type {tensor.dtype}", why="config.json calls for another")
+        if tensor.file not in files:
+            files[tensor.file] = map_file(tensor.file)
+        data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
+        data = data.view(places[name].dtype).view(tensor.shape).to(device)
+        keeps_type = name.endswith((".codes", ".scales", "gate.weight")) or dtype is None
+        state[name] = data if keeps_type else data.to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval().requires_grad_(False)
+
+
+def map_file(file: Path) -> Tensor:
+    """The bytes of a file without reading them; what is written to them stays in this process. [size] uint8"""
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> DeepseekV2:
@@ -236,33 +278,38 @@ def truncated(file: Path, size: int, needed: int, name: str = "") -> Dsv2Error:
 def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tuple[Stored, Tensor | Packing]]:
     """Pair each stored tensor with its place. Raises Dsv2Error for the first that does not fit."""
     places: dict[str, Tensor | Packing] = {**destinations(model), **packings(model)}
-    missing = sorted(places.keys() - stored.keys())
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
+    if model.config.tie_word_embeddings:  # it is the embedding, whether stored again or not
+        stored.pop("lm_head.weight", None)
+        places.pop("lm_head.weight", None)
+    refuse_strangers(stored, places.keys(), folder)
+    for name, tensor in stored.items():
+        check(tensor, places[name], DTYPES)
+    return [(tensor, places[name]) for name, tensor in stored.items()]
+
+
+def refuse_strangers(stored: dict[str, Stored], wanted: AbstractSet[str], folder: Path) -> None:
+    """Raises Dsv2Error unless the stored tensors are those that the config calls for."""
+    missing = sorted(wanted - stored.keys())
     if missing:
         shard = next(iter(stored.values())).file if len({t.file for t in stored.values()}) == 1 else folder / INDEX
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Dsv2Error(f"{shard} lacks the tensor {missing[0]}{more}", why="config.json calls for it")
-    pairs: list[tuple[Stored, Tensor | Packing]] = []
-    for name, tensor in stored.items():
-        if name.endswith(IGNORED) or (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            continue
-        if name not in places:
-            raise Dsv2Error(f"{tensor.file} holds the extra tensor {name}", why="config.json has no place for it")
-        check(tensor, places[name])
-        pairs.append((tensor, places[name]))
-    return pairs
+    for name in stored.keys() - wanted:
+        raise Dsv2Error(f"{stored[name].file} holds the extra tensor {name}", why="config.json has no place for it")
 
 
-def check(tensor: Stored, place: Tensor | Packing) -> None:
-    if tensor.dtype not in DTYPES:
+def check(tensor: Stored, place: Tensor | Packing, dtypes: dict[str, torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
         raise Dsv2Error(
-            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}", why=f"only {', '.join(DTYPES)} are loaded"
+            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}", why=f"only {', '.join(dtypes)} are loaded"
         )
     if tensor.shape != tuple(place.shape):
         raise Dsv2Error(
             f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}",
             why=f"config.json calls for {list(place.shape)}",
         )
-    if tensor.length != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
+    if tensor.length != math.prod(tensor.shape) * dtypes[tensor.dtype].itemsize:
         raise Dsv2Error(
             f"{tensor.file}: tensor {tensor.name} has {tensor.length:,} bytes",
             why=f"its shape {list(tensor.shape)} and type {tensor.dtype} call for another number",

@@ -15,6 +15,7 @@ from dsv2cli.cli.chat import chat
 from dsv2cli.cli.complete import complete
 from dsv2cli.cli.config import apply, config
 from dsv2cli.cli.info import info
+from dsv2cli.cli.quantize import quantize
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(chat)
 app.command()(complete)
 app.command()(bench)
 app.command()(info)
+app.command()(quantize)
 app.command()(config)
 
 

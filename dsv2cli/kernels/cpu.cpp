@@ -76,6 +76,17 @@ template <class T> INLINE T load(const void* p) {
   memcpy(&out, p, sizeof(T));
   return out;
 }
+// e to the power of x, to the last bit or two, for x up to 88; what is far below zero gives (nearly) zero.
+INLINE F exp16(F x) {
+  x = x < -87.0f ? (F){} - 87.0f : x;
+  const F scaled = x * 1.44269504f;
+  const I whole = __builtin_convertvector(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f, I);
+  const F n = __builtin_convertvector(whole, F);
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  F e = (F){} + 1.0f / 720;
+  e = e * r + 1.0f / 120, e = e * r + 1.0f / 24, e = e * r + 1.0f / 6, e = e * r + 0.5f, e = e * r + 1.0f, e = e * r + 1.0f;
+  return e * (F)((whole + 127) << 23);
+}
 INLINE F widen16(const uint16_t* p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
 INLINE float sum(F x) {
 #if defined(__AVX512F__)
@@ -174,6 +185,9 @@ struct Phases {
   int take(int phase) { return next[phase].fetch_add(1, std::memory_order_relaxed); }
 };
 #define EACH(job, phase, count) for (int job; (job = phases.take(phase)) < (count);)
+// The same with the number of the job that this thread does after it, so that its weights can be asked for in time.
+#define EACH_AHEAD(job, after, phase, count) \
+  for (int job = phases.take(phase), after; job < (count) && (after = phases.take(phase), true); job = after)
 
 // Activations ready to be multiplied: bf16 rows, or int8 rows with a scale and minus 128 times the sum of each group.
 struct Rows {
@@ -374,17 +388,124 @@ static void multiply(const Matrix& w, int e, const int* first, int count, const 
   }
 }
 
-// Jobs of 32 rows of w times all n rows of x; `give(token, row, values, count)` takes the results.
-INLINE int jobs_of(const Matrix& w) { return (w.rows + 2 * LANES - 1) / (2 * LANES); }
-template <class Give> static void product_job(const Matrix& w, int job, const Rows& x, int n, Give give) {
-  const int first[2] = {job * 2 * LANES, job * 2 * LANES + LANES}, count = first[1] < w.rows ? 2 : 1;
-  float out[MOST * 2 * LANES];
+// ---- streams: consecutive rows of a matrix times one token --------------------------------------------------------
+// One token is bounded by memory, and memory gives most to a thread that reads one run of addresses. Weights are asked
+// for AHEAD bytes early; near the end of a run, what is asked for is the run that comes `next` (null: not known).
+constexpr int AHEAD = 2048;
+
+INLINE const uint8_t* block_at(const Matrix& w, int e, int first) {
+  const uint8_t* base = w.codes + e * w.codes_step;
+  if (w.kind == BF16) return base + (size_t)std::min(first, w.rows - 1) * w.cols * 2;
+  return base + (size_t)(first / LANES) * ((w.cols + w.group - 1) / w.group * w.group) * LANES * w.kind / 8;
+}
+
+static void stream_bf16(const uint16_t* w, int count, const uint16_t* x, int cols, float* out, const uint8_t* next) {
+  const size_t all = (size_t)count * cols, last = all > AHEAD / 2 ? all - AHEAD / 2 : 0;
+  for (int r = 0; r < count; r++) {
+    const uint16_t* row = w + (size_t)r * cols;
+    F acc[4] = {};
+    int k = 0;
+    for (; k + 128 <= cols; k += 128) {
+      const size_t at = (size_t)r * cols + k;
+      const uint16_t* ahead = next && at >= last ? (const uint16_t*)next + (at - last) : row + k + AHEAD / 2;
+      for (int i = 0; i < 4; i++) {
+        __builtin_prefetch(ahead + 32 * i);
+        dot_bf16(acc[i], load<B>(row + k + 32 * i), load<B>(x + k + 32 * i));
+      }
+    }
+    for (; k + 32 <= cols; k += 32) dot_bf16(acc[0], load<B>(row + k), load<B>(x + k));
+    float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    for (; k < cols; k++) total += widen(row[k]) * widen(x[k]);
+    out[r] = total;
+  }
+}
+
+// Two runs of blocks side by side: two sums are under way, and the activations are loaded once for both. R 1: one run.
+template <int BITS, int R>
+static void stream_codes(const uint8_t* const* codes, const uint16_t* const* scales, int blocks, const Rows& x, int row,
+                         float* const* out, const uint8_t* const* next) {
+  const int8_t* q = x.q + (size_t)row * x.padded;
+  const float* scale = x.scale + (size_t)row * x.groups;
+  const int32_t* zero = x.zero + (size_t)row * x.groups;
+  const int group = x.group, last = std::max(0, blocks * x.groups - AHEAD / (group * LANES * BITS / 8));
+  const B low = (B){} + 15;
+  const uint8_t *at[R], *ahead[R];
+  const uint16_t* s[R];
+  for (int r = 0; r < R; r++) at[r] = codes[r], ahead[r] = at[r] + AHEAD, s[r] = scales[r];
+  for (int b = 0, done = 0; b < blocks; b++) {
+    F total[R] = {};
+    for (int g = 0; g < x.groups; g++, done++) {
+      for (int r = 0; r < R; r++)
+        if (done == last && next[r]) ahead[r] = next[r];
+      I acc[R];
+      for (int r = 0; r < R; r++) acc[r] = (I){} + zero[g];
+      const int8_t* a = q + (size_t)g * group;
+#pragma GCC unroll 4
+      for (int k = 0; k < group; k += 32 / BITS) {
+        B w[R];
+        for (int r = 0; r < R; r++) {
+          w[r] = load<B>(at[r]);
+          __builtin_prefetch(ahead[r]);
+          at[r] += 64, ahead[r] += 64;
+          dot4(acc[r], BITS == 8 ? w[r] : look_up(w[r] & low), load<int32_t>(a + k));
+        }
+        if (BITS == 4)
+          for (int r = 0; r < R; r++) dot4(acc[r], look_up((B)((U)w[r] >> 4) & low), load<int32_t>(a + k + 4));
+      }
+      for (int r = 0; r < R; r++) {
+        total[r] += __builtin_convertvector(acc[r], F) * (widen16(s[r]) * scale[g]);
+        s[r] += LANES;
+      }
+    }
+    for (int r = 0; r < R; r++) memcpy(out[r] + b * LANES, &total[r], 64);
+  }
+}
+
+// out[r][i] = row first[r] + i of matrix e times row `row` of x, for `count` rows and R runs of them; `next` likewise.
+template <int R>
+static void stream(const Matrix& w, int e, const int* first, int count, const Rows& x, int row, float* const* out, const uint8_t* const* next) {
+  const uint8_t* codes[R];
+  for (int r = 0; r < R; r++) codes[r] = block_at(w, e, first[r]);
+  if (w.kind == BF16) {
+    for (int r = 0; r < R; r++)
+      stream_bf16((const uint16_t*)codes[r], std::min(count, w.rows - first[r]), x.bf + (size_t)row * x.padded, w.cols, out[r],
+                  r + 1 < R ? codes[r + 1] : next[0]);
+    return;
+  }
+  const uint16_t* scales[R];
+  for (int r = 0; r < R; r++) scales[r] = w.scales + e * w.scales_step + (size_t)(first[r] / LANES) * x.groups * LANES;
+  if (w.kind == INT8) stream_codes<8, R>(codes, scales, blocks_of(count), x, row, out, next);
+  else stream_codes<4, R>(codes, scales, blocks_of(count), x, row, out, next);
+}
+// `count` <= WIDE rows in one job, as two runs where they are two whole blocks of codes.
+constexpr int WIDE = 2 * LANES;
+static void stream_job(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const uint8_t* next) {
+  if (w.kind != BF16 && count > LANES) {
+    const int both[2] = {first, first + LANES};
+    float* const outs[2] = {out, out + LANES};
+    const uint8_t* const nexts[2] = {next, next ? next + (block_at(w, e, LANES) - block_at(w, e, 0)) : nullptr};
+    stream<2>(w, e, both, LANES, x, row, outs, nexts);
+  } else {
+    stream<1>(w, e, &first, count, x, row, &out, &next);
+  }
+}
+
+// Jobs of WIDE rows of w times all n rows of x; `give(token, row, values, count)` takes the results.
+INLINE int jobs_of(const Matrix& w) { return (w.rows + WIDE - 1) / WIDE; }
+template <class Give> static void product_job(const Matrix& w, int job, int after, const Rows& x, int n, Give give) {
+  const int first[2] = {job * WIDE, job * WIDE + LANES}, count = std::min(WIDE, w.rows - first[0]), blocks = blocks_of(count);
+  float out[MOST * WIDE];
   int rows[MOST];
+  if (n == 1) {
+    stream_job(w, 0, first[0], count, x, 0, out, after < jobs_of(w) ? block_at(w, 0, after * WIDE) : nullptr);
+    give(0, first[0], out, count);
+    return;
+  }
   for (int t = 0; t < n; t += MOST) {
     const int m = std::min(MOST, n - t);
     for (int i = 0; i < m; i++) rows[i] = t + i;
-    multiply(w, 0, first, count, x, rows, m, out);
-    for (int i = 0; i < m; i++) give(t + i, first[0], out + i * count * LANES, std::min(count * LANES, w.rows - first[0]));
+    multiply(w, 0, first, blocks, x, rows, m, out);
+    for (int i = 0; i < m; i++) give(t + i, first[0], out + i * blocks * LANES, count);
   }
 }
 
@@ -434,11 +555,19 @@ extern "C" void dsv2_linear(const Matrix* w, const uint16_t* x, int n, void* out
       in.put(t, 0, w->cols, row);
     }
     BARRIER
-    EACH(job, 1, jobs_of(*w)) product_job(*w, job, in, n, [&](int t, int row, const float* values, int count) {
+    EACH_AHEAD(job, after, 1, jobs_of(*w)) product_job(*w, job, after, in, n, [&](int t, int row, const float* values, int count) {
       const size_t at = (size_t)t * w->rows + row;
       if (wide) memcpy((float*)out + at, values, count * 4);
       else for (int i = 0; i < count; i++) ((uint16_t*)out)[at + i] = narrow(values[i]);
     });
+  }
+}
+
+// to = silu(gates) * ups, in whole vectors.
+static void gate(const float* gates, const float* ups, float* to, int count) {
+  for (int i = 0; i < count; i += LANES) {
+    const F g = load<F>(gates + i), out = g / (1.0f + exp16(-g)) * load<F>(ups + i);
+    memcpy(to + i, &out, 64);
   }
 }
 
@@ -507,19 +636,24 @@ extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
   Phases phases;
 
   // `unit` columns of silu(gate) * up for some tokens of one expert, rounded into h.
-  auto gate_up = [&](const Matrix& w, int e, int width, int u, const int* from, const int* to, int count, Rows& h) {
+  auto gate_up = [&](const Matrix& w, int e, int width, int u, const int* from, const int* to, int count, Rows& h, const uint8_t* const* next) {
     float out[MOST * 2 * LANES], tile[MOST * 64];
     const int rows = w.kind == BF16 ? width : blocks_of(width) * LANES;  // where `up` begins
+    if (count == 1) {
+      const int begin = u * unit, wide = std::min(unit, width - begin);
+      const int first[2] = {begin, rows + begin};
+      float* const outs[2] = {tile, out};
+      stream<2>(w, e, first, wide, in, *from, outs, next);
+      gate(tile, out, tile, wide);
+      h.put(*to, begin, wide, tile);
+      return;
+    }
     for (int t = 0; t < count; t += MOST) {
       const int m = std::min(MOST, count - t), begin = u * unit, end = std::min(width, begin + unit);
       for (int c = begin; c < end; c += LANES) {
         const int first[2] = {c, rows + c};
         multiply(w, e, first, 2, in, from + t, m, out);
-        for (int i = 0; i < m; i++)
-          for (int l = 0; l < LANES; l++) {
-            const float g = out[i * 2 * LANES + l], up = out[i * 2 * LANES + LANES + l];
-            tile[i * 64 + c - begin + l] = g / (1.0f + std::exp(-g)) * up;
-          }
+        for (int i = 0; i < m; i++) gate(out + i * WIDE, out + i * WIDE + LANES, tile + i * 64 + c - begin, LANES);
       }
       for (int i = 0; i < m; i++) h.put(to[t + i], begin, end - begin, tile + i * 64);
     }
@@ -566,37 +700,49 @@ extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
       }
       BARRIER
     }
-    const int routed_jobs = actives * units;
-    EACH(job, 3, routed_jobs + shared_units) {
+    const int routed_jobs = actives * units, up_jobs = routed_jobs + shared_units;
+    EACH_AHEAD(job, after, 3, up_jobs) {
+      const bool more = after < routed_jobs;
+      const Matrix& w = more ? p.gate_up : p.shared_gate_up;
+      const int e = more ? active[after / units] : 0, begin = (more ? after % units : after - routed_jobs) * unit;
+      const int up = w.kind == BF16 ? w.rows / 2 : blocks_of(more ? p.width : p.shared_width) * LANES;
+      const uint8_t* const next[2] = {after < up_jobs ? block_at(w, e, begin) : nullptr, after < up_jobs ? block_at(w, e, up + begin) : nullptr};
       if (job < routed_jobs) {
         const int e = active[job / units], begin = starts[e];
-        gate_up(p.gate_up, e, p.width, job % units, tokens + begin, order + begin, starts[e + 1] - begin, h_routed);
+        gate_up(p.gate_up, e, p.width, job % units, tokens + begin, order + begin, starts[e + 1] - begin, h_routed, next);
       } else {
-        gate_up(p.shared_gate_up, 0, p.shared_width, job - routed_jobs, all, all, n, h_shared);
+        gate_up(p.shared_gate_up, 0, p.shared_width, job - routed_jobs, all, all, n, h_shared, next);
       }
     }
     BARRIER
-    EACH(job, 4, (p.hidden + 2 * LANES - 1) / (2 * LANES)) {
-      const int first[2] = {job * 2 * LANES, job * 2 * LANES + LANES}, blocks = first[1] < p.hidden ? 2 : 1;
-      const int wide = blocks * LANES, count = std::min(wide, p.hidden - first[0]);
-      float out[MOST * 2 * LANES];
+    const int down_jobs = (p.hidden + WIDE - 1) / WIDE;
+    EACH_AHEAD(job, after, 4, down_jobs) {
+      const int first[2] = {job * WIDE, job * WIDE + LANES}, count = std::min(WIDE, p.hidden - first[0]), blocks = blocks_of(count);
+      const int wide = blocks * LANES;
+      const Matrix& start = routed ? p.down : p.shared_down;
+      const uint8_t* next_job = after < down_jobs ? block_at(start, routed ? active[0] : 0, after * WIDE) : nullptr;
+      float out[MOST * WIDE];
       memset(mine, 0, (size_t)n * wide * 4);
       for (int a = 0; a < actives; a++) {
         const int e = active[a];
+        const uint8_t* next = a + 1 < actives ? block_at(p.down, active[a + 1], first[0]) : shared ? block_at(p.shared_down, 0, first[0]) : next_job;
         for (int s = starts[e]; s < starts[e + 1]; s += MOST) {
           const int m = std::min(MOST, starts[e + 1] - s);
-          multiply(p.down, e, first, blocks, h_routed, order + s, m, out);
+          if (m == 1) stream_job(p.down, e, first[0], count, h_routed, order[s], out, next);
+          else multiply(p.down, e, first, blocks, h_routed, order + s, m, out);
           for (int i = 0; i < m; i++) {
             const float factor = weight[order[s + i]];
             float* to = mine + (size_t)tokens[s + i] * wide;
-            for (int l = 0; l < wide; l++) to[l] += factor * out[i * wide + l];
+            for (int l = 0; l < count; l++) to[l] += factor * out[i * wide + l];
           }
         }
       }
       for (int t = 0; shared && t < n; t += MOST) {
         const int m = std::min(MOST, n - t);
-        multiply(p.shared_down, 0, first, blocks, h_shared, all + t, m, out);
-        for (int i = 0; i < m * wide; i++) mine[(size_t)t * wide + i] += out[i];
+        if (m == 1) stream_job(p.shared_down, 0, first[0], count, h_shared, t, out, next_job);
+        else multiply(p.shared_down, 0, first, blocks, h_shared, all + t, m, out);
+        for (int i = 0; i < m; i++)
+          for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * wide + l];
       }
       for (int t = 0; t < n; t++) add_to(x + (size_t)t * p.hidden + first[0], mine + (size_t)t * wide, count);
     }
@@ -676,12 +822,12 @@ static void attend(const Attention& p, const uint16_t* query, const uint16_t* ca
       for (int t = 0; t < count; t++) top = std::max(top, row[t] *= p.scale);
       const float shrink = std::exp(most[h] - top);
       float added = 0;
-      for (int t = 0; t < count; t++) {
-        const float w = std::exp(row[t] - top);
-        weights[(size_t)h * BLOCK + t] = narrow(w);
-        added += w;
+      std::fill(row + count, row + BLOCK, -INFINITY);
+      for (int t = 0; t < count; t += LANES) {
+        const F w = exp16(load<F>(row + t) - top);
+        added += sum(w);
+        for (int l = 0; l < LANES; l++) weights[(size_t)h * BLOCK + t + l] = narrow(w[l]);
       }
-      if (count % 2) weights[(size_t)h * BLOCK + count] = 0;
       divisor[h] = divisor[h] * shrink + added, most[h] = top;
       if (shrink != 1.0f)
         for (int c = 0; c < p.rank; c++) total[(size_t)h * p.rank + c] *= shrink;
@@ -689,6 +835,7 @@ static void attend(const Attention& p, const uint16_t* query, const uint16_t* ca
     int h = 0;
     const uint16_t* rows = cached + (size_t)at * width;
     for (; h + 6 <= heads; h += 6) mix<6>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
+    for (; h + 4 <= heads; h += 4) mix<4>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
     for (; h + 2 <= heads; h += 2) mix<2>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
     for (; h < heads; h++) mix<1>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
   }
@@ -739,9 +886,9 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
     }
     BARRIER
     const int first_jobs = jobs_of(first);
-    EACH(job, 1, first_jobs + jobs_of(p.kv_a)) {
-      if (job < first_jobs) product_job(first, job, in, n, into(first_out, first.rows));
-      else product_job(p.kv_a, job - first_jobs, in, n, into(kv_a, width));
+    EACH_AHEAD(job, after, 1, first_jobs + jobs_of(p.kv_a)) {
+      if (job < first_jobs) product_job(first, job, after, in, n, into(first_out, first.rows));
+      else product_job(p.kv_a, job - first_jobs, after - first_jobs, in, n, into(kv_a, width));
     }
     BARRIER
     if (low) {
@@ -750,7 +897,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
         middle.put(t, 0, p.q_rank, mine);
       }
       BARRIER
-      EACH(job, 3, jobs_of(p.q)) product_job(p.q, job, middle, n, into(q, p.q.rows));
+      EACH_AHEAD(job, after, 3, jobs_of(p.q)) product_job(p.q, job, after, middle, n, into(q, p.q.rows));
       BARRIER
     }
     EACH(job, 4, n * heads + n) {
@@ -805,18 +952,12 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
       uint16_t* mixed = query + ((size_t)t * heads + h) * width;  // the query is done with
       for (int c = 0; c < p.rank; c++) mixed[c] = narrow(mine[c] / divisor);
       const uint16_t* w_uv = p.kv_b + ((size_t)h * (p.nope + p.value) + p.nope) * p.rank;  // [value, rank]
-      for (int v = 0; v < p.value; v += 4) {
-        const uint16_t* rows[4];
-        float four[4];
-        for (int i = 0; i < 4; i++) rows[i] = w_uv + (size_t)std::min(v + i, p.value - 1) * p.rank;
-        tile_bf16<4, 1>(rows, (const uint16_t* const*)&mixed, p.rank, four, 4);
-        for (int i = 0; i < 4 && v + i < p.value; i++) out[((size_t)t * heads + h) * p.value + v + i] = four[i];
-      }
+      stream_bf16(w_uv, p.value, mixed, p.rank, out + ((size_t)t * heads + h) * p.value, nullptr);
     }
     BARRIER
     EACH(t, 7, n) last.put(t, 0, heads * p.value, out + (size_t)t * heads * p.value);
     BARRIER
-    EACH(job, 8, jobs_of(p.o)) product_job(p.o, job, last, n, [&](int t, int row, const float* values, int count) {
+    EACH_AHEAD(job, after, 8, jobs_of(p.o)) product_job(p.o, job, after, last, n, [&](int t, int row, const float* values, int count) {
       add_to(x + (size_t)t * p.hidden + row, values, count);
     });
   }

@@ -9,6 +9,8 @@ from typing import Any
 
 from dsv2cli.errors import Dsv2Error
 
+PACKED_BY, PACKED_FORMAT = "dsv2", 1  # quant_method and format in quantization_config
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -21,6 +23,14 @@ class RopeScaling:
     beta_slow: float = 1
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How `dsv2 quantize` packed the weights: bits of the MLPs, and how many numbers share a scale."""
+
+    bits: int
+    group: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class DeepseekV2Config:
     bos_token_id: int | None = 100000
     eos_token_id: int | list[int] | None = 100001
     torch_dtype: str = "bfloat16"
+    packed: Packed | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -113,6 +124,7 @@ class DeepseekV2Config:
         if isinstance(rope, dict):
             values["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta") or cls.rope_theta
         values["rope_scaling"] = parse_rope_scaling(rope, source)
+        values["packed"] = parse_packed(raw.get("quantization_config"), source)
         config = cls(**values)
         check_numbers(config, source)
         return config
@@ -141,6 +153,22 @@ def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
     return scaling
 
 
+def parse_packed(quantization: Any, source: str) -> Packed | None:
+    """`quantization_config` as `dsv2 quantize` writes it; those of other programs are refused."""
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != PACKED_BY:
+        raise not_implemented(source, "quantization_config", quantization, "only the codes of dsv2 quantize are read")
+    if quantization.get("format") != PACKED_FORMAT:
+        raise not_implemented(
+            source, "quantization_config.format", quantization.get("format"), f"this version reads format {PACKED_FORMAT}"
+        )
+    bits, group = quantization.get("bits"), quantization.get("group")
+    if bits not in (4, 8) or group not in (32, 64):
+        raise not_implemented(source, "quantization_config", quantization, "bits are 4 or 8, groups 32 or 64")
+    return Packed(bits, group)
+
+
 def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
     """Values that would change the arithmetic in ways this program does not follow."""
     only: dict[str, tuple[Any, ...]] = {
@@ -150,7 +178,6 @@ def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
         "topk_method": ("greedy", "gready", "group_limited_greedy", None),
         "mlp_bias": (False,),
         "rope_interleave": (True,),
-        "quantization_config": (None,),
         "sliding_window": (None,),
     }
     if "model_type" not in raw:

@@ -1,0 +1,42 @@
+"""`dsv2 quantize`: a checkpoint packed into 8 or 4 bits, ready to be mapped into memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv2cli.cli import options as opt
+from dsv2cli.cli import ui
+
+
+class Bits(str, Enum):
+    int8, int4 = "int8", "int4"
+
+
+class Group(str, Enum):
+    g32, g64 = "32", "64"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="DIR|REPO", help="Folder with a checkpoint, or a Hugging Face repository name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")],
+    to: Annotated[Bits, typer.Option(help="Bits of experts and dense layers; attention and head get 8 in both.")] = Bits.int4,
+    group: Annotated[Group, typer.Option(help="Numbers that share a scale.")] = Group.g64,
+    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
+) -> None:
+    """Pack a checkpoint into 8 or 4 bits. It then loads at once, and by several processes into the same memory."""
+    from dsv2cli.checkpoint.hub import find_model
+    from dsv2cli.checkpoint.quantize import quantize_checkpoint
+
+    folder = find_model(model)
+    library, _ = opt.pick_kernels(kernels, "cpu", small=False)
+    began = time.perf_counter()
+    with ui.loading(model) as progress:
+        size = quantize_checkpoint(folder, out, int(to.value[3:]), int(group.value), library, progress)
+    if sys.stderr.isatty():
+        ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")

@@ -15,6 +15,7 @@ from dsv2cli.model.size import expanded_kv_bytes_per_token
 
 if TYPE_CHECKING:
     from dsv2cli.engine.benchmark import Timing
+    from dsv2cli.model.transformer import DeepseekV2
 
 
 class Against(str, Enum):
@@ -43,14 +44,14 @@ def bench(
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
 
-    if against is not None and quantize is not opt.Quantize.none:
-        raise UsageError("--against compares the same weights", why="transformers has no such codes", fix="--quantize none")
+    if against is not None and opened.format.startswith("int"):
+        raise UsageError("--against compares the same weights", why="transformers has no such codes", fix="the checkpoint unpacked")
     loaded_peak = peak_memory_bytes(opened.model.device)
     twin = benchmark.transformers_twin(opened.model, opened.folder) if against is not None else None
     timings: list[Timing] = []
     with ui.counting("measuring", len(lengths) * (repetitions + 1) * (2 if twin is not None else 1)) as tick:
         for length in lengths:
-            timings += benchmark.run(opened.model, length, generate, batch, repetitions, twin, tick)
+            timings += benchmark.run(opened.model, length, generate, batch, repetitions, twin, tick, opened.kernels)
     config, cache = opened.model.config, opened.model.new_cache()
     dtype_name = str(opened.model.dtype).removeprefix("torch.")
     facts = {
@@ -59,7 +60,7 @@ def bench(
         "dtype": dtype_name,
         "attention": attention.value,
         "kernels": opened.path,
-        "quantize": quantize.value,
+        "weights": opened.format,
         "weights_bytes": benchmark.weights_bytes(opened.model),
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
@@ -67,10 +68,28 @@ def bench(
         "kv_bytes_per_token": cache.bytes_per_token(),
         "kv_bytes_per_token_expanded": expanded_kv_bytes_per_token(config, dtype_name),
     }
+    runs = [timing.as_json() | shares(opened.model, timing) for timing in timings]
     if json:
-        ui.write_json(facts | {"runs": [timing.as_json() for timing in timings]})
+        ui.write_json(facts | {"runs": runs})
     else:
-        show(facts, timings)
+        show(facts, timings, runs)
+
+
+def shares(model: DeepseekV2, timing: Timing) -> dict[str, float]:
+    """How near to the ceilings of the same minute, as medians over the repetitions. Decode: one sequence only."""
+    from dsv2cli.engine import benchmark
+
+    context = timing.prompt_tokens + timing.generated_tokens / 2
+    read, flops = benchmark.read_bytes_per_token(model, int(context)), benchmark.prefill_flops_per_token(model)
+
+    def share(rates: list[float], each: float, ceilings: list[float]) -> float:
+        return statistics.median(rate * each / ceiling for rate, ceiling in zip(rates, ceilings, strict=True))
+
+    out = {"prefill_share_of_gemm": share(timing.prefill_tokens_per_second, flops, timing.gemm_flops_per_second)}
+    if timing.batch == 1:
+        out["read_bytes_per_token"] = read
+        out["decode_share_of_bandwidth"] = share(timing.decode_tokens_per_second, read, timing.read_bytes_per_second)
+    return out
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -83,7 +102,7 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-def show(facts: dict[str, Any], timings: list[Timing]) -> None:
+def show(facts: dict[str, Any], timings: list[Timing], runs: list[dict[str, Any]]) -> None:
     """The result as a table on stdout: medians, with the range of the repetitions beside them."""
     from rich.table import Table
 
@@ -96,11 +115,18 @@ def show(facts: dict[str, Any], timings: list[Timing]) -> None:
             ranged(timing.prefill_tokens_per_second), ranged(timing.decode_tokens_per_second), ranged(timing.ttft_seconds),
         )  # fmt: skip
     console = ui.stdout()
-    console.print(ui.harmless(f"{facts['model']} · {facts['dtype'] if facts['quantize'] == 'none' else facts['quantize']} · {facts['device']} · {facts['kernels']}"))
+    console.print(ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}"))
     console.print(table)
     for ours, theirs in zip(timings[::2], timings[1::2], strict=False):
         if theirs.engine != ours.engine:
             console.print(f"prompt {ours.prompt_tokens}: {ratios(ours, theirs)}")
+    for run in runs:
+        if run["engine"] == "dsv2":
+            decode = f"decode {run['decode_share_of_bandwidth']:.0%} of reading at {run['read_bytes_per_second']['median'] / 1e9:.1f} GB/s, " if run["batch"] == 1 else ""
+            console.print(
+                f"prompt {run['prompt_tokens']}: {decode}prefill {run['prefill_share_of_gemm']:.0%} of "
+                f"torch's matrix product at {run['gemm_flops_per_second']['median'] / 1e9:,.0f} GFLOP/s"
+            )
     gib = 2**30
     console.print(
         f"load {facts['load_seconds']:.2f} s · weights {facts['weights_bytes'] / gib:.2f} GiB · peak memory "

@@ -17,8 +17,12 @@ from dsv2cli.device import synchronize
 from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.kernels.native import Kernels
+from dsv2cli.model import size
 from dsv2cli.model.transformer import DeepseekV2
 
+READ_BYTES = 2**28  # far more than a cache holds
+GEMM_SIZE = 1024
 GREEDY = Request(SamplingParams(temperature=0.0))
 
 
@@ -33,6 +37,9 @@ class Timing:
     prefill_tokens_per_second: list[float] = field(default_factory=list)
     decode_tokens_per_second: list[float] = field(default_factory=list)
     ttft_seconds: list[float] = field(default_factory=list)
+    # What the machine gave just before each repetition: a shared one changes by the minute.
+    read_bytes_per_second: list[float] = field(default_factory=list)
+    gemm_flops_per_second: list[float] = field(default_factory=list)
 
     def add(self, prefill_seconds: float, decode_seconds: float) -> None:
         self.ttft_seconds.append(prefill_seconds)
@@ -40,7 +47,7 @@ class Timing:
         self.decode_tokens_per_second.append(self.batch * (self.generated_tokens - 1) / decode_seconds)
 
     def as_json(self) -> dict[str, Any]:
-        lists = {name: getattr(self, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "ttft_seconds")}
+        lists = {name: values for name, values in vars(self).items() if isinstance(values, list)}
         plain = {name: getattr(self, name) for name in ("engine", "prompt_tokens", "generated_tokens", "batch")}
         return plain | {name: spread(values) | {"all": values} for name, values in lists.items()}
 
@@ -53,6 +60,48 @@ def weights_bytes(model: DeepseekV2) -> int:
     """Of parameters and quantised codes, each counted once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def read_bytes_per_token(model: DeepseekV2, context: int) -> float:
+    """Bytes of weights and cache that one token at batch 1 needs, each read once; the embedding gives one row."""
+    config = model.config
+    total = float(model.new_cache().bytes_per_token() * context)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        used = 1.0
+        if ".mlp.experts." in name:
+            used = (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1)
+        if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
+            used = 1 / config.vocab_size
+        total += used * tensor.numel() * tensor.element_size()
+    return total
+
+
+def prefill_flops_per_token(model: DeepseekV2) -> int:
+    """Multiplications and additions with weights; the head runs for the last token only, attention scores are left out."""
+    return 2 * sum(part.read for part in size.parts(model.config) if part.name not in ("embedding", "head"))
+
+
+class Machine:
+    """Two ceilings, measured beside the model: reading memory with all threads, and torch's matrix product."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> None:
+        self.device, self.kernels = device, kernels
+        self.data = torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)
+        self.square = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        synchronize(self.device)
+        began = time.perf_counter()
+        work()
+        synchronize(self.device)
+        return time.perf_counter() - began
+
+    def read_bytes_per_second(self) -> float:
+        kernels = self.kernels
+        return READ_BYTES / self.seconds(lambda: self.data.sum() if kernels is None else kernels.read(self.data))
+
+    def gemm_flops_per_second(self) -> float:
+        return 2 * GEMM_SIZE**3 / self.seconds(lambda: self.square @ self.square)
 
 
 def random_prompts(model: DeepseekV2, batch: int, length: int, seed: int) -> list[list[int]]:
@@ -119,6 +168,7 @@ def run(
     repetitions: int,
     twin: Any = None,
     tick: Callable[[], None] = lambda: None,
+    kernels: Kernels | None = None,
 ) -> list[Timing]:
     """Warm up once, then measure; with a twin the two alternate A B A B, so that both see the same machine."""
     if prompt + generate > model.config.max_position_embeddings:
@@ -133,11 +183,15 @@ def run(
     if twin is not None:
         measure = lambda prompts, count: time_transformers(twin, prompts, count)  # noqa: E731
         engines.append((measure, Timing("transformers", prompt, generate, batch)))
+    machine = Machine(model.device, model.dtype, kernels)
     for repetition in range(-1, repetitions):
+        reading, multiplying = machine.read_bytes_per_second(), machine.gemm_flops_per_second()
         prompts = random_prompts(model, batch, prompt, seed=repetition + 1)
         for measure, timing in engines:
             seconds = measure(prompts, generate if repetition >= 0 else 2)
             if repetition >= 0:
                 timing.add(*seconds)
+                timing.read_bytes_per_second.append(reading)
+                timing.gemm_flops_per_second.append(multiplying)
             tick()
     return [timing for _, timing in engines]

@@ -759,9 +759,26 @@ static void turn(float* x, const float* table, int size) {
   }
 }
 
-// total[heads][rank] += sum over `count` cached tokens of weights[head][token] times the token's latent.
+// Attention takes 16 heads at a time, one a lane: scores then need no sums across lanes. A query holds, for each pair of
+// numbers, those of 16 heads side by side.
+INLINE size_t query_at(int h, int c, int width) { return (((size_t)(h / LANES) * width / 2 + c / 2) * LANES + h % LANES) * 2 + c % 2; }
+
+// scores[t] = 16 heads of one query times T cached tokens.
+template <int T> static void score(const uint16_t* query, const uint16_t* cached, int width, F* scores) {
+  F acc[T];
+  for (int t = 0; t < T; t++) acc[t] = (F){};
+#pragma GCC unroll 4
+  for (int k = 0; k < width; k += 2) {
+    const B q = load<B>(query + (size_t)k * LANES);
+    for (int t = 0; t < T; t++) dot_bf16(acc[t], (B)((U){} + load<uint32_t>(cached + (size_t)t * width + k)), q);
+  }
+  for (int t = 0; t < T; t++) scores[t] = acc[t];
+}
+
+// total[HEADS][rank] += sum over `count` cached tokens of weights times the token's latent; weights[t / 2][16 heads] are
+// pairs of bf16, and the pair of a last odd token ends in a zero.
 template <int HEADS>
-static void mix(const uint16_t* weights, const uint16_t* cached, int width, int count, int rank, float* total) {
+static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total) {
   int c = 0;
 #if defined(__AVX512BF16__)
   alignas(64) uint16_t order[2][32];
@@ -772,14 +789,14 @@ static void mix(const uint16_t* weights, const uint16_t* cached, int width, int 
     F acc[HEADS][4];
     for (int h = 0; h < HEADS; h++)
       for (int i = 0; i < 4; i++) acc[h][i] = load<F>(total + (size_t)h * rank + c + 16 * i);
-    for (int t = 0; t < count; t += 2) {  // weights are padded with a zero, and the last row read twice
+    for (int t = 0; t < count; t += 2) {  // where there is no second token the first is read twice
       const uint16_t *one = cached + (size_t)t * width + c, *two = t + 1 < count ? one + width : one;
       const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);
       const __m512i d = _mm512_loadu_si512(one + 32), e = _mm512_loadu_si512(two + 32);
       const __m512i v[4] = {_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b),
                             _mm512_permutex2var_epi16(d, lower, e), _mm512_permutex2var_epi16(d, upper, e)};
       for (int h = 0; h < HEADS; h++) {
-        const __m512bh w = (__m512bh)_mm512_set1_epi32(load<int32_t>(weights + h * BLOCK + t));
+        const __m512bh w = (__m512bh)_mm512_set1_epi32((int32_t)weights[t / 2 * LANES + h]);
         for (int i = 0; i < 4; i++) acc[h][i] = (F)_mm512_dpbf16_ps((__m512)acc[h][i], (__m512bh)v[i], w);
       }
     }
@@ -787,58 +804,66 @@ static void mix(const uint16_t* weights, const uint16_t* cached, int width, int 
       for (int i = 0; i < 4; i++) memcpy(total + (size_t)h * rank + c + 16 * i, &acc[h][i], 64);
   }
 #endif
+  auto weight = [&](int h, int t) { return widen((uint16_t)(weights[t / 2 * LANES + h] >> (t % 2 * 16))); };
   for (; c + 16 <= rank; c += 16) {
     F acc[HEADS];
     for (int h = 0; h < HEADS; h++) acc[h] = load<F>(total + (size_t)h * rank + c);
     for (int t = 0; t < count; t++) {
       const F v = widen16(cached + (size_t)t * width + c);
-      for (int h = 0; h < HEADS; h++) acc[h] += v * widen(weights[h * BLOCK + t]);
+      for (int h = 0; h < HEADS; h++) acc[h] += v * weight(h, t);
     }
     for (int h = 0; h < HEADS; h++) memcpy(total + (size_t)h * rank + c, &acc[h], 64);
   }
   for (; c < rank; c++)
     for (int h = 0; h < HEADS; h++)
-      for (int t = 0; t < count; t++) total[(size_t)h * rank + c] += widen(weights[h * BLOCK + t]) * widen(cached[(size_t)t * width + c]);
+      for (int t = 0; t < count; t++) total[(size_t)h * rank + c] += weight(h, t) * widen(cached[(size_t)t * width + c]);
 }
 
 // One query of all heads over cached tokens [begin, end): sums not yet divided, with each head's maximum and divisor.
 static void attend(const Attention& p, const uint16_t* query, const uint16_t* cached, int begin, int end, float* total, float* most,
                    float* divisor) {
-  const int width = p.rank + p.rope, heads = p.heads;
-  std::vector<float> scores((size_t)heads * BLOCK);
-  std::vector<uint16_t> weights((size_t)heads * BLOCK);
-  std::vector<const uint16_t*> queries(heads);
-  for (int h = 0; h < heads; h++) queries[h] = query + (size_t)h * width, most[h] = -INFINITY, divisor[h] = 0;
-  memset(total, 0, (size_t)heads * p.rank * 4);
+  const int width = p.rank + p.rope, groups = blocks_of(p.heads);
+  std::vector<float> tops((size_t)groups * LANES, -INFINITY), sums((size_t)groups * LANES, 0.0f);
+  memset(total, 0, (size_t)p.heads * p.rank * 4);
   for (int at = begin; at < end; at += BLOCK) {
     const int count = std::min(BLOCK, end - at);
-    for (int t = 0; t < count; t += 4) {
-      const uint16_t* rows[4];
-      for (int i = 0; i < 4; i++) rows[i] = cached + (size_t)std::min(at + t + i, end - 1) * width;
-      tiles_bf16<4>(rows, queries.data(), heads, width, scores.data() + t, BLOCK);
-    }
-    for (int h = 0; h < heads; h++) {
-      float *row = scores.data() + (size_t)h * BLOCK, top = most[h];
-      for (int t = 0; t < count; t++) top = std::max(top, row[t] *= p.scale);
-      const float shrink = std::exp(most[h] - top);
-      float added = 0;
-      std::fill(row + count, row + BLOCK, -INFINITY);
-      for (int t = 0; t < count; t += LANES) {
-        const F w = exp16(load<F>(row + t) - top);
-        added += sum(w);
-        for (int l = 0; l < LANES; l++) weights[(size_t)h * BLOCK + t + l] = narrow(w[l]);
+    for (int g = 0; g < groups; g++) {
+      F scores[BLOCK];
+      const uint16_t* first = query + query_at(g * LANES, 0, width);
+      int done = 0;
+      for (; done + 8 <= count; done += 8) score<8>(first, cached + (size_t)(at + done) * width, width, scores + done);
+      for (; done < count; done++) score<1>(first, cached + (size_t)(at + done) * width, width, scores + done);
+      const F before = load<F>(tops.data() + g * LANES);
+      F top = before, added = {};
+      for (int t = 0; t < count; t++) {
+        scores[t] *= p.scale;
+        top = scores[t] > top ? scores[t] : top;
       }
-      divisor[h] = divisor[h] * shrink + added, most[h] = top;
-      if (shrink != 1.0f)
-        for (int c = 0; c < p.rank; c++) total[(size_t)h * p.rank + c] *= shrink;
+      uint32_t weights[BLOCK / 2 * LANES];
+      for (int t = 0; t < count; t += 2) {
+        const F one = exp16(scores[t] - top), two = t + 1 < count ? exp16(scores[t + 1] - top) : (F){};
+        added += one + two;
+        const U high = (U){} + 0xffff0000u, half = (U){} + 0x8000u;  // rounded; they are positive and finite
+        const U pair = (((U)one + half) >> 16) | (((U)two + half) & high);
+        memcpy(weights + t / 2 * LANES, &pair, 64);
+      }
+      const F shrink = exp16(before - top), sum = load<F>(sums.data() + g * LANES) * shrink + added;
+      memcpy(tops.data() + g * LANES, &top, 64);
+      memcpy(sums.data() + g * LANES, &sum, 64);
+      const int heads = std::min(LANES, p.heads - g * LANES);
+      float* to = total + (size_t)g * LANES * p.rank;
+      for (int h = 0; h < heads; h++)
+        if (shrink[h] != 1.0f)
+          for (int c = 0; c < p.rank; c++) to[(size_t)h * p.rank + c] *= shrink[h];
+      int h = 0;
+      const uint16_t* rows = cached + (size_t)at * width;
+      for (; h + 6 <= heads; h += 6) mix<6>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank);
+      for (; h + 4 <= heads; h += 4) mix<4>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank);
+      for (; h < heads; h++) mix<1>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank);
     }
-    int h = 0;
-    const uint16_t* rows = cached + (size_t)at * width;
-    for (; h + 6 <= heads; h += 6) mix<6>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
-    for (; h + 4 <= heads; h += 4) mix<4>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
-    for (; h + 2 <= heads; h += 2) mix<2>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
-    for (; h < heads; h++) mix<1>(weights.data() + (size_t)h * BLOCK, rows, width, count, p.rank, total + (size_t)h * p.rank);
   }
+  memcpy(most, tops.data(), p.heads * 4);
+  memcpy(divisor, sums.data(), p.heads * 4);
 }
 
 // x += Attention(norm(x)) for n tokens x [n, hidden] in bf16. Token i is the last of the first lengths[i] rows of
@@ -846,7 +871,7 @@ static void attend(const Attention& p, const uint16_t* query, const uint16_t* ca
 extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const float* rotary, const int32_t* lengths,
                                uint16_t* const* caches, int threads) {
   const Attention& p = *part;
-  const int width = p.rank + p.rope, head = p.nope + p.rope, heads = p.heads;
+  const int width = p.rank + p.rope, head = p.nope + p.rope, heads = p.heads, padded_heads = blocks_of(heads) * LANES;
   const bool low = p.q_a.kind != NONE;
   int longest = 0;
   for (int t = 0; t < n; t++) longest = std::max(longest, lengths[t]);
@@ -855,7 +880,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
   const size_t most_row = std::max({p.hidden, p.q_rank, heads * p.value, heads * head, p.rank}) + 64;
   const size_t floats = (size_t)n * (p.q_rank + (size_t)heads * (head + p.value) + width + 64) + threads * most_row +
                         (size_t)n * chunks * heads * (p.rank + 2);
-  arena.reset(floats * 4 + Rows::bytes(p.kv_a, n) + Rows::bytes(p.q, n) + Rows::bytes(p.o, n) + (size_t)n * heads * width * 2 + 16384);
+  arena.reset(floats * 4 + Rows::bytes(p.kv_a, n) + Rows::bytes(p.q, n) + Rows::bytes(p.o, n) + (size_t)n * padded_heads * width * 2 + 16384);
   Rows in, middle, last;
   in.claim(arena, p.kv_a, n);
   if (low) middle.claim(arena, p.q, n);
@@ -864,7 +889,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
   float* q = arena.take<float>((size_t)n * heads * head);
   float* kv_a = arena.take<float>((size_t)n * width);
   float* out = arena.take<float>((size_t)n * heads * p.value);
-  uint16_t* query = arena.take<uint16_t>((size_t)n * heads * width);
+  uint16_t* query = arena.take<uint16_t>((size_t)n * padded_heads * width);
   float* totals = arena.take<float>((size_t)n * chunks * heads * p.rank);
   float* mosts = arena.take<float>((size_t)n * chunks * heads);
   float* divisors = arena.take<float>((size_t)n * chunks * heads);
@@ -912,9 +937,9 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
       }
       const int t = job / heads, h = job % heads;
       float* from = q + ((size_t)t * heads + h) * head;
-      uint16_t* to = query + ((size_t)t * heads + h) * width;
+      uint16_t* to = query + (size_t)t * padded_heads * width;
       turn(from + p.nope, rotary + (size_t)t * p.rope, p.rope);
-      for (int i = 0; i < p.rope; i++) to[p.rank + i] = narrow(from[p.nope + i]);
+      for (int i = 0; i < p.rope; i++) to[query_at(h, p.rank + i, width)] = narrow(from[p.nope + i]);
       const uint16_t* w_uk = p.kv_b + (size_t)h * (p.nope + p.value) * p.rank;  // [nope, rank]
       int c = 0;
       for (; c + 128 <= p.rank; c += 128) {
@@ -922,12 +947,12 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
         for (int d = 0; d < p.nope; d++)
           for (int i = 0; i < 8; i++) acc[i] += widen16(w_uk + (size_t)d * p.rank + c + 16 * i) * from[d];
         for (int i = 0; i < 8; i++)
-          for (int l = 0; l < 16; l++) to[c + 16 * i + l] = narrow(acc[i][l]);
+          for (int l = 0; l < 16; l++) to[query_at(h, c + 16 * i + l, width)] = narrow(acc[i][l]);
       }
       for (; c < p.rank; c++) {
         float total = 0;
         for (int d = 0; d < p.nope; d++) total += widen(w_uk[(size_t)d * p.rank + c]) * from[d];
-        to[c] = narrow(total);
+        to[query_at(h, c, width)] = narrow(total);
       }
     }
     BARRIER
@@ -935,7 +960,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
       const int t = job / chunks, begin = job % chunks * chunk, end = std::min(lengths[t], begin + chunk);
       const size_t at = (size_t)job * heads;
       if (begin < end)
-        attend(p, query + (size_t)t * heads * width, caches[t], begin, end, totals + at * p.rank, mosts + at, divisors + at);
+        attend(p, query + (size_t)t * padded_heads * width, caches[t], begin, end, totals + at * p.rank, mosts + at, divisors + at);
     }
     BARRIER
     EACH(job, 6, n * heads) {
@@ -949,7 +974,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
         divisor += divisors[at] * factor;
         for (int c = 0; c < p.rank; c++) mine[c] += totals[at * p.rank + c] * factor;
       }
-      uint16_t* mixed = query + ((size_t)t * heads + h) * width;  // the query is done with
+      uint16_t* mixed = query + ((size_t)t * padded_heads + h) * width;  // the query is done with
       for (int c = 0; c < p.rank; c++) mixed[c] = narrow(mine[c] / divisor);
       const uint16_t* w_uv = p.kv_b + ((size_t)h * (p.nope + p.value) + p.nope) * p.rank;  // [value, rank]
       stream_bf16(w_uv, p.value, mixed, p.rank, out + ((size_t)t * heads + h) * p.value, nullptr);

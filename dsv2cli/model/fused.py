@@ -86,6 +86,8 @@ def refusal(model: DeepseekV2) -> str:
         return f"the model is on {model.device.type}"
     if model.dtype != torch.bfloat16:
         return f"they compute in bfloat16, and the model is {str(model.dtype)[6:]}"
+    if model.config.kv_lora_rank % 2:
+        return "they read the latent in pairs, and kv_lora_rank is odd"
     return "they know no attention_bias" if model.config.attention_bias else ""
 
 

@@ -117,6 +117,30 @@ def map_file(file: Path) -> Tensor:
     return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
+@torch.inference_mode(False)
+def random_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None) -> DeepseekV2:
+    """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
+    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype))
+    if bits is not None:
+        make_quantized(model, bits)
+    try:
+        model.to_empty(device=device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise no_room(model, device, error) from None
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0, 1.0 if name == "model.embed_tokens.weight" else 0.02)
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.codes.view(torch.int64).random_()
+            module.scales.fill_(0.02 / 70)  # the root mean square of a code
+    return model.eval().requires_grad_(False)
+
+
 def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> DeepseekV2:
     """The model with uninitialised weights on `device`; routers stay in fp32."""
     previous = torch.get_default_dtype()
@@ -125,18 +149,19 @@ def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dty
         with device:
             return DeepseekV2(config)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise no_room(config, device, dtype, error) from None
+        with torch.device("meta"):
+            model = DeepseekV2(config)
+        raise no_room(model, device, error) from None
     finally:
         torch.set_default_dtype(previous)
 
 
-def no_room(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype, error: Exception) -> Dsv2Error:
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in DeepseekV2(config).parameters())
+def no_room(model: DeepseekV2, device: torch.device, error: Exception) -> Dsv2Error:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     return Dsv2Error(
         f"Not enough memory on {device} for this model",
-        why=f"its weights need {count * dtype.itemsize / 2**30:.1f} GiB as {str(dtype)[6:]} ({str(error).splitlines()[0]})",
-        fix="--device cpu, or a smaller checkpoint" if device.type == "cuda" else "a smaller checkpoint, or more memory",
+        why=f"its weights need {needed / 2**30:.1f} GiB ({str(error).splitlines()[0]})",
+        fix="--quantize int4, --device cpu, or a smaller checkpoint" if device.type == "cuda" else "--quantize int4, a smaller checkpoint, or more memory",
     )
 
 

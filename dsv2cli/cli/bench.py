@@ -29,6 +29,9 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")] = 3,
     against: Annotated[Against | None, typer.Option(help="Alternate with this library over the same weights.")] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(metavar="DIR|FILE|REPO", help="Measure a model made of random weights from a config alone.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = opt.Dtype.auto,
@@ -39,7 +42,9 @@ def bench(
 ) -> None:
     """Measure prefill, decode, time to the first token, load time, memory and cache size."""
     lengths = parse_lengths(prompt)
-    opened = opt.open_model(model, device, dtype, threads, attention, kernels, quantize)
+    if random_weights is not None and model is not None:
+        raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
+    opened = opt.open_model(model, device, dtype, threads, attention, kernels, quantize, random_weights)
 
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark

@@ -117,30 +117,37 @@ class Opened:
 
 def open_model(
     name: str | None, device: str, dtype: Dtype, threads: int | None, attention: AttentionPath = AttentionPath.auto,
-    kernels: KernelsChoice = KernelsChoice.auto, quantize: Quantize = Quantize.none,
+    kernels: KernelsChoice = KernelsChoice.auto, quantize: Quantize = Quantize.none, random_weights: str | None = None,
 ) -> Opened:  # fmt: skip
-    """Find, load and report progress. Raises Dsv2Error for whatever stands in the way."""
-    from dsv2cli.checkpoint.hub import find_model
+    """Find, load and report progress; `random_weights` names a config to make a model from. Raises Dsv2Error for whatever
+    stands in the way."""
+    from dsv2cli.checkpoint.hub import find_config, find_model
 
-    folder = find_model(name)
-    shown = name or "the embedded model"
+    folder = find_model(name) if random_weights is None else find_config(random_weights)
+    shown = random_weights or name or "the embedded model"
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then takes huge pages for weights: reading them is 1.08x faster
     import torch
 
     from dsv2cli.checkpoint.tokenizer import read_json
-    from dsv2cli.checkpoint.weights import load_model
+    from dsv2cli.checkpoint.weights import load_model, random_model
     from dsv2cli.device import DTYPES, pick_device
+    from dsv2cli.model.config import DeepseekV2Config
     from dsv2cli.model.fused import refusal, use_kernels
+    from dsv2cli.model.size import parts
 
     place = pick_device(device)
-    small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL_MODEL_BYTES
+    config = DeepseekV2Config.load(folder)
+    small = 2 * sum(part.parameters for part in parts(config)) < SMALL_MODEL_BYTES
     if threads is not None or small:
         torch.set_num_threads(threads or 1)
     library, why = pick_kernels(kernels, place.type, small)
     bits = None if quantize is Quantize.none else int(quantize.value[3:])
     began = time.perf_counter()
     with ui.loading(shown) as progress:
-        model = load_model(folder, place, DTYPES.get(dtype.value), progress, bits, library)
+        if random_weights is None:
+            model = load_model(folder, place, DTYPES.get(dtype.value), progress, bits, library)
+        else:
+            model = random_model(config, place, DTYPES.get(dtype.value), bits)
     if library is not None:
         why = refusal(model)
         library = None if why else library
@@ -150,7 +157,8 @@ def open_model(
     model.use_attention(attention.value)
     settings = read_json(folder / "generation_config.json")
     path = "plain torch" if library is None else library.path
-    return Opened(model, folder, name or "embedded", settings, time.perf_counter() - began, library, path)
+    shown = name or "embedded" if random_weights is None else f"random weights of {random_weights}"
+    return Opened(model, folder, shown, settings, time.perf_counter() - began, library, path)
 
 
 def pick_kernels(choice: KernelsChoice, device: str, small: bool) -> tuple[Kernels | None, str]:

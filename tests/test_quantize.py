@@ -1,0 +1,128 @@
+"""Packed checkpoints: what `dsv2 quantize` writes, how it is read, and how much the model loses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from conftest import CPU, DATA, run_dsv2
+from safetensors import safe_open
+
+from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.quantize import quantize_checkpoint
+from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.demo.train import held_out_rows
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.kernels.native import load
+from dsv2cli.model.fused import use_kernels
+
+V2 = DATA / "golden" / "v2"
+IDS = torch.tensor([[5, 99, 3, 42, 17, 8]])
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "int4"
+    assert run_dsv2("quantize", str(V2), str(out)).returncode == 0
+    return out
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model.logits(model(IDS))
+
+
+@pytest.mark.parametrize("folder", [V2, EMBEDDED], ids=["v2", "tied"])
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32)])
+def test_a_packed_checkpoint_gives_what_quantising_while_loading_gives(folder, bits, group, tmp_path):
+    quantize_checkpoint(folder, tmp_path / "out", bits, group)
+    model = load_model(tmp_path / "out", CPU)
+    assert {w.group for w in model.modules() if hasattr(w, "codes")} == {group}
+    if group == 64:
+        assert torch.equal(logits(model), logits(load_model(folder, CPU, bits=bits)))
+    else:
+        torch.testing.assert_close(logits(model).norm(), logits(load_model(folder, CPU)).norm(), rtol=0.05, atol=0)
+
+
+def test_it_is_mapped_and_not_read(packed):
+    model = load_model(packed, CPU)
+    codes = model.model.layers[1].mlp.experts.gate_up_proj.codes
+    assert codes.untyped_storage().nbytes() > codes.nbytes  # a part of the file, not a tensor of its own
+    assert all(w.codes.data_ptr() % 64 == 0 for w in model.modules() if hasattr(w, "codes"))
+
+
+def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(packed):
+    config = json.loads((packed / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"], config["bits"], config["group"]) == ("dsv2", 1, 4, 64)
+    assert config["source_sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in V2.glob("model-*.safetensors")}
+    names = json.loads((packed / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in packed.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "dsv2 1", "bits": "4", "group": "64"}
+            assert set(opened.keys()) == {name for name, where in names.items() if where == file.name}
+            for name in opened.keys():  # noqa: SIM118
+                assert opened.get_tensor(name).numel() > 0
+    assert sum(f.stat().st_size for f in packed.glob("*.safetensors")) < sum(f.stat().st_size for f in V2.glob("model-*.safetensors"))
+
+
+def test_what_can_not_be_packed_is_refused_and_leaves_nothing(packed, tmp_path, copy_of_v2):
+    def fails(words, *arguments, code=2):
+        done = run_dsv2("quantize", *map(str, arguments))
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+    fails("is packed already", packed, tmp_path / "again")
+    fails("exists already", V2, packed)
+    fails("There is no model at", "/nowhere/at/all", tmp_path / "x")
+    shard = copy_of_v2 / "model-00003-of-000003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    fails("truncated", copy_of_v2, tmp_path / "y", code=1)
+    fails("Writing", V2, "/proc/nothing/out", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["v2"]
+    done = run_dsv2("complete", "--prompt-ids", "1", "-m", str(packed), "--quantize", "int8")
+    assert done.returncode == 2 and "packed in int4" in done.stderr
+
+
+def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
+    config = json.loads((packed / "config.json").read_text())
+    for change, words in (({"format": 2}, "format 1"), ({"bits": 3}, "bits"), ({"quant_method": "fp8"}, "dsv2 quantize")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | change}))
+        with pytest.raises(Dsv2Error, match=re.escape("quantization_config")) as caught:
+            load_model(tmp_path, CPU)
+        assert words in caught.value.why
+
+
+def test_the_embedded_model_loses_little():
+    """int8 within 0.1% of the loss, int4 within 2%, with the weights alone rounded and through the kernels."""
+    rows = torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False))
+    library, _ = load()
+
+    def loss(dtype, bits):
+        model = load_model(EMBEDDED, CPU, dtype, bits=bits)
+        if dtype is torch.bfloat16 and library is not None:
+            use_kernels(model, library)
+        with torch.inference_mode():
+            scores = model.logits(model(rows, model.new_cache(len(rows))))
+        return torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        full = loss(dtype, None)
+        assert abs(loss(dtype, 8) / full - 1) < 0.001, dtype
+        assert abs(loss(dtype, 4) / full - 1) < 0.02, dtype
+
+
+def test_bench_needs_no_checkpoint():
+    done = run_dsv2("bench", "--random-weights", str(V2), "--quantize", "int4", "--dtype", "bfloat16", "--prompt", "8", "--generate", "3", "-r", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["weights"] == "int4" and out["model"].startswith("random weights")
+    (run,) = out["runs"]
+    assert len(run["read_bytes_per_second"]["all"]) == 2
+    middle = zip(run["decode_tokens_per_second"]["all"], run["read_bytes_per_second"]["all"], strict=True)
+    shares = sorted(tokens * run["read_bytes_per_token"] / read for tokens, read in middle)
+    assert shares[0] <= run["decode_share_of_bandwidth"] <= shares[1]
+    both = run_dsv2("bench", "--random-weights", str(V2), "-m", str(V2))
+    assert both.returncode == 2 and "--random-weights" in both.stderr

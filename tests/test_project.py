@@ -19,9 +19,9 @@ errors device
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
 model.config model.size model.rope model.cache model.transformer model.fused
 checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize
-engine.sampling engine.generate engine.session engine.store engine.benchmark
+engine.sampling engine.generate engine.batch engine.session engine.store engine.benchmark
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
-cli.ui cli.options cli.config cli.flow cli.complete cli.commands cli.prompt cli.chat cli.bench cli.info cli.quantize cli.app __main__
+cli.ui cli.options cli.config cli.flow cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.info cli.quantize cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path

@@ -15,6 +15,7 @@ from dsv2cli.errors import UsageError
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2
 
+DRAFT = 7  # tokens drafted at most: with the new one they are eight rows, which cost a CPU little more than one
 PREFILL_CHUNK = 512  # tokens a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory
 
 
@@ -28,6 +29,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    speculate: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,48 @@ def generate_batch(
         logits = model.logits(model(new, cache)[:, -1])
 
 
+def look_up(history: list[int], most: int) -> list[int]:
+    """What followed the latest earlier place where the last few tokens stood: prompt-lookup drafting (Saxena 2023)."""
+    for size in (3, 2):
+        tail = history[-size:]
+        for start in range(len(history) - size - 1, -1, -1):
+            if history[start : start + size] == tail:
+                return history[start + size : start + size + most]
+    return []
+
+
+@torch.inference_mode()
+def speculate(
+    model: DeepseekV2, prompts: list[list[int]], request: Request, cache: LatentCache, logits: Tensor
+) -> Iterator[list[Token | None]]:
+    """generate_batch for one prompt, with tokens drafted from the text so far and checked in one forward pass.
+
+    Every token is sampled from the model's own scores in the same order as without drafts, so the text is the same up
+    to the rounding of a longer forward pass; where a draft differs from what was sampled it is dropped from the cache.
+    """
+    (prompt,) = prompts
+    generator = torch.Generator(model.device).manual_seed(request.seed)
+    history = list(prompt)
+    room = model.config.max_position_embeddings - cache.lengths[0]
+    left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
+    scores, draft = logits, list[int]()  # scores[i] follow draft[:i]
+    while left > 0:
+        token = None
+        for i in range(len(draft) + 1):
+            token = pick(scores[i], request, history, generator)
+            history.append(token.id)
+            left -= 1
+            yield [token]
+            if left == 0 or token.id in request.eos_ids:
+                return
+            if i < len(draft) and token.id != draft[i]:
+                cache.truncate(cache.lengths[0] - (len(draft) - i))
+                break
+        draft = look_up(history, min(DRAFT, left - 1))
+        new = torch.tensor([[history[-1], *draft]], device=model.device)
+        scores = model.logits(model(new, cache)[0])
+
+
 class StopStrings:
     """Finds stop strings in streamed text, holding back whatever may still turn into one."""
 
@@ -181,6 +225,35 @@ class StopStrings:
         return shown
 
 
+class Answer:
+    """One row's text as its tokens come: decoding, stop strings, and why it ended. Keeps `result` up to date."""
+
+    def __init__(self, tokenizer: Tokenizer | None, request: Request, result: Result) -> None:
+        self.decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self.request, self.result = request, result
+        self.stops = StopStrings(request.stop)
+        self.ended = False
+
+    def add(self, token: Token) -> str:
+        """The text that this token makes safe to show."""
+        self.result.tokens.append(token)
+        end_of_text = token.id in self.request.eos_ids
+        piece = self.stops.add("" if end_of_text or self.decoder is None else self.decoder.add(token.id))
+        self.result.text += piece
+        self.ended = end_of_text or self.stops.found
+        if self.ended:
+            self.result.finish_reason = "stop"
+        return piece
+
+    def finish(self) -> str:
+        """The text that was held back, when no more tokens come."""
+        if self.stops.found:
+            return ""
+        rest = self.stops.add(self.decoder.finish() if self.decoder is not None else "") + self.stops.finish()
+        self.result.text += rest
+        return rest
+
+
 def stream_text(
     model: DeepseekV2,
     tokenizer: Tokenizer | None,
@@ -197,28 +270,20 @@ def stream_text(
     reused = cache.lengths[0]
     assert reused < len(prompt_ids), "the last prompt token must be computed"
     result.prompt_ids, result.reused_tokens = prompt_ids, reused
-    decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
-    stops = StopStrings(request.stop)
+    answer = Answer(tokenizer, request, result)
     began = time.perf_counter()
     logits = prefill(model, [prompt_ids[reused:]], cache)
     result.prefill_seconds = time.perf_counter() - began
     first = 0.0
-    for (token,) in generate_batch(model, [prompt_ids], request, cache, logits):
+    steps = speculate if request.speculate else generate_batch
+    for (token,) in steps(model, [prompt_ids], request, cache, logits):
         assert token is not None, "a single row ends with the iteration"
         now = time.perf_counter()
         first = first or now
         result.ttft_seconds, result.decode_seconds = first - began, now - first
-        result.tokens.append(token)
-        ended = token.id in request.eos_ids
-        piece = stops.add("" if ended or decoder is None else decoder.add(token.id))
-        result.text += piece
-        yield piece
-        if ended or stops.found:
-            result.finish_reason = "stop"
+        yield answer.add(token)
+        if answer.ended:
             break
     else:
         result.finish_reason = "length"
-    if not stops.found:
-        rest = stops.add(decoder.finish() if decoder is not None else "") + stops.finish()
-        result.text += rest
-        yield rest
+    yield answer.finish()

@@ -44,6 +44,18 @@ class LatentCache:
         else:
             self.layers[layer].scatter_(1, positions[..., None].expand_as(rows), rows)
 
+    def row(self, index: int) -> LatentCache:
+        """One row as an empty cache of its own that shares this one's memory; this one must have room already."""
+        row = object.__new__(LatentCache)
+        row.lengths, row.layers = [0], [layer[index : index + 1] for layer in self.layers]
+        return row
+
+    def repeated(self, count: int) -> LatentCache:
+        """`count` rows, each a copy of the one row here."""
+        copy = object.__new__(LatentCache)
+        copy.lengths, copy.layers = self.lengths * count, [layer.repeat(count, 1, 1) for layer in self.layers]
+        return copy
+
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
         self.lengths = [min(length, old) for old in self.lengths]

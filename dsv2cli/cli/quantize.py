@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from enum import Enum
 from pathlib import Path
@@ -38,5 +37,4 @@ def quantize(
     began = time.perf_counter()
     with ui.loading(model) as progress:
         size = quantize_checkpoint(folder, out, int(to.value[3:]), int(group.value), library, progress)
-    if sys.stderr.isatty():
-        ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+    ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")

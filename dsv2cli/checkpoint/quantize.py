@@ -19,12 +19,21 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.hub import WANTED_FILES
-from dsv2cli.checkpoint.weights import INDEX, MAPPED, Progress, empty_model, list_tensors, match, read_all
+from dsv2cli.checkpoint.weights import (
+    INDEX,
+    MAPPED,
+    Progress,
+    empty_model,
+    list_tensors,
+    match,
+    read_all,
+    state_of,
+    weights_bytes,
+)
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model.config import PACKED_BY, PACKED_FORMAT, DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
-from dsv2cli.model.transformer import DeepseekV2
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
 NAMES = {dtype: name for name, dtype in MAPPED.items()}
@@ -50,7 +59,7 @@ def quantize_checkpoint(
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        refuse_full_disk(out, sum(t.numel() * t.element_size() for t in state_of(model).values()))
+        refuse_full_disk(out, weights_bytes(model))
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
             new = Path(unfinished) / out.name
             new.mkdir()
@@ -79,11 +88,6 @@ def quantize_checkpoint(
     except OSError as error:
         raise Dsv2Error(f"Writing {out} failed", why=error.strerror or str(error), fix="make room, or choose another disk") from error
     return sum(file.stat().st_size for file in out.iterdir())
-
-
-def state_of(module: torch.nn.Module | DeepseekV2) -> dict[str, Tensor]:
-    """What is to be stored: parameters, a tied one once, and the codes and scales."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def refuse_full_disk(out: Path, needed: int) -> None:

@@ -92,7 +92,7 @@ def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dty
     model = empty_model(config, torch.device("meta"), getattr(torch, config.torch_dtype))
     make_quantized(model, config.packed.bits, config.packed.group)
     stored, state, files = list_tensors(folder), {}, {}
-    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a tied lm_head counts once
+    places = state_of(model)
     refuse_strangers(stored, places.keys(), folder)
     for name, tensor in stored.items():
         check(tensor, places[name], MAPPED)
@@ -156,11 +156,19 @@ def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dty
         torch.set_default_dtype(previous)
 
 
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters, a tied one once, and the codes and scales of what is quantised, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def weights_bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state_of(module).values())
+
+
 def no_room(model: DeepseekV2, device: torch.device, error: Exception) -> Dsv2Error:
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     return Dsv2Error(
         f"Not enough memory on {device} for this model",
-        why=f"its weights need {needed / 2**30:.1f} GiB ({str(error).splitlines()[0]})",
+        why=f"its weights need {weights_bytes(model) / 2**30:.1f} GiB ({str(error).splitlines()[0]})",
         fix="--quantize int4, --device cpu, or a smaller checkpoint" if device.type == "cuda" else "--quantize int4, a smaller checkpoint, or more memory",
     )
 

@@ -114,10 +114,8 @@ def run(
     has_tokenizer = (opened.folder / "tokenizer.json").exists()
     tokenizer = opened.tokenizer() if has_tokenizer else None
     try:
-        if not skip_bad:  # say so before an hour's work, not after
-            for _ in read_jobs(path, opened, tokenizer, request, skip_bad):
-                pass
-        total = sum(1 for _ in read_jobs(path, opened, tokenizer, request, True))
+        # All lines are read before the first is run: what is wrong is said before an hour's work, not after.
+        total = sum(1 for _ in read_jobs(path, opened, tokenizer, request, skip_bad))
     except OSError as error:
         raise UsageError(f"{path} can not be read", why=error.strerror or str(error)) from None
     done = finished(out)

@@ -46,6 +46,7 @@ def bench(
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     opened = opt.open_model(model, device, dtype, threads, attention, kernels, quantize, random_weights)
 
+    from dsv2cli.checkpoint.weights import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
 
@@ -66,7 +67,7 @@ def bench(
         "attention": attention.value,
         "kernels": opened.path,
         "weights": opened.format,
-        "weights_bytes": benchmark.weights_bytes(opened.model),
+        "weights_bytes": weights_bytes(opened.model),
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
         "peak_memory_bytes": peak_memory_bytes(opened.model.device),

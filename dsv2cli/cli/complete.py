@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,8 +91,6 @@ def complete(
         ui.note(f"{written} answers in {output}" + (f", {errors} of them errors" if errors else ""))
         return
 
-    from dataclasses import replace
-
     from dsv2cli.engine.generate import Result, check_prompt, stream_text
 
     request = replace(request, speculate=speculate)
@@ -161,8 +160,6 @@ def several(
     count: int, ids: list[int], tokenizer: Tokenizer | None, opened: opt.Opened, request: Request, echo: bool, fail_on_length: bool
 ) -> None:
     """`count` answers to one prompt, which is read once; each is printed as soon as it and those before it are done."""
-    from dataclasses import replace
-
     from dsv2cli.engine.batch import Job, run_samples
 
     jobs = [Job(ids, replace(request, seed=request.seed + i)) for i in range(count)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2cli.checkpoint.weights import destinations
+from dsv2cli.checkpoint.weights import destinations, state_of
 from dsv2cli.device import synchronize
 from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
@@ -56,17 +56,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def weights_bytes(model: DeepseekV2) -> int:
-    """Of parameters and quantised codes, each counted once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def read_bytes_per_token(model: DeepseekV2, context: int) -> float:
     """Bytes of weights and cache that one token at batch 1 needs, each read once; the embedding gives one row."""
     config = model.config
     total = float(model.new_cache().bytes_per_token() * context)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in state_of(model).items():
         used = 1.0
         if ".mlp.experts." in name:
             used = (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1)

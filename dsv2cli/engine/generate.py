@@ -179,7 +179,6 @@ def speculate(
     left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
     scores, draft = logits, list[int]()  # scores[i] follow draft[:i]
     while left > 0:
-        token = None
         for i in range(len(draft) + 1):
             token = pick(scores[i], request, history, generator)
             history.append(token.id)

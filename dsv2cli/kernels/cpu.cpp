@@ -76,9 +76,9 @@ template <class T> INLINE T load(const void* p) {
   memcpy(&out, p, sizeof(T));
   return out;
 }
-// e to the power of x, to the last bit or two, for x up to 88; what is far below zero gives (nearly) zero.
+// e to the power of x, to the last bit or two; beyond -87 and 88 as there, which is nearly zero and nearly infinite.
 INLINE F exp16(F x) {
-  x = x < -87.0f ? (F){} - 87.0f : x;
+  x = x < -87.0f ? (F){} - 87.0f : x > 88.0f ? (F){} + 88.0f : x;
   const F scaled = x * 1.44269504f;
   const I whole = __builtin_convertvector(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f, I);
   const F n = __builtin_convertvector(whole, F);

@@ -108,13 +108,13 @@ def test_the_context_limit_ends_the_text(v2):
         steps = list(generate_batch(v2, [[5, 6, 7]], Request(), v2.new_cache()))
         assert len(steps) == 13
         with pytest.raises(UsageError, match="16 tokens"):
-            check_prompt(v2, [5] * 16)
+            check_prompt(v2.config, [5] * 16)
     finally:
         object.__setattr__(v2.config, "max_position_embeddings", room)
     with pytest.raises(UsageError, match="empty"):
-        check_prompt(v2, [])
+        check_prompt(v2.config, [])
     with pytest.raises(UsageError, match="no token 257"):
-        check_prompt(v2, [257])
+        check_prompt(v2.config, [257])
 
 
 def test_without_a_tokenizer_tokens_still_come(v2):

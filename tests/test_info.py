@@ -9,10 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import DATA, ROOT, golden_folders, run_dsv2
+from safetensors.torch import save_file
 
-from dsv2cli.checkpoint.weights import empty_model
+from dsv2cli.checkpoint.weights import destinations, empty_model, list_tensors, random_model, weights_bytes
+from dsv2cli.engine.benchmark import read_bytes_per_token
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.fused import make_quantized
 
 LITE, CHAT = DATA / "configs" / "DeepSeek-V2-Lite", DATA / "configs" / "DeepSeek-V2-Chat"
 
@@ -45,17 +48,98 @@ def test_the_published_models_have_their_published_sizes(folder, total, read, ca
     assert sum(part["parameters"] for part in facts["parts"].values()) == total
 
 
+ROUTER = 26 * 64 * 2048  # of V2-Lite: kept in fp32, so 2 bytes more than bf16 each
+
+
+def fit(facts, format):
+    (found,) = [place for place in facts["fits"] if place["format"] == format]
+    return found
+
+
 def test_memory_and_bandwidth_say_what_fits_and_how_fast_it_can_be():
     facts = info(LITE, "--memory", "31", "--bandwidth", "100")
-    assert not facts["fits"] and facts["longest_context"] == 0
-    facts = info(LITE, "--memory", "32", "--bandwidth", "100")
-    assert facts["fits"] and facts["longest_context"] == int((32e9 - facts["weights_bytes"]) // 31_104)
-    assert facts["decode_ceiling_tokens_per_second"] == pytest.approx(100e9 / (2 * 2_451_437_056 + 4096 * 31_104))
-    assert info(LITE, "--memory", "640")["longest_context"] == facts["max_position_embeddings"] == 163_840
+    bf16, weights = fit(facts, "bfloat16"), facts["formats"]["bfloat16"]["weights_bytes"]
+    assert weights == 2 * (15_706_484_224 + ROUTER) and not bf16["fits"] and bf16["longest_context"] == 0
+    assert fit(facts, "int8")["fits"] and facts["command"].endswith("--quantize int8")
+    facts = info(LITE, "--memory", "32", "--bandwidth", "100", "--context", "1000")
+    bf16 = fit(facts, "bfloat16")
+    assert bf16["fits"] and bf16["longest_context"] == int((32e9 - weights) // 31_104)
+    assert bf16["sequences"] == int((32e9 - weights) // (31_104 * 1000)) and bf16["context"] == 1000
+    rate = facts["decode_ceiling_tokens_per_second"]["bfloat16"]
+    assert rate == pytest.approx(100e9 / (2 * (2_451_437_056 + ROUTER) + 1000 * 31_104))
+    assert fit(info(LITE, "--memory", "640"), "int4")["longest_context"] == facts["max_position_embeddings"] == 163_840
+    assert {place["format"] for place in info(LITE, "--quantize", "int4")["fits"]} == {"int4"}
+
+
+def test_several_gpus_share_the_weights_and_each_holds_the_cache():
+    facts = info(CHAT, "--gpus", "8x80GB,2x24GiB")
+    eight, two = [place for place in facts["fits"] if place["format"] == "bfloat16"]
+    assert eight["count"] == 8 and eight["memory_bytes"] == 80e9 and two["memory_bytes"] == 24 * 2**30 and not two["fits"]
+    each = -(-facts["formats"]["bfloat16"]["weights_bytes"] // 8)
+    assert eight["weights_bytes_each"] == each and eight["sequences"] == int((80e9 - each) // (69_120 * 4096))
+    assert facts["kv_saving_against_67b"] == pytest.approx(0.822, abs=5e-4)
+    assert facts["kv_saving_against_67b_at_6_bits"] == pytest.approx(0.933, abs=5e-4)  # the paper's figure
+    for wrong in ("many", "0x80GB", "8x80XB"):
+        done = run_dsv2("info", str(CHAT), "--gpus", wrong)
+        assert done.returncode == 2 and wrong in done.stderr
+
+
+def test_this_machines_memory_is_found():
+    ram = [place for place in info(LITE)["fits"] if place["kind"] == "cpu"]
+    assert {place["format"] for place in ram} == {"bfloat16", "int8", "int4"} and ram[0]["memory_bytes"] > 2**30
+
+
+@pytest.mark.parametrize("folder", [*golden_folders(), LITE, CHAT], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("group", [32, 64])
+def test_bytes_in_every_format_are_those_of_the_model_itself(folder, group):
+    config = DeepseekV2Config.load(folder)
+    for bits in (None, 8, 4):
+        model = empty_model(config, torch.device("meta"), torch.bfloat16)
+        if bits is not None:
+            make_quantized(model, bits, group)
+        format = "bfloat16" if bits is None else f"int{bits}"
+        assert size.weights_bytes(config, format, "bfloat16", group) == weights_bytes(model)
+        if bits != 8:
+            read = sum(part.read_bytes for part in size.parts(config, format, "bfloat16", group))
+            assert read - read_bytes_per_token(model, 0) == (2 * config.hidden_size if config.tie_word_embeddings else 0)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_load_takes_the_memory_that_was_said(tmp_path, bits):
+    """A process loads some 350 MB from a file; what its memory grows by is what info says, within 3%."""
+    config = json.loads((LITE / "config.json").read_text()) | {
+        "num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 4000, "intermediate_size": 8192,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = random_model(DeepseekV2Config.load(tmp_path), torch.device("cpu"), torch.bfloat16, None)
+    save_file({name: tensor.clone() for name, tensor in destinations(model).items()}, tmp_path / "model.safetensors")
+    code = f"""
+import gc, psutil, torch
+from pathlib import Path
+from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.kernels import native
+kernels = native.load()[0] if {bits} else None
+load_model(Path({str(DATA / "golden" / "v2")!r}), torch.device("cpu"), bits={bits}, kernels=kernels)
+before = psutil.Process().memory_info().rss
+model = load_model(Path({str(tmp_path)!r}), torch.device("cpu"), bits={bits}, kernels=kernels)
+gc.collect()
+print(psutil.Process().memory_info().rss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    said = info(tmp_path)["formats"]["bfloat16" if bits is None else f"int{bits}"]["weights_bytes"]
+    assert said > 90e6 and grown == pytest.approx(said, rel=0.03), grown / said
+
+
+def test_a_packed_checkpoint_is_counted_as_it_lies(tmp_path):
+    assert run_dsv2("quantize", str(DATA / "golden" / "v2"), str(tmp_path / "out")).returncode == 0
+    facts = info(tmp_path / "out")
+    assert list(facts["formats"]) == ["int4"]
+    stored = sum(tensor.length for tensor in list_tensors(tmp_path / "out").values())
+    assert facts["formats"]["int4"]["weights_bytes"] == stored
 
 
 def test_a_config_file_will_do_and_the_number_format_can_be_chosen():
-    assert info(LITE / "config.json", "--dtype", "float32")["weights_bytes"] == 4 * 15_706_484_224
+    assert info(LITE / "config.json", "--dtype", "float32")["formats"]["float32"]["weights_bytes"] == 4 * 15_706_484_224
 
 
 def test_without_a_model_it_shows_the_card_of_the_embedded_one():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -59,3 +61,22 @@ def fetch(repository: str, wanted: list[str]) -> Path:
             why=(str(error).strip() or repr(error)).splitlines()[0],
             fix="check the name and the network; a private repository needs HF_TOKEN",
         ) from error
+
+
+def known_models(beginning: str) -> list[str]:
+    """Names that begin so: folders here (with a slash where one leads on), and repositories of this family in the cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    parent, _, start = beginning.rpartition("/")
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in sorted(Path(f"{parent}/" if parent or beginning.startswith("/") else ".").expanduser().iterdir()):
+            if entry.is_dir() and entry.name.startswith(start) and (start or not entry.name.startswith(".")):
+                name = beginning[: len(beginning) - len(start)] + entry.name
+                found.append(name if (entry / "config.json").exists() else name + "/")
+    for config in sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
+        name = config.parents[2].name.removeprefix("models--").replace("--", "/")
+        with contextlib.suppress(OSError, ValueError):
+            if name.startswith(beginning) and json.loads(config.read_bytes()).get("model_type") == "deepseek_v2":
+                found.append(name)
+    return list(dict.fromkeys(found))

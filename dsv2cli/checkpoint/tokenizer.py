@@ -63,8 +63,8 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return str(self.fast.decode(ids, skip_special_tokens=True))
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """The whole conversation through the chat template, ending where the assistant's answer begins.
+    def encode_chat(self, messages: list[Message], prefix: str = "") -> list[int]:
+        """The whole conversation through the chat template, ending where the assistant's answer begins, or after its `prefix`.
 
         The template writes BOS itself. Raises Dsv2Error when the checkpoint has no template or it rejects the messages.
         """
@@ -87,7 +87,7 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise Dsv2Error("The chat template rejected this conversation", why=str(error)) from None
-        return self.encode(rendered[0])
+        return self.encode(rendered[0] + prefix)
 
 
 class IncrementalDecoder:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,22 @@ class Line:
     job: Job
 
 
-def read_jobs(path: Path, opened: opt.Opened, tokenizer: Tokenizer | None, request: Request, skip_bad: bool) -> Iterator[Line]:
+def read_jobs(
+    lines: Iterable[bytes], name: str, opened: opt.Opened, tokenizer: Tokenizer | None, request: Request, skip_bad: bool
+) -> Iterator[Line]:
     """A line for each that is not blank. One that can not be run carries its error; without `skip_bad` it is raised."""
-    with path.open("rb") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            content: Any = None
-            try:
-                content = parse(text)
-                job = make_job(content, number, opened, tokenizer, request)
-            except Dsv2Error as error:
-                if not skip_bad:
-                    raise UsageError(f"{path}, line {number}: {error.what}", why=error.why, fix="mend it, or --on-bad-line skip") from None
-                job = Job([], request, error=f"{error.what} ({error.why})" if error.why else error.what)
-            yield Line(number, content.get("id", number) if isinstance(content, dict) else number, job)
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        content: Any = None
+        try:
+            content = parse(text)
+            job = make_job(content, number, opened, tokenizer, request)
+        except Dsv2Error as error:
+            if not skip_bad:
+                raise UsageError(f"{name}, line {number}: {error.what}", why=error.why, fix="mend it, or --on-bad-line skip") from None
+            job = Job([], request, error=f"{error.what} ({error.why})" if error.why else error.what)
+        yield Line(number, content.get("id", number) if isinstance(content, dict) else number, job)
 
 
 def parse(text: bytes) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def make_job(content: dict[str, Any], number: int, opened: opt.Opened, tokenizer
         if given[0] == "prompt" and not isinstance(prompt, str):
             raise Dsv2Error("prompt is not a text")
         ids = tokenizer.encode(prompt) if given[0] == "prompt" else tokenizer.encode_chat(checked(prompt, "messages"))
-    check_prompt(opened.model, ids)
+    check_prompt(opened.config, ids)
     seed, most, stop = (content.get(key, value) for key, value in (("seed", request.seed + number), ("max_new_tokens", request.max_new_tokens), ("stop", list(request.stop))))
     if type(seed) is not int or seed < 0 or type(most) is not int or most < 1:
         raise Dsv2Error("seed and max_new_tokens are whole numbers", why="max_new_tokens is at least 1")
@@ -104,6 +106,23 @@ def finished(out: Path) -> list[Any]:
     return ids
 
 
+def lines_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
+
+
+def answer_lines(opened: opt.Opened, request: Request, skip_bad: bool, report: Any) -> None:
+    """Each line of stdin answered on stdout before the next is read, so that a program may wait for its answer."""
+    tokenizer = opened.tokenizer() if opened.has_tokenizer() else None
+    for line in read_jobs(sys.stdin.buffer if sys.stdin is not None else (), "stdin", opened, tokenizer, request, skip_bad):
+        for job in run_batch(opened.model, tokenizer, [line.job], 1):
+            ui.write_json(answer(line, job, opened, report))
+
+
+def answer(line: Line, job: Job, opened: opt.Opened, report: Any) -> dict[str, Any]:
+    return {"id": line.id, "line": line.number, **({"error": job.error} if job.error else report(job.result, opened, job.request))}
+
+
 def run(
     path: Path, out: Path, opened: opt.Opened, request: Request, width: int, skip_bad: bool, report: Any
 ) -> tuple[int, int]:
@@ -111,15 +130,14 @@ def run(
 
     Answers stand in the order of the prompts, one line each, and reach the file as soon as all before them are done.
     """
-    has_tokenizer = (opened.folder / "tokenizer.json").exists()
-    tokenizer = opened.tokenizer() if has_tokenizer else None
+    tokenizer = opened.tokenizer() if opened.has_tokenizer() else None
     try:
         # All lines are read before the first is run: what is wrong is said before an hour's work, not after.
-        total = sum(1 for _ in read_jobs(path, opened, tokenizer, request, skip_bad))
+        total = sum(1 for _ in read_jobs(lines_of(path), str(path), opened, tokenizer, request, skip_bad))
     except OSError as error:
         raise UsageError(f"{path} can not be read", why=error.strerror or str(error)) from None
     done = finished(out)
-    lines = read_jobs(path, opened, tokenizer, request, skip_bad)
+    lines = read_jobs(lines_of(path), str(path), opened, tokenizer, request, skip_bad)
     for answered in done:
         line = next(lines, None)
         if line is None or line.id != answered:
@@ -139,8 +157,7 @@ def run(
                 tick()
             for job in run_batch(opened.model, tokenizer, jobs(), width):
                 line = running.pop(0)
-                answer = {"error": job.error} if job.error else report(job.result, opened, job.request)
-                file.write(json.dumps({"id": line.id, "line": line.number, **answer}, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(answer(line, job, opened, report), ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 written, errors = written + 1, errors + bool(job.error)
                 tick()

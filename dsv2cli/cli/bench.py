@@ -44,20 +44,20 @@ def bench(
     lengths = parse_lengths(prompt)
     if random_weights is not None and model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
-    opened = opt.open_model(model, device, dtype, threads, attention, kernels, quantize, random_weights)
+    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize), random_weights)
 
     from dsv2cli.checkpoint.weights import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
 
-    if against is not None and opened.format.startswith("int"):
+    if against is not None and opened.plan.format.startswith("int"):
         raise UsageError("--against compares the same weights", why="transformers has no such codes", fix="the checkpoint unpacked")
     loaded_peak = peak_memory_bytes(opened.model.device)
     twin = benchmark.transformers_twin(opened.model, opened.folder) if against is not None else None
     timings: list[Timing] = []
     with ui.counting("measuring", len(lengths) * (repetitions + 1) * (2 if twin is not None else 1)) as tick:
         for length in lengths:
-            timings += benchmark.run(opened.model, length, generate, batch, repetitions, twin, tick, opened.kernels)
+            timings += benchmark.run(opened.model, length, generate, batch, repetitions, twin, tick, opened.plan.kernels)
     config, cache = opened.model.config, opened.model.new_cache()
     dtype_name = str(opened.model.dtype).removeprefix("torch.")
     facts = {
@@ -65,8 +65,8 @@ def bench(
         "device": device_name(opened.model.device),
         "dtype": dtype_name,
         "attention": attention.value,
-        "kernels": opened.path,
-        "weights": opened.format,
+        "kernels": opened.plan.path,
+        "weights": opened.plan.format,
         "weights_bytes": weights_bytes(opened.model),
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,

@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsv2cli.checkpoint.hub import EMBEDDED, find_config
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
+from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 GB = 10**9
-CONTEXT = 4096
 
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="[DIR|FILE|REPO]", help="A checkpoint, a config.json or a repository name. Default: the embedded model.")
+        str | None, typer.Argument(metavar="[DIR|FILE|REPO]", autocompletion=opt.models, help="A checkpoint, a config.json or a repository name. Default: the embedded model.")
     ] = None,
     dtype: opt.DtypeOption = opt.Dtype.auto,
-    memory: Annotated[float | None, typer.Option(min=0, help="GB of memory: say whether it fits and the longest context.")] = None,
+    quantize: opt.QuantizeOption = opt.Quantize.none,
+    gpus: Annotated[str | None, typer.Option(metavar="NxSIZE", help="Memories to fit into instead of this machine's, such as 8x80GB or 24GB,2x16GB.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of one memory: say whether it fits and the longest context.")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0, help="GB/s of memory bandwidth: say the most tokens a second.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence, where sequences and speed are counted.")] = 4096,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:  # fmt: skip
-    """Say what a model is: parameters by part, what a token reads, cache size, and whether it fits. Loads nothing."""
-    path = find_config(model)
-    config = DeepseekV2Config.load(path)
-    facts = describe(config, model or "embedded", config.torch_dtype if dtype is opt.Dtype.auto else dtype.value)
+    """Say what a model is: parameters by part, bytes in each format, what a token reads, the cache, and what fits where. Loads nothing."""
+    config = DeepseekV2Config.load(find_config(model))
+    dtype_name = config.torch_dtype if dtype is opt.Dtype.auto else dtype.value
+    facts = describe(config, model or "embedded", dtype_name, context)
+    memories = parse_gpus(gpus) if gpus is not None else detected()
     if memory is not None:
-        fits = memory * GB >= facts["weights_bytes"]
-        facts |= {"memory_bytes": memory * GB, "fits": fits}
-        facts["longest_context"] = size.longest_context(config, facts["dtype"], memory * GB)
+        memories = [Memory("memory", int(memory * GB))]
+    chosen = None if quantize is opt.Quantize.none else quantize.value
+    facts["fits"] = [fit(config, facts, place, format) for place in memories for format in facts["formats"] if chosen in (None, format)]
+    facts["command"] = command(facts, model, bool(config.packed))
     if bandwidth is not None:
-        facts["ceiling_context"] = min(CONTEXT, config.max_position_embeddings)
-        facts["decode_ceiling_tokens_per_second"] = size.decode_ceiling(
-            config, facts["dtype"], bandwidth * GB, facts["ceiling_context"]
-        )
+        facts["ceiling_context"] = min(context, config.max_position_embeddings)
+        facts["decode_ceiling_tokens_per_second"] = {
+            format: size.decode_ceiling(config, format, dtype_name, bandwidth * GB, facts["ceiling_context"]) for format in facts["formats"]
+        }
     if json:
         ui.write_json(facts)
         return
-    show(facts)
+    show(facts, gpus is None and memory is None)
     if model is None:
         show_card((EMBEDDED.parent / "MODEL_CARD.md").read_text(encoding="utf-8"))
 
 
-def describe(config: DeepseekV2Config, name: str, dtype: str) -> dict[str, Any]:
+def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 4096) -> dict[str, Any]:
     """The numbers that follow from a config; sizes in bytes."""
-    parts = size.parts(config)
-    total, read = sum(part.parameters for part in parts), sum(part.read for part in parts)
-    item = size.ITEM_BYTES[dtype]
+    formats = [size.own_format(config)] if config.packed is not None else [dtype, *size.PACKED_BITS]
+    by_format = {format: size.parts(config, format, dtype) for format in formats}
+    counted = by_format[formats[0]]
+    cached = size.kv_bytes_per_token(config, dtype)
     return {
         "model": name,
         "dtype": dtype,
@@ -66,27 +77,67 @@ def describe(config: DeepseekV2Config, name: str, dtype: str) -> dict[str, Any]:
         "n_shared_experts": config.n_shared_experts or 0,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
-        "parameters": total,
-        "parameters_read_per_token": read,
-        "weights_bytes": total * item,
-        "read_bytes_per_token": read * item,
-        "kv_bytes_per_token": size.kv_bytes_per_token(config, dtype),
+        "context": min(context, config.max_position_embeddings),
+        "parameters": sum(part.parameters for part in counted),
+        "parameters_read_per_token": sum(part.read for part in counted),
+        "formats": {
+            format: {
+                "weights_bytes": sum(part.bytes for part in listed),
+                "read_bytes_per_token": sum(part.read_bytes for part in listed),
+            }
+            for format, listed in by_format.items()
+        },
+        "kv_bytes_per_token": cached,
         "kv_bytes_per_token_expanded": size.expanded_kv_bytes_per_token(config, dtype),
-        "parts": {part.name: {"parameters": part.parameters, "read_per_token": part.read, "bytes": part.parameters * item} for part in parts},
-    }  # fmt: skip
+        "kv_saving_against_67b": 1 - cached / size.DENSE_67B_KV_BYTES,
+        # As the paper counts: 6 bits a number.
+        "kv_saving_against_67b_at_6_bits": 1 - cached / size.ITEM_BYTES[dtype] * 6 / 8 / size.DENSE_67B_KV_BYTES,
+        "parts": {
+            part.name: {
+                "parameters": part.parameters,
+                "read_per_token": part.read,
+                "bytes": {format: listed[i].bytes for format, listed in by_format.items()},
+            }
+            for i, part in enumerate(counted)
+        },
+    }
 
 
-def show(facts: dict[str, Any]) -> None:
+def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: str) -> dict[str, Any]:
+    """Whether the weights in one format fit into a memory, or into several with an even share of them in each.
+
+    Each of several holds the whole cache, as tensor parallelism over heads does with a latent.
+    """
+    share = -(-facts["formats"][format]["weights_bytes"] // place.count)
+    room = size.room(config, share, facts["dtype"], place.bytes, facts["context"])
+    counts = {"name": place.name, "kind": place.kind, "count": place.count, "memory_bytes": place.bytes, "label": place.label}
+    return counts | {"format": format, "weights_bytes_each": share} | asdict(room)
+
+
+def command(facts: dict[str, Any], model: str | None, packed: bool) -> str:
+    """What to type for the widest format that fits one memory of this machine with a tenth to spare, the first memory that holds one."""
+    for place in facts["fits"]:
+        if place["count"] == 1 and place["weights_bytes_each"] < 0.9 * place["memory_bytes"] and place["sequences"]:
+            words = ["dsv2 chat"] + ([f"--model {shlex.quote(model)}"] if model is not None else [])
+            words += [f"--quantize {place['format']}"] if place["format"] in size.PACKED_BITS and not packed else []
+            words += [f"--dtype {place['format']}"] if place["format"] in ("float32", "float16") and not packed and model else []
+            return " ".join(words + (["--device cpu"] if place["kind"] == "cpu" and any(p["kind"] == "gpu" for p in facts["fits"]) else []))
+    return ""
+
+
+def show(facts: dict[str, Any], here: bool) -> None:
     from rich.table import Table
 
+    formats = facts["formats"]
     table = Table(box=None, pad_edge=False)
     table.add_column("part")
-    for column in ("parameters", "read a token", facts["dtype"]):
+    for column in ("parameters", "read a token", *formats):
         table.add_column(column, justify="right", no_wrap=True)
     for name, part in facts["parts"].items():
-        table.add_row(name, f"{part['parameters']:,}", f"{part['read_per_token']:,}", readable(part["bytes"]))
-    total = (f"{facts['parameters']:,}", f"{facts['parameters_read_per_token']:,}", readable(facts["weights_bytes"]))
-    table.add_row("total", *total, style="bold")
+        table.add_row(name, f"{part['parameters']:,}", f"{part['read_per_token']:,}", *map(readable, part["bytes"].values()))
+    total = [readable(each["weights_bytes"]) for each in formats.values()]
+    table.add_row("total", f"{facts['parameters']:,}", f"{facts['parameters_read_per_token']:,}", *total, style="bold")
+    table.add_row("a token reads", "", "", *(readable(each["read_bytes_per_token"]) for each in formats.values()))
     console = ui.stdout()
     experts = (
         f" · {facts['n_routed_experts']} experts, {facts['num_experts_per_tok']} a token, {facts['n_shared_experts']} shared"
@@ -104,14 +155,41 @@ def show(facts: dict[str, Any]) -> None:
         f"\ncache {facts['kv_bytes_per_token']:,} bytes a token, {saved:.1%} less than full keys and values "
         f"({facts['kv_bytes_per_token_expanded']:,})"
     )
-    if "fits" in facts:
-        room = f"fits, with a context of up to {facts['longest_context']:,} tokens" if facts["fits"] else "does not fit"
-        console.print(f"in {readable(facts['memory_bytes'])} of memory: {room} (working memory not counted)")
-    if "decode_ceiling_tokens_per_second" in facts:
+    if facts["kv_lora_rank"] >= 512:  # of tiny models it says nothing
         console.print(
-            f"at most {facts['decode_ceiling_tokens_per_second']:,.1f} tokens a second at a context of "
-            f"{facts['ceiling_context']:,}, if reading were the only cost"
+            f"against DeepSeek 67B's {size.DENSE_67B_KV_BYTES:,} bytes: {facts['kv_saving_against_67b']:.1%} less, "
+            f"{facts['kv_saving_against_67b_at_6_bits']:.1%} as the paper counts, with the latent in 6 bits"
         )
+    console.print()
+    console.print(rooms(facts))
+    console.print("(weights and cache; the working memory of a forward pass and the system's own are not counted)")
+    if any(place["count"] > 1 for place in facts["fits"]):
+        console.print("several GPUs: an even share of the weights and the whole cache on each; dsv2 itself uses one device so far")
+    if facts["command"]:
+        console.print(f"to type: {ui.harmless(facts['command'])}")
+    elif here:
+        least = min(formats, key=lambda format: formats[format]["weights_bytes"])
+        console.print(f"nothing fits here: {least} needs {readable(formats[least]['weights_bytes'])} and some room")
+    for format, rate in facts.get("decode_ceiling_tokens_per_second", {}).items():
+        console.print(
+            f"{format}: at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}, if reading were the only cost"
+        )
+
+
+def rooms(facts: dict[str, Any]) -> Table:
+    """Which format fits into which memory, with how long a context and how many sequences."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("memory", "format", "weights each", "longest context", f"sequences of {facts['context']:,}"):
+        table.add_column(column, justify="left" if column in ("memory", "format") else "right", no_wrap=True)
+    before = ""
+    for place in facts["fits"]:
+        what = [f"{place['longest_context']:,}", f"{place['sequences']:,}"] if place["fits"] else ["does not fit", "-"]
+        label = ui.harmless(place["label"])
+        table.add_row("" if label == before else label, place["format"], readable(place["weights_bytes_each"]), *what)
+        before = label
+    return table
 
 
 def show_card(card: str) -> None:

@@ -17,9 +17,12 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from dsv2cli.checkpoint.tokenizer import Tokenizer
     from dsv2cli.engine.generate import Request, Result
     from dsv2cli.kernels.native import Kernels
+    from dsv2cli.model.config import DeepseekV2Config
     from dsv2cli.model.transformer import DeepseekV2
 
 
@@ -39,11 +42,20 @@ class Quantize(str, Enum):
     none, int8, int4 = "none", "int8", "int4"
 
 
+CURSOR = "<CURSOR>"  # where a file is to be filled in
+
 # Steps of so small a model are shorter than waking a second thread, and on a busy machine they would wait for it.
 SMALL_MODEL_BYTES = 64 * 2**20
 
+def models(incomplete: str) -> list[str]:
+    """For the shell's completion: folders that hold a checkpoint or lead on, and DeepSeek-V2 models already downloaded."""
+    from dsv2cli.checkpoint.hub import known_models
+
+    return known_models(incomplete)
+
+
 MODEL_HELP = "Folder with a checkpoint, or a Hugging Face repository name. Default: the small model inside the package."
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", metavar="DIR|REPO", help=MODEL_HELP)]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", metavar="DIR|REPO", autocompletion=models, help=MODEL_HELP)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto is the checkpoint's own.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")]
@@ -66,31 +78,35 @@ class Overflow(str, Enum):
     ask, stop, drop, summarise = "ask", "stop", "drop", "summarise"
 
 
-@dataclass
-class Opened:
-    """A model ready to run, with what its folder says about sampling."""
+@dataclass(frozen=True)
+class Compute:
+    """What the command line says about where and how to run."""
 
-    model: DeepseekV2
+    device: str = "auto"
+    dtype: Dtype = Dtype.auto
+    threads: int | None = None
+    attention: AttentionPath = AttentionPath.auto
+    kernels: KernelsChoice = KernelsChoice.auto
+    quantize: Quantize = Quantize.none
+
+
+@dataclass
+class Checkpoint:
+    """A model's folder and what it says about itself; nothing is loaded yet."""
+
     folder: Path
     name: str
+    config: DeepseekV2Config
     settings: dict[str, Any]
-    load_seconds: float
-    kernels: Kernels | None = None
-    path: str = "plain torch"
-
-    @property
-    def format(self) -> str:
-        """Of the weights: int4, int8, or the number format."""
-        from dsv2cli.kernels.quantized import Quantized
-
-        bits = [module.bits for module in self.model.modules() if isinstance(module, Quantized)]
-        return f"int{min(bits)}" if bits else str(self.model.dtype).removeprefix("torch.")
 
     @property
     def eos_ids(self) -> frozenset[int]:
         """From generation_config.json, else config.json; one id or several."""
-        value = self.settings.get("eos_token_id", self.model.config.eos_token_id)
+        value = self.settings.get("eos_token_id", self.config.eos_token_id)
         return frozenset(value if isinstance(value, list) else [] if value is None else [value])
+
+    def has_tokenizer(self) -> bool:
+        return (self.folder / "tokenizer.json").exists()
 
     def tokenizer(self) -> Tokenizer:
         from dsv2cli.checkpoint.tokenizer import Tokenizer
@@ -115,50 +131,88 @@ class Opened:
         )
 
 
-def open_model(
-    name: str | None, device: str, dtype: Dtype, threads: int | None, attention: AttentionPath = AttentionPath.auto,
-    kernels: KernelsChoice = KernelsChoice.auto, quantize: Quantize = Quantize.none, random_weights: str | None = None,
-) -> Opened:  # fmt: skip
-    """Find, load and report progress; `random_weights` names a config to make a model from. Raises Dsv2Error for whatever
-    stands in the way."""
-    from dsv2cli.checkpoint.hub import find_config, find_model
+@dataclass
+class Plan:
+    """Where and how a model will run."""
 
-    folder = find_model(name) if random_weights is None else find_config(random_weights)
-    shown = random_weights or name or "the embedded model"
+    device: torch.device
+    dtype: torch.dtype
+    format: str  # of the weights: int4, int8, or the number format
+    kernels: Kernels | None
+    path: str  # which kernels
+    why: str  # they are not others, as words to follow 'because'
+
+
+@dataclass
+class Opened(Checkpoint):
+    """A model ready to run."""
+
+    model: DeepseekV2
+    plan: Plan
+    load_seconds: float
+
+
+def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
+    """The checkpoint that a name means, or one of random weights whose config is named. Raises Dsv2Error."""
+    from dsv2cli.checkpoint.hub import find_config, find_model
+    from dsv2cli.checkpoint.tokenizer import read_json
+    from dsv2cli.model.config import DeepseekV2Config
+
+    if random_weights is not None:
+        path = find_config(random_weights)
+        return Checkpoint(path, f"random weights of {random_weights}", DeepseekV2Config.load(path), {})
+    folder = find_model(name)
+    return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), read_json(folder / "generation_config.json"))
+
+
+def make_plan(config: DeepseekV2Config, compute: Compute) -> Plan:
+    """Choose device, number format, kernels and threads. Raises Dsv2Error where what was asked for is not there."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then takes huge pages for weights: reading them is 1.08x faster
     import torch
 
-    from dsv2cli.checkpoint.tokenizer import read_json
-    from dsv2cli.checkpoint.weights import load_model, random_model
     from dsv2cli.device import DTYPES, pick_device
-    from dsv2cli.model.config import DeepseekV2Config
-    from dsv2cli.model.fused import refusal, use_kernels
-    from dsv2cli.model.size import parts
+    from dsv2cli.model.fused import refusal
+    from dsv2cli.model.size import own_format, weights_bytes
 
-    place = pick_device(device)
-    config = DeepseekV2Config.load(folder)
-    small = 2 * sum(part.parameters for part in parts(config)) < SMALL_MODEL_BYTES
-    if threads is not None or small:
-        torch.set_num_threads(threads or 1)
-    library, why = pick_kernels(kernels, place.type, small)
-    bits = None if quantize is Quantize.none else int(quantize.value[3:])
-    began = time.perf_counter()
-    with ui.loading(shown) as progress:
-        if random_weights is None:
-            model = load_model(folder, place, DTYPES.get(dtype.value), progress, bits, library)
-        else:
-            model = random_model(config, place, DTYPES.get(dtype.value), bits)
+    device = pick_device(compute.device)
+    dtype = DTYPES.get(compute.dtype.value) or getattr(torch, config.torch_dtype)
+    small = weights_bytes(config, "bfloat16") < SMALL_MODEL_BYTES
+    if compute.threads is not None or small:
+        torch.set_num_threads(compute.threads or 1)
+    library, why = pick_kernels(compute.kernels, device.type, small)
     if library is not None:
-        why = refusal(model)
+        why = refusal(config, device, dtype)
         library = None if why else library
-    if library is None and kernels is not KernelsChoice.off and not small and sys.stderr.isatty():
-        typer.echo(f"plain torch instead of the C++ kernels, because {why}", err=True)
-    use_kernels(model, library)
-    model.use_attention(attention.value)
-    settings = read_json(folder / "generation_config.json")
-    path = "plain torch" if library is None else library.path
-    shown = name or "embedded" if random_weights is None else f"random weights of {random_weights}"
-    return Opened(model, folder, shown, settings, time.perf_counter() - began, library, path)
+    if compute.quantize is not Quantize.none:
+        if config.packed is not None and own_format(config) != compute.quantize.value:
+            raise UsageError(f"The checkpoint is packed in {own_format(config)}", fix="leave --quantize out")
+        format = compute.quantize.value
+    else:
+        format = own_format(config) if config.packed is not None else str(dtype).removeprefix("torch.")
+    return Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why)
+
+
+def open_model(name: str | None, compute: Compute, random_weights: str | None = None) -> Opened:
+    """Find, load and report progress; `random_weights` names a config to make a model from. Raises Dsv2Error for whatever
+    stands in the way."""
+    found = find(name, random_weights)
+    plan = make_plan(found.config, compute)
+
+    from dsv2cli.checkpoint.weights import load_model, random_model
+    from dsv2cli.model.fused import use_kernels
+
+    if plan.why and plan.kernels is None and "tiny" not in plan.why and "off" not in plan.why and sys.stderr.isatty():
+        typer.echo(f"plain torch instead of the C++ kernels, because {plan.why}", err=True)
+    bits = None if compute.quantize is Quantize.none else int(plan.format[3:])
+    began = time.perf_counter()
+    if random_weights is None:
+        with ui.loading(name or "the embedded model") as progress:
+            model = load_model(found.folder, plan.device, plan.dtype, progress, bits, plan.kernels)
+    else:
+        model = random_model(found.config, plan.device, plan.dtype, bits)
+    use_kernels(model, plan.kernels)
+    model.use_attention(compute.attention.value)
+    return Opened(**vars(found), model=model, plan=plan, load_seconds=time.perf_counter() - began)
 
 
 def pick_kernels(choice: KernelsChoice, device: str, small: bool) -> tuple[Kernels | None, str]:

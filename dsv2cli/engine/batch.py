@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.generate import Answer, Request, Result, pick, prefill
+from dsv2cli.engine.grammar import Constraint
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2
 
@@ -36,6 +37,7 @@ class Row:
     job: Job
     answer: Answer
     generator: torch.Generator
+    constraint: Constraint | None
     history: list[int]
     left: int
     began: float
@@ -44,7 +46,7 @@ class Row:
     def take(self, scores: Tensor) -> None:
         """The next token of this row, noted; ends the answer where it is the last."""
         result, request = self.job.result, self.job.request
-        token = pick(scores, request, self.history, self.generator)
+        token = pick(scores, request, self.history, self.generator, self.constraint)
         now = time.perf_counter()
         self.first = self.first or now
         result.ttft_seconds, result.decode_seconds = self.first - self.began, now - self.first
@@ -121,7 +123,7 @@ class Rows:
         left = min(room, job.request.max_new_tokens or room)
         generator = torch.Generator(self.model.device).manual_seed(job.request.seed)
         answer = Answer(self.tokenizer, job.request, job.result)
-        row = Row(job, answer, generator, list(job.prompt_ids), left, time.perf_counter() - prefill_seconds)
+        row = Row(job, answer, generator, job.request.constraint(), list(job.prompt_ids), left, time.perf_counter() - prefill_seconds)
         row.take(scores)
         if not answer.ended:
             self.running[i] = row

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
+from dsv2cli.engine.grammar import Constraint, Grammar
 from dsv2cli.engine.sampling import SamplingParams, sample
 from dsv2cli.errors import UsageError
 from dsv2cli.model.cache import LatentCache
+from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
 
 DRAFT = 7  # tokens drafted at most: with the new one they are eight rows, which cost a CPU little more than one
@@ -30,11 +32,16 @@ class Request:
     seed: int = 0
     logprobs: int | None = None
     speculate: bool = False
+    grammar: Grammar | None = None
+
+    def constraint(self) -> Constraint | None:
+        """What holds one answer to the grammar, where there is one."""
+        return None if self.grammar is None else self.grammar.begin()
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token; `top` holds the K likeliest as (id, logprob), before temperature and penalties."""
+    """One generated token; `top` holds the K likeliest as (id, logprob), before temperature, penalties and grammar."""
 
     id: int
     logprob: float | None = None
@@ -69,9 +76,9 @@ class Result:
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 and self.decode_seconds else None
 
 
-def check_prompt(model: DeepseekV2, prompt_ids: list[int]) -> None:
+def check_prompt(config: DeepseekV2Config, prompt_ids: list[int]) -> None:
     """Raise UsageError for a prompt that is empty, too long, or names tokens that do not exist."""
-    limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    limit, vocab = config.max_position_embeddings, config.vocab_size
     if not prompt_ids:
         raise UsageError("The prompt is empty", why="there is nothing to continue", fix="give a prompt")
     if len(prompt_ids) >= limit:
@@ -111,10 +118,15 @@ def prefill(model: DeepseekV2, prompts: list[list[int]], cache: LatentCache) -> 
     return model.logits(last)
 
 
-def pick(logits: Tensor, request: Request, seen: list[int], generator: torch.Generator) -> Token:
-    """Sample from logits [vocab] and note the log-probabilities that were asked for."""
+def pick(
+    logits: Tensor, request: Request, seen: list[int], generator: torch.Generator, constraint: Constraint | None = None
+) -> Token:
+    """Sample from logits [vocab] what `constraint` allows, and note the log-probabilities that were asked for."""
     history = torch.tensor(seen if request.sampling.repetition_penalty != 1.0 else [], dtype=torch.long)
-    token_id = sample(logits, request.sampling, history.to(logits.device), generator)
+    allowed = logits if constraint is None else constraint.allow(logits)
+    token_id = sample(allowed, request.sampling, history.to(logits.device), generator)
+    if constraint is not None:
+        constraint.take(token_id)
     if request.logprobs is None:
         return Token(token_id)
     logprobs = logits.log_softmax(dim=-1)
@@ -132,6 +144,7 @@ def generate_batch(
     The last token given for a row is not in the cache yet.
     """
     generators = [torch.Generator(model.device).manual_seed(request.seed + row) for row in range(len(prompts))]
+    constraints = [request.constraint() for _ in prompts]
     logits = prefill(model, prompts, cache) if logits is None else logits
     seen = [list(prompt) for prompt in prompts]
     room = model.config.max_position_embeddings - max(cache.lengths)
@@ -139,7 +152,7 @@ def generate_batch(
     running = [True] * len(prompts)
     for step in range(limit):
         tokens = [
-            pick(logits[row], request, seen[row], generators[row]) if running[row] else None
+            pick(logits[row], request, seen[row], generators[row], constraints[row]) if running[row] else None
             for row in range(len(prompts))
         ]
         yield tokens
@@ -174,13 +187,13 @@ def speculate(
     """
     (prompt,) = prompts
     generator = torch.Generator(model.device).manual_seed(request.seed)
-    history = list(prompt)
+    history, constraint = list(prompt), request.constraint()
     room = model.config.max_position_embeddings - cache.lengths[0]
     left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
     scores, draft = logits, list[int]()  # scores[i] follow draft[:i]
     while left > 0:
         for i in range(len(draft) + 1):
-            token = pick(scores[i], request, history, generator)
+            token = pick(scores[i], request, history, generator, constraint)
             history.append(token.id)
             left -= 1
             yield [token]

@@ -32,7 +32,7 @@ class Session:
         not, and then the user's message is taken back as well.
         """
         prompt_ids = self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
-        check_prompt(self.model, prompt_ids)
+        check_prompt(self.model.config, prompt_ids)
         self.messages.append({"role": "user", "content": text})
         self.cache.truncate(common_prefix(self.cached_ids, prompt_ids[:-1]))
         try:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsv2cli.kernels.native import AttentionPart, Kernels, MlpPart, matrix
 from dsv2cli.kernels.quantized import GROUP, Quantized
+from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Layer, Linear, MoE, Step
 
 FEW = 16  # tokens up to which absorbed attention is done in one call; more go through torch
@@ -80,20 +81,20 @@ def mlp_part(layer: Layer) -> MlpPart:
     )  # fmt: skip
 
 
-def refusal(model: DeepseekV2) -> str:
-    """Why the kernels can not run this model, as words to follow 'because'; empty if they can."""
-    if model.device.type != "cpu":
-        return f"the model is on {model.device.type}"
-    if model.dtype != torch.bfloat16:
-        return f"they compute in bfloat16, and the model is {str(model.dtype)[6:]}"
-    if model.config.kv_lora_rank % 2:
+def refusal(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels can not run such a model, as words to follow 'because'; empty if they can."""
+    if device.type != "cpu":
+        return f"the model is on {device.type}"
+    if dtype != torch.bfloat16:
+        return f"they compute in bfloat16, and the model is {str(dtype)[6:]}"
+    if config.kv_lora_rank % 2:
         return "they read the latent in pairs, and kv_lora_rank is odd"
-    return "they know no attention_bias" if model.config.attention_bias else ""
+    return "they know no attention_bias" if config.attention_bias else ""
 
 
 def use_kernels(model: DeepseekV2, kernels: Kernels | None) -> None:
     """Run layers and single products through `kernels` from now on, or through plain torch for None."""
-    assert kernels is None or not refusal(model)
+    assert kernels is None or not refusal(model.config, model.device, model.dtype)
     for module in model.modules():
         if isinstance(module, Linear):
             module.product = None if kernels is None else kernels.linear(module.weight)

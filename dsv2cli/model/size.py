@@ -2,57 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsv2cli.model.config import DeepseekV2Config
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PACKED_BITS = {"int8": 8, "int4": 4}
+GROUP, LANES = 64, 16  # as in kernels/quantized.py, which needs torch
+# DeepSeek 67B's keys and values in bf16: what the paper's 93.3% compares with, counting the latent in 6 bits.
+DENSE_67B_KV_BYTES = 389_120
 
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one kind over all layers: how many there are, and how many one token at batch 1 reads."""
+    """Numbers of one kind over all layers: how many there are, how many one token at batch 1 reads, and both in bytes."""
 
     name: str
     parameters: int
     read: int
+    bytes: int
+    read_bytes: int
 
 
-def attention_parameters(config: DeepseekV2Config) -> int:
-    """Multi-head latent attention of one layer with its two inner norms (paper section 2.1, appendix C)."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    if config.q_lora_rank is None:
-        q = hidden * heads * config.qk_head_dim
+@dataclass(frozen=True)
+class Matrix:
+    """`count` weights [rows, cols] of one part, of which a token reads `read`.
+
+    `stored` is `mlp` (the bits asked for), `linear` (8 bits where packed), `plain`, or `router` (always fp32).
+    """
+
+    part: str
+    rows: int
+    cols: int
+    count: int
+    read: int
+    stored: str = "plain"
+    halves: int = 1  # gate and up in one matrix are padded to whole blocks each
+
+    def bytes_each(self, format: str, dtype: str, group: int) -> int:
+        if self.stored == "router":
+            return 4 * self.rows * self.cols
+        if self.stored == "plain" or format not in PACKED_BITS:
+            return ITEM_BYTES[dtype] * self.rows * self.cols
+        bits = 8 if self.stored == "linear" else PACKED_BITS[format]
+        blocks, groups = self.halves * -(-self.rows // self.halves // LANES), -(-self.cols // group)
+        return blocks * groups * LANES * (group * bits // 8 + 2)  # a bf16 scale a group
+
+
+def matrices(config: DeepseekV2Config) -> Iterator[Matrix]:
+    """All weights by kind, attention as in paper section 2.1 and appendix C."""
+    hidden, layers, heads, moe = config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.moe_layers
+    rank, low, width = config.kv_lora_rank, config.q_lora_rank, config.moe_intermediate_size
+    shared, routed, tied = width * (config.n_shared_experts or 0), config.n_routed_experts or 0, config.tie_word_embeddings
+
+    def every(part: str, rows: int, cols: int, stored: str = "plain", halves: int = 1, count: int = layers) -> Matrix:
+        return Matrix(part, rows, cols, count, count, stored, halves)
+
+    yield Matrix("embedding", 1, hidden, config.vocab_size, 1)
+    if low is None:
+        yield every("attention", heads * config.qk_head_dim, hidden, "linear")
     else:
-        q = config.q_lora_rank * (hidden + 1 + heads * config.qk_head_dim)
-    kv_a = hidden * config.cached_dim + config.kv_lora_rank
-    kv_b = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    bias = config.cached_dim + hidden + (config.q_lora_rank or 0) if config.attention_bias else 0
-    return q + kv_a + kv_b + heads * config.v_head_dim * hidden + bias
+        yield every("attention", low, hidden, "linear")
+        yield every("attention", 1, low)
+        yield every("attention", heads * config.qk_head_dim, low, "linear")
+    yield every("attention", config.cached_dim, hidden, "linear")
+    yield every("attention", 1, rank)
+    yield every("attention", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
+    yield every("attention", hidden, heads * config.v_head_dim, "linear")
+    if config.attention_bias:
+        yield every("attention", 1, config.cached_dim + hidden + (low or 0))
+    yield every("dense layers", 2 * config.intermediate_size, hidden, "mlp", 2, layers - moe)
+    yield every("dense layers", hidden, config.intermediate_size, "mlp", 1, layers - moe)
+    chosen = config.num_experts_per_tok or 0
+    yield Matrix("routed experts", 2 * width, hidden, moe * routed, moe * chosen, "mlp", 2)
+    yield Matrix("routed experts", hidden, width, moe * routed, moe * chosen, "mlp")
+    yield every("shared experts", 2 * shared, hidden, "mlp", 2, moe)
+    yield every("shared experts", hidden, shared, "mlp", 1, moe)
+    yield every("router", routed, hidden, "router", 1, moe)
+    yield every("norms", 1, hidden, count=2 * layers + 1)
+    yield Matrix("head", config.vocab_size, hidden, 0 if tied else 1, 1, "plain" if tied else "linear")  # a tied one is read whole
 
 
-def parts(config: DeepseekV2Config) -> list[Part]:
-    """All parameters by kind. A tied head adds none but is read whole; the embedding gives one row a token."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    moe = config.moe_layers
-    routed, top_k = config.n_routed_experts or 0, config.num_experts_per_tok or 0
-    expert = 3 * hidden * config.moe_intermediate_size
-    table = config.vocab_size * hidden
+def parts(config: DeepseekV2Config, format: str = "bfloat16", dtype: str | None = None, group: int = GROUP) -> list[Part]:
+    """All weights by kind, in `format`: a number format, int8 or int4. What is not packed has `dtype`."""
+    dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
+    group = config.packed.group if config.packed is not None else group
+    sums: dict[str, list[int]] = {}
+    for m in matrices(config):
+        size = m.bytes_each(format, dtype, group)
+        numbers = m.rows * m.cols
+        adding = (m.count * numbers, m.read * numbers, m.count * size, m.read * size)
+        sums[m.part] = [a + b for a, b in zip(sums.get(m.part, [0] * 4), adding, strict=True)]
+    return [Part(name, *values) for name, values in sums.items() if values[1]]
 
-    def whole(name: str, count: int) -> Part:
-        return Part(name, count, count)
 
-    listed = [
-        Part("embedding", table, hidden),
-        whole("attention", layers * attention_parameters(config)),
-        whole("dense layers", (layers - moe) * 3 * hidden * config.intermediate_size),
-        Part("routed experts", moe * routed * expert, moe * top_k * expert),
-        whole("shared experts", moe * (config.n_shared_experts or 0) * expert),
-        whole("router", moe * routed * hidden),
-        whole("norms", (2 * layers + 1) * hidden),
-        Part("head", 0 if config.tie_word_embeddings else table, table),
-    ]
-    return [part for part in listed if part.read]
+def weights_bytes(config: DeepseekV2Config, format: str, dtype: str | None = None, group: int = GROUP) -> int:
+    return sum(part.bytes for part in parts(config, format, dtype, group))
+
+
+def own_format(config: DeepseekV2Config) -> str:
+    """What the checkpoint itself is in."""
+    return config.torch_dtype if config.packed is None else f"int{config.packed.bits}"
 
 
 def kv_bytes_per_token(config: DeepseekV2Config, dtype: str) -> int:
@@ -65,16 +116,25 @@ def expanded_kv_bytes_per_token(config: DeepseekV2Config, dtype: str) -> int:
     return config.num_hidden_layers * config.expanded_dim * ITEM_BYTES[dtype]
 
 
-def longest_context(config: DeepseekV2Config, dtype: str, memory_bytes: float) -> int:
-    """Tokens whose cache fits beside the weights, at most what the model was made for; 0 where the weights do not fit.
+@dataclass(frozen=True)
+class Room:
+    """What fits into a memory beside the weights. The working memory of a forward pass is not counted: leave it some room."""
 
-    The working memory of a forward pass is not counted: leave it some room.
-    """
-    left = memory_bytes - sum(part.parameters for part in parts(config)) * ITEM_BYTES[dtype]
-    return max(0, min(config.max_position_embeddings, int(left // kv_bytes_per_token(config, dtype))))
+    fits: bool
+    longest_context: int  # tokens of one sequence, at most what the model was made for
+    sequences: int  # of `context` tokens each
+    context: int
 
 
-def decode_ceiling(config: DeepseekV2Config, dtype: str, bytes_per_second: float, context: int) -> float:
+def room(config: DeepseekV2Config, weights: int, dtype: str, memory_bytes: float, context: int) -> Room:
+    """`weights` in bytes; the cache is in `dtype`."""
+    context = min(context, config.max_position_embeddings)
+    left, each = max(0.0, memory_bytes - weights), kv_bytes_per_token(config, dtype)
+    longest = min(config.max_position_embeddings, int(left // each))
+    return Room(memory_bytes >= weights, longest, int(left // (each * context)), context)
+
+
+def decode_ceiling(config: DeepseekV2Config, format: str, dtype: str, bytes_per_second: float, context: int) -> float:
     """Tokens a second at batch 1 if reading each needed weight and the cache once were the only cost."""
-    weights = sum(part.read for part in parts(config)) * ITEM_BYTES[dtype]
+    weights = sum(part.read_bytes for part in parts(config, format, dtype))
     return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype))

@@ -1,0 +1,70 @@
+"""Answers held to a regular expression or a JSON schema: which tokens may come next. By llguidance, an optional extra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.errors import Dsv2Error, UsageError
+
+# Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in blanks.
+WHITESPACE = r"\n? {0,8}"
+
+
+class Grammar:
+    """What an answer may be, ready for one tokenizer. `start` is what every answer begins with already.
+
+    Raises UsageError for a grammar that can not be read or that `start` breaks, Dsv2Error where llguidance is missing.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int], regex: str | None, schema: str | None, start: str = ""
+    ) -> None:  # fmt: skip
+        try:
+            from llguidance import LLMatcher, LLTokenizer
+        except ImportError:
+            raise Dsv2Error("Held answers need llguidance", why="it is not installed", fix='pip install "dsv2cli[grammar]"') from None
+        if not eos_ids:
+            raise UsageError("An answer that is held to a form needs an end", why="there is no end-of-text token", fix="leave --ignore-eos out")
+        self.option = "--regex" if schema is None else "--json-schema"
+        try:
+            if schema is not None:
+                self.text = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+            else:
+                self.text = LLMatcher.grammar_from_regex(regex or "")
+        except ValueError as error:
+            raise self.senseless(str(error)) from None
+        self.tokenizer = LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=sorted(eos_ids))
+        self.matcher = LLMatcher(self.tokenizer, self.text)
+        if self.matcher.is_error():
+            raise self.senseless(self.matcher.get_error())
+        if start and not self.matcher.consume_tokens(tokenizer.encode(start, add_bos=False)):
+            raise UsageError("The prefix breaks the form of the answer", why=f"nothing that begins with it matches {self.option}")
+
+    def senseless(self, why: str) -> UsageError:
+        return UsageError(f"{self.option} can not be used", why=" ".join(why.split()))
+
+    def begin(self) -> Constraint:
+        return Constraint(self.matcher.deep_copy())
+
+
+class Constraint:
+    """One answer's way through its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+
+    def allow(self, logits: Tensor) -> Tensor:
+        """Logits [vocab] with minus infinity for every token that may not come next. The end of text may where all is said."""
+        bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
+        allowed = (bits[:, None] >> torch.arange(8)) & 1  # the lowest bit is the first token
+        allowed = allowed.flatten()[: logits.numel()].bool()
+        if not allowed.any():
+            raise Dsv2Error("No token of this model can go on in the form asked for", why=self.matcher.get_error() or "its vocabulary lacks a character")
+        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+    def take(self, token_id: int) -> None:
+        self.matcher.consume_token(token_id)

@@ -88,26 +88,46 @@ def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dty
 
     Nothing is read before it is used. Changes stay private. `dtype` converts what is not packed. Raises Dsv2Error as load_model.
     """
-    assert config.packed is not None
+    model = blueprint(config)
+    state, files = {}, {}
+    for tensor in packed_tensors(model, folder):
+        if tensor.file not in files:
+            files[tensor.file] = map_file(tensor.file)
+        data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
+        data = data.view(MAPPED[tensor.dtype]).view(tensor.shape).to(device)
+        keeps_type = tensor.name.endswith((".codes", ".scales", "gate.weight")) or dtype is None
+        state[tensor.name] = data if keeps_type else data.to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval().requires_grad_(False)
+
+
+def blueprint(config: DeepseekV2Config) -> DeepseekV2:
+    """The model without memory, with places for codes where the checkpoint is packed."""
     model = empty_model(config, torch.device("meta"), getattr(torch, config.torch_dtype))
-    make_quantized(model, config.packed.bits, config.packed.group)
-    stored, state, files = list_tensors(folder), {}, {}
-    places = state_of(model)
+    if config.packed is not None:
+        make_quantized(model, config.packed.bits, config.packed.group)
+    return model
+
+
+def packed_tensors(model: DeepseekV2, folder: Path) -> list[Stored]:
+    """The tensors of a packed checkpoint, each checked. Raises Dsv2Error for the first that does not fit."""
+    stored, places = list_tensors(folder), state_of(model)
     refuse_strangers(stored, places.keys(), folder)
     for name, tensor in stored.items():
         check(tensor, places[name], MAPPED)
         if MAPPED[tensor.dtype] != places[name].dtype:
             raise Dsv2Error(f"{tensor.file}: tensor {name} has type {tensor.dtype}", why="config.json calls for another")
-        if tensor.file not in files:
-            files[tensor.file] = map_file(tensor.file)
-        data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
-        data = data.view(places[name].dtype).view(tensor.shape).to(device)
-        keeps_type = name.endswith((".codes", ".scales", "gate.weight")) or dtype is None
-        state[name] = data if keeps_type else data.to(dtype)
-    model.load_state_dict(state, strict=False, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval().requires_grad_(False)
+    return list(stored.values())
+
+
+def inspect(folder: Path, config: DeepseekV2Config) -> list[Stored]:
+    """All tensors of a checkpoint, checked as load_model does, and not read. Raises Dsv2Error."""
+    model = blueprint(config)
+    if config.packed is not None:
+        return packed_tensors(model, folder)
+    return [tensor for tensor, _ in match(model, list_tensors(folder), folder)]
 
 
 def map_file(file: Path) -> Tensor:

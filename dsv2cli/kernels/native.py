@@ -118,32 +118,37 @@ def matrix(weight: Tensor | Quantized | None) -> Matrix:
     return Matrix(weight.data_ptr(), None, weight.stride(0) * 2 if weight.dim() == 3 else 0, 0, LANES, rows, cols, 0)
 
 
+def compiler() -> str | None:
+    """The C++ compiler that would be used."""
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+
+
 @functools.cache
 def load(target: str = "native") -> tuple[Kernels | None, str]:
     """The kernels for a target, or None and the reason, as words to follow 'because'."""
-    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+    program = compiler()
     flags = FLAGS.split() + TARGETS[target]
     key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, processor())).encode()).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("dsv2")) / "kernels"
     built = folder / f"{target}-{key}.so"
     try:
         if not built.exists():
-            if compiler is None:
+            if program is None:
                 return None, "there is no C++ compiler (c++, g++ or clang++)"
             folder.mkdir(parents=True, exist_ok=True)
-            build(compiler, flags, built)
+            build(program, flags, built)
         return Kernels(ctypes.CDLL(str(built))), ""
     except (OSError, subprocess.CalledProcessError) as error:
         return None, f"they could not be compiled ({str(error).splitlines()[0]})"
 
 
-def build(compiler: str, flags: list[str], built: Path) -> None:
+def build(program: str, flags: list[str], built: Path) -> None:
     """Compile beside the place and move there, so that two processes may do it at once. OpenMP where there is one."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         out = Path(folder) / built.name
         done = None
         for openmp in (["-fopenmp"], []):
-            done = subprocess.run([compiler, *flags, *openmp, "-o", str(out), str(SOURCE)], capture_output=True)
+            done = subprocess.run([program, *flags, *openmp, "-o", str(out), str(SOURCE)], capture_output=True)
             if done.returncode == 0:
                 out.replace(built)
                 return

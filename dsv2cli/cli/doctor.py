@@ -1,0 +1,199 @@
+"""`dsv2 doctor`: what works here and what does not, and for a model whether its files are whole and sensible."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dsv2cli.cli import options as opt
+from dsv2cli.cli import ui
+from dsv2cli.errors import Dsv2Error
+
+ROUND_TRIP = "hello world\n  你好 é 🙂 12345"
+LITTLE_DISK = 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `state` is ok, note (it works, and could be better) or bad (it does not work)."""
+
+    name: str
+    state: str
+    text: str
+    fix: str = ""
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[DIR|REPO]", autocompletion=opt.models, help="Also look at this checkpoint. Default: the embedded model.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:  # fmt: skip
+    """Look at this machine and a model, and say what works, what does not, and why. Exit code 1 where something is wrong."""
+    findings = []
+    for finding in (*machine(), *checkpoint(model)):
+        findings.append(finding)
+        if not json:
+            ui.write(f"{finding.state:4} {finding.name}: {ui.harmless(finding.text)}\n")
+            if finding.fix:
+                ui.write(f"     fix: {ui.harmless(finding.fix)}\n")
+    bad = [finding for finding in findings if finding.state == "bad"]
+    if json:
+        ui.write_json({"healthy": not bad, "findings": [asdict(finding) for finding in findings]})
+    elif not bad:
+        ui.write("nothing is wrong\n")
+    if bad:
+        raise typer.Exit(1)
+
+
+def machine() -> Iterator[Finding]:
+    from importlib.metadata import version
+
+    yield Finding("python", "ok", f"{platform.python_version()} at {sys.executable}")
+    yield Finding("dsv2", "ok", version("dsv2cli"))
+    try:
+        import torch
+    except Exception as error:  # a broken install raises whatever its libraries raise
+        yield Finding("torch", "bad", f"it can not be imported ({error})", "install dsv2 again")
+        return
+    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    yield gpus()
+    yield from cpu_kernels()
+    yield from extras()
+    yield from disks()
+
+
+def gpus() -> Finding:
+    """What torch sees, held against what the driver sees."""
+    import torch
+
+    from dsv2cli import memory
+
+    driver = memory.gpus()
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding("gpu", "ok", f"{', '.join(names)}, CUDA {torch.version.cuda}")
+    if driver:
+        why = "this torch is a CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda} does not start: the driver may be too old"
+        return Finding("gpu", "bad", f"{driver[0].label} is there, and torch can not use it: {why}", "install torch's CUDA build, or use --device cpu")
+    return Finding("gpu", "ok", "none; models run on the CPU")
+
+
+def cpu_kernels() -> Iterator[Finding]:
+    """Each target of cpu.cpp, compiled where it was not yet."""
+    from dsv2cli.kernels import native
+
+    compiler = native.compiler()
+    if compiler is None:
+        yield Finding("compiler", "note", "none (c++, g++ or clang++): plain torch runs instead of the C++ kernels, at a fraction of the speed", "install g++ or clang++")
+    else:
+        yield Finding("compiler", "ok", compiler)
+    library, why = native.load()
+    if library is None:
+        yield Finding("cpu kernels", "note", f"off, because {why}; plain torch computes the same", "" if compiler is None else "a newer compiler")
+    else:
+        yield Finding("cpu kernels", "ok", f"{library.path}, for bfloat16, int8 and int4 models; off for tiny models and fp32")
+
+
+def extras() -> Iterator[Finding]:
+    for module, use, fix in (("llguidance", "--json-schema and --regex", 'pip install "dsv2cli[grammar]"'),):
+        if importlib.util.find_spec(module) is None:
+            yield Finding(module, "note", f"not installed: no {use}", fix)
+        else:
+            yield Finding(module, "ok", f"installed, for {use}")
+
+
+def disks() -> Iterator[Finding]:
+    """The places that are written to."""
+    import platformdirs
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = {
+        "conversations": platformdirs.user_data_path("dsv2", appauthor=False),
+        "compiled kernels": Path(platformdirs.user_cache_dir("dsv2")),
+        "downloads": Path(HF_HUB_CACHE),
+    }
+    for name, path in places.items():
+        there = next(place for place in (path, *path.parents) if place.exists())
+        free = shutil.disk_usage(there).free
+        if not os.access(there, os.W_OK):
+            yield Finding(name, "bad", f"{path} can not be written", f"chmod u+w {there}")
+        elif free < LITTLE_DISK:
+            yield Finding(name, "note", f"{path} has {free / 1e9:.2f} GB left", "make room")
+        else:
+            yield Finding(name, "ok", f"{path}, {free / 1e9:.0f} GB free")
+
+
+def checkpoint(model: str | None) -> Iterator[Finding]:
+    """Config, files, tokenizer and template; the weights' names, shapes and lengths are checked and not read."""
+    found: list[opt.Checkpoint] = []
+    yield attempt("config", lambda: config_of(model, found))
+    if found:
+        yield attempt("weights", lambda: weights_of(found[0]))
+        yield from tokenizer_of(found[0])
+
+
+def attempt(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "ok", look())
+    except Dsv2Error as error:
+        return Finding(name, "bad", f"{error.what} ({error.why})" if error.why else error.what, error.fix)
+
+
+def config_of(model: str | None, found: list[opt.Checkpoint]) -> str:
+    from dsv2cli.model import size
+
+    found.append(opt.find(model))
+    config, format = found[0].config, size.own_format(found[0].config)
+    return f"{found[0].name}: {config.num_hidden_layers} layers, {format}, {size.weights_bytes(config, format) / 1e9:.2f} GB of weights"
+
+
+def weights_of(checkpoint: opt.Checkpoint) -> str:
+    from dsv2cli.checkpoint.weights import inspect
+
+    tensors = inspect(checkpoint.folder, checkpoint.config)
+    files = {tensor.file for tensor in tensors}
+    return f"{len(tensors):,} tensors in {len(files)} files, all there and of the right shape and length"
+
+
+def tokenizer_of(checkpoint: opt.Checkpoint) -> Iterator[Finding]:
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except Dsv2Error as error:
+        yield Finding("tokenizer", "bad", f"{error.what} ({error.why})", error.fix)
+        return
+    ids = tokenizer.encode(ROUND_TRIP)
+    if (again := tokenizer.decode(ids)) == ROUND_TRIP:
+        yield Finding("tokenizer", "ok", "text comes back as it was")
+    else:
+        yield Finding("tokenizer", "bad", f"{ROUND_TRIP!r} comes back as {again!r}", "download tokenizer.json again")
+    largest = tokenizer.fast.get_vocab_size() - 1
+    if largest >= checkpoint.config.vocab_size:
+        yield Finding("vocabulary", "bad", f"the tokenizer knows id {largest}, the model {checkpoint.config.vocab_size} ids", "a tokenizer.json of this model")
+    yield bos_of(tokenizer.special("bos_token"), tokenizer.fast.token_to_id(tokenizer.special("bos_token")), ids, checkpoint)
+    try:
+        chat: list[int] = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+    except Dsv2Error as error:
+        rejected = tokenizer.chat_template is not None
+        yield Finding("template", "bad" if rejected else "note", error.what + (f" ({error.why})" if error.why else ""), error.fix)
+        return
+    twice = len(chat) > 1 and chat[0] == chat[1]
+    yield Finding("template", "bad" if twice else "ok", "it begins twice" if twice else f"a first message takes {len(chat)} tokens")
+
+
+def bos_of(text: str, bos: int | None, ids: list[int], checkpoint: opt.Checkpoint) -> Finding:
+    wanted: Any = checkpoint.config.bos_token_id
+    if bos is None:
+        return Finding("begin of text", "note", "tokenizer_config.json names no bos_token: prompts begin without one")
+    if wanted is not None and bos != wanted:
+        return Finding("begin of text", "bad", f"the tokenizer's {text} is {bos}, config.json says {wanted}", "files of one and the same model")
+    return Finding("begin of text", "ok", f"{text}, {'once' if ids.count(bos) == 1 else 'not added'}")

@@ -16,6 +16,7 @@ from dsv2cli.cli.complete import complete
 from dsv2cli.cli.config import apply, config
 from dsv2cli.cli.doctor import doctor
 from dsv2cli.cli.info import info
+from dsv2cli.cli.niah import niah
 from dsv2cli.cli.quantize import quantize
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(chat)
 app.command()(complete)
 app.command()(bench)
+app.command()(niah)
 app.command()(info)
 app.command()(doctor)
 app.command()(quantize)

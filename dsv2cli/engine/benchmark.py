@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -15,15 +16,28 @@ from torch import Tensor
 from dsv2cli.checkpoint.weights import destinations, state_of
 from dsv2cli.device import synchronize
 from dsv2cli.engine.generate import Request, generate_batch, prefill
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.sampling import SamplingParams, sample
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model import size
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.model.transformer import DeepseekV2, Layer, MoE, Step
 
 READ_BYTES = 2**28  # far more than a cache holds
 GEMM_SIZE = 1024
 GREEDY = Request(SamplingParams(temperature=0.0))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured: `batch` prompts of `prompt` tokens after `depth` tokens that are in the cache already."""
+
+    prompt: int
+    generate: int
+    depth: int = 0
+    batch: int = 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {"prompt_tokens": self.prompt, "generated_tokens": self.generate, "depth": self.depth, "batch": self.batch}
 
 
 @dataclass
@@ -31,25 +45,30 @@ class Timing:
     """One configuration, measured over several repetitions; every list has one entry a repetition."""
 
     engine: str
-    prompt_tokens: int
-    generated_tokens: int
-    batch: int
+    work: Work
     prefill_tokens_per_second: list[float] = field(default_factory=list)
     decode_tokens_per_second: list[float] = field(default_factory=list)
     ttft_seconds: list[float] = field(default_factory=list)
+    gaps: list[list[float]] = field(default_factory=list)  # seconds between one token and the next
     # What the machine gave just before each repetition: a shared one changes by the minute.
     read_bytes_per_second: list[float] = field(default_factory=list)
     gemm_flops_per_second: list[float] = field(default_factory=list)
 
-    def add(self, prefill_seconds: float, decode_seconds: float) -> None:
-        self.ttft_seconds.append(prefill_seconds)
-        self.prefill_tokens_per_second.append(self.batch * self.prompt_tokens / prefill_seconds)
-        self.decode_tokens_per_second.append(self.batch * (self.generated_tokens - 1) / decode_seconds)
+    def add(self, first: float, gaps: list[float]) -> None:
+        self.ttft_seconds.append(first)
+        self.prefill_tokens_per_second.append(self.work.batch * self.work.prompt / first)
+        self.decode_tokens_per_second.append(self.work.batch * len(gaps) / sum(gaps))
+        self.gaps.append(gaps)
+
+    def itl_seconds(self) -> dict[str, float]:
+        """Percentiles of the time between tokens, over all repetitions."""
+        ordered = sorted(gap for gaps in self.gaps for gap in gaps)
+        return {f"p{percent}": ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] for percent in (50, 90, 99)}
 
     def as_json(self) -> dict[str, Any]:
-        lists = {name: values for name, values in vars(self).items() if isinstance(values, list)}
-        plain = {name: getattr(self, name) for name in ("engine", "prompt_tokens", "generated_tokens", "batch")}
-        return plain | {name: spread(values) | {"all": values} for name, values in lists.items()}
+        lists = ("prefill_tokens_per_second", "decode_tokens_per_second", "ttft_seconds", "read_bytes_per_second", "gemm_flops_per_second")
+        spreads = {name: spread(getattr(self, name)) | {"all": getattr(self, name)} for name in lists}
+        return {"engine": self.engine} | self.work.as_json() | spreads | {"itl_seconds": self.itl_seconds()}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -103,36 +122,69 @@ def random_prompts(model: DeepseekV2, batch: int, length: int, seed: int) -> lis
     return torch.randint(model.config.vocab_size, (batch, length), generator=generator).tolist()  # type: ignore[no-any-return]
 
 
-def time_ours(model: DeepseekV2, prompts: list[list[int]], generate: int) -> tuple[float, float]:
-    """Seconds to the first token, and for the remaining generate - 1. Greedy, EOS ignored."""
-    cache = model.new_cache(len(prompts))
-    cache.reserve(len(prompts[0]) + generate)
-    synchronize(model.device)
-    began = time.perf_counter()
-    logits = prefill(model, prompts, cache)
-    request = Request(GREEDY.sampling, max_new_tokens=generate)
-    first = 0.0
-    for _ in generate_batch(model, prompts, request, cache, logits):
-        first = first or time.perf_counter()
-    return first - began, time.perf_counter() - first
+class Ours:
+    """This program's own prefill and decode. Greedy, EOS ignored."""
+
+    name = "dsv2"
+
+    def __init__(self, model: DeepseekV2) -> None:
+        self.model = model
+        self.cache = model.new_cache()
+
+    def fill(self, prompts: list[list[int]]) -> None:
+        """Put what comes before the prompts into a new cache."""
+        self.cache = self.model.new_cache(len(prompts))
+        if prompts[0]:
+            prefill(self.model, prompts, self.cache)
+
+    def measure(self, prompts: list[list[int]], generate: int) -> tuple[float, list[float]]:
+        """Seconds to the first token, and between the tokens from there on; the cache is then as it was."""
+        before = self.cache.lengths[0]
+        self.cache.reserve(before + len(prompts[0]) + generate)
+        synchronize(self.model.device)
+        times = [time.perf_counter()]
+        logits = prefill(self.model, prompts, self.cache)
+        for _ in generate_batch(self.model, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits):
+            times.append(time.perf_counter())
+        self.cache.truncate(before)
+        return times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
 
 
-@torch.inference_mode()
-def time_transformers(twin: Any, prompts: list[list[int]], generate: int) -> tuple[float, float]:
+class Theirs:
     """The same work through transformers' own forward and cache, in one prefill and greedy steps."""
-    device = twin.device
-    ids = torch.tensor(prompts, device=device)
-    synchronize(device)
-    began = time.perf_counter()
-    out = twin(input_ids=ids, use_cache=True, logits_to_keep=1)
-    new = out.logits[:, -1].argmax(-1, keepdim=True)
-    int(new[0])
-    first = time.perf_counter()
-    for _ in range(generate - 1):
-        out = twin(input_ids=new, past_key_values=out.past_key_values, use_cache=True)
-        new = out.logits[:, -1].argmax(-1, keepdim=True)
-        int(new[0])
-    return first - began, time.perf_counter() - first
+
+    name = "transformers"
+
+    def __init__(self, twin: Any) -> None:
+        self.twin, self.cache = twin, None
+        # transformers 5.2x renamed its argument and warns about the old name.
+        self.argument = "cache" if "cache" in inspect.signature(type(twin).forward).parameters else "past_key_values"
+
+    @torch.inference_mode()
+    def fill(self, prompts: list[list[int]]) -> None:
+        self.cache = None
+        if prompts[0]:
+            _, self.cache = self.step(self.tensor(prompts), None)
+
+    def step(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = self.twin(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.argument: cache})
+        return out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, self.argument)
+
+    def tensor(self, ids: list[list[int]]) -> Tensor:
+        return torch.tensor(ids, device=self.twin.device)
+
+    @torch.inference_mode()
+    def measure(self, prompts: list[list[int]], generate: int) -> tuple[float, list[float]]:
+        cache, new = self.cache, self.tensor(prompts)
+        synchronize(self.twin.device)
+        times = [time.perf_counter()]
+        for _ in range(generate):
+            new, cache = self.step(new, cache)
+            new.tolist()  # as a program that shows them would
+            times.append(time.perf_counter())
+        if self.cache is not None:
+            self.cache.crop(-(len(prompts[0]) + generate - 1))
+        return times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
 
 
 def transformers_twin(model: DeepseekV2, folder: Path) -> Any:
@@ -156,36 +208,118 @@ def transformers_twin(model: DeepseekV2, folder: Path) -> Any:
 
 def run(
     model: DeepseekV2,
-    prompt: int,
-    generate: int,
-    batch: int,
+    work: Work,
     repetitions: int,
     twin: Any = None,
     tick: Callable[[], None] = lambda: None,
     kernels: Kernels | None = None,
 ) -> list[Timing]:
     """Warm up once, then measure; with a twin the two alternate A B A B, so that both see the same machine."""
-    if prompt + generate > model.config.max_position_embeddings:
+    if work.depth + work.prompt + work.generate > model.config.max_position_embeddings:
         raise Dsv2Error(
-            f"{prompt} + {generate} tokens do not fit",
+            f"{work.depth + work.prompt} + {work.generate} tokens do not fit",
             why=f"this model's context holds {model.config.max_position_embeddings}",
-            fix="dsv2 bench --prompt N --generate M with a smaller sum",
+            fix="dsv2 bench --prompt N --generate M --depth D with a smaller sum",
         )
-    engines: list[tuple[Callable[[list[list[int]], int], tuple[float, float]], Timing]] = [
-        (lambda prompts, count: time_ours(model, prompts, count), Timing("dsv2", prompt, generate, batch))
-    ]
-    if twin is not None:
-        measure = lambda prompts, count: time_transformers(twin, prompts, count)  # noqa: E731
-        engines.append((measure, Timing("transformers", prompt, generate, batch)))
+    engines: list[Ours | Theirs] = [Ours(model), *([Theirs(twin)] if twin is not None else [])]
+    timings = [Timing(engine.name, work) for engine in engines]
+    for engine in engines:
+        engine.fill(random_prompts(model, work.batch, work.depth, seed=repetitions + 1))
     machine = Machine(model.device, model.dtype, kernels)
     for repetition in range(-1, repetitions):
         reading, multiplying = machine.read_bytes_per_second(), machine.gemm_flops_per_second()
-        prompts = random_prompts(model, batch, prompt, seed=repetition + 1)
-        for measure, timing in engines:
-            seconds = measure(prompts, generate if repetition >= 0 else 2)
+        prompts = random_prompts(model, work.batch, work.prompt, seed=repetition + 1)
+        for engine, timing in zip(engines, timings, strict=True):
+            seconds = engine.measure(prompts, work.generate if repetition >= 0 else 2)
             if repetition >= 0:
                 timing.add(*seconds)
                 timing.read_bytes_per_second.append(reading)
                 timing.gemm_flops_per_second.append(multiplying)
             tick()
-    return [timing for _, timing in engines]
+    return timings
+
+
+class Stopwatch:
+    """Seconds by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    def time(self, name: str, work: Callable[[], Tensor]) -> Tensor:
+        synchronize(self.device)
+        began = time.perf_counter()
+        out = work()
+        synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        return out
+
+
+class TimedLayer:
+    """A layer, fused or plain, in its two parts with a stopwatch around each."""
+
+    def __init__(self, layer: Layer, watch: Stopwatch) -> None:
+        self.inner: Any = layer.fused or layer
+        self.watch, self.mlp = watch, "experts" if isinstance(layer.mlp, MoE) else "dense layers"
+
+    def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
+        x = self.watch.time("attention", lambda: self.inner.attend(x, step, index))
+        return self.watch.time(self.mlp, lambda: self.inner.feed(x))
+
+
+@torch.inference_mode()
+def profile(model: DeepseekV2, work: Work) -> dict[str, dict[str, float]]:
+    """Seconds by part, for the prefill and for one decode step on average. Waiting for the device after each part costs some."""
+    layers = list(model.model.layers)
+    fused = [layer.fused for layer in layers]
+    cache = model.new_cache(work.batch)
+    if work.depth:
+        prefill(model, random_prompts(model, work.batch, work.depth, seed=1), cache)
+    prompts = random_prompts(model, work.batch, work.prompt, seed=2)
+    out = {}
+    try:
+        for phase in ("prefill", "decode"):
+            watch = Stopwatch(model.device)
+            for layer, before in zip(layers, fused, strict=True):
+                layer.fused = before  # type: ignore[assignment]
+                layer.fused = TimedLayer(layer, watch)  # type: ignore[assignment,arg-type]
+            count = 1 if phase == "prefill" else work.generate
+            synchronize(model.device)
+            began = time.perf_counter()
+            if phase == "prefill":
+                logits = prefill(model, prompts, cache)
+            for _ in range(work.generate if phase == "decode" else 0):
+                new = watch.time("sampling", lambda: torch.tensor([[sample(row, GREEDY.sampling, row, None)] for row in logits], device=model.device))
+                hidden = model(new, cache)[:, -1]
+                logits = watch.time("head", lambda: model.logits(hidden))
+            total = time.perf_counter() - began
+            watch.seconds["the rest"] = total - sum(watch.seconds.values())
+            out[phase] = {name: seconds / count for name, seconds in watch.seconds.items()}
+    finally:
+        for layer, before in zip(layers, fused, strict=True):
+            layer.fused = before  # type: ignore[assignment]
+    return out
+
+
+LISTS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+def compare(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run of today beside the same work of a saved one. A rate differs where it does so by more than both ranges together."""
+    same = ("engine", "prompt_tokens", "generated_tokens", "depth", "batch")
+    old = {tuple(run[key] for key in same): run for run in then}
+    out = []
+    for run in now:
+        before = old.get(tuple(run[key] for key in same))
+        if before is None:
+            continue
+        found: dict[str, Any] = {key: run[key] for key in same}
+        for name in LISTS:
+            a, b = run[name], before[name]
+            known = min(len(a["all"]), len(b["all"])) > 1
+            ratio, noise = a["median"] / b["median"], sum((rate["max"] - rate["min"]) / rate["median"] for rate in (a, b))
+            verdict = "same" if abs(ratio - 1) <= noise else "faster" if ratio > 1 else "slower"
+            found[name] = {"ratio": ratio, "spread": noise, "verdict": verdict if known else "unknown"}
+        found["memory_ratio"] = run["read_bytes_per_second"]["median"] / before["read_bytes_per_second"]["median"]
+        out.append(found)
+    return out

@@ -23,19 +23,23 @@ class FusedLayer:
         self.attention_part, self.mlp_part = attention_part(layer), mlp_part(layer)
 
     def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
+        return self.feed(self.attend(x, step, index))
+
+    def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
         assert step.cache is not None
-        flat = x.flatten(0, 1)
-        if flat.shape[0] <= FEW and self.layer.self_attn.path in ("auto", "absorbed"):
-            flat = flat.contiguous()
-            cache = step.cache.layers[index]
-            row = cache.stride(0) * cache.element_size()
-            caches = [cache.data_ptr() + i * row for i in range(x.shape[0]) for _ in range(x.shape[1])]
-            addresses = (ctypes.c_void_p * len(caches))(*caches)
-            lengths = (step.positions.flatten() + 1).int()
-            self.kernels.attention(self.attention_part, flat, step.rotary.contiguous(), lengths, addresses)
-        else:
-            x = x + self.layer.self_attn(self.layer.input_layernorm(x), step, index)
-            flat = x.flatten(0, 1).contiguous()
+        if x.shape[0] * x.shape[1] > FEW or self.layer.self_attn.path not in ("auto", "absorbed"):
+            return self.layer.attend(x, step, index)
+        flat = x.flatten(0, 1).contiguous()
+        cache = step.cache.layers[index]
+        row = cache.stride(0) * cache.element_size()
+        caches = [cache.data_ptr() + i * row for i in range(x.shape[0]) for _ in range(x.shape[1])]
+        addresses = (ctypes.c_void_p * len(caches))(*caches)
+        lengths = (step.positions.flatten() + 1).int()
+        self.kernels.attention(self.attention_part, flat, step.rotary.contiguous(), lengths, addresses)
+        return flat.view_as(x)
+
+    def feed(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1).contiguous()
         self.kernels.mlp(self.mlp_part, flat)
         return flat.view_as(x)
 

@@ -179,7 +179,12 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         if self.fused is not None and step.cache is not None:
             return self.fused(x, step, layer)
-        x = x + self.self_attn(self.input_layernorm(x), step, layer)
+        return self.feed(self.attend(x, step, layer))
+
+    def attend(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), step, layer)
+
+    def feed(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -1,0 +1,82 @@
+"""Needle in a haystack: a sentence hidden in a long text, and whether the model finds it again.
+
+The filler and the pass key are those of Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.engine.generate import Request, Result, stream_text
+from dsv2cli.model.transformer import DeepseekV2
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key?"
+SPARE = 64  # tokens for the answer
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text to hide things in, and what is hidden; `{key}` stands for a number that changes from try to try."""
+
+    filler: str = FILLER
+    needle: str = NEEDLE
+    question: str = QUESTION
+    expect: str = "{key}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question: `length` is the prompt's in tokens, `depth` where the needle lies, from 0 (start) to 1 (end)."""
+
+    length: int
+    depth: float
+    expected: str
+    answer: str
+
+    @property
+    def found(self) -> bool:
+        return self.expected.casefold() in self.answer.casefold()
+
+
+def sentences(text: str) -> list[str]:
+    return [part + "." for part in text.replace("\n", " ").split(".") if part.strip()]
+
+
+def make_prompt(tokenizer: Tokenizer, haystack: Haystack, key: str, length: int, depth: float) -> list[int]:
+    """A message of at most `length` tokens, as near to it as whole sentences of filler come."""
+    needle, filler = " " + haystack.needle.replace("{key}", key), sentences(haystack.filler)
+
+    def prompt(count: int) -> list[int]:
+        around = [filler[i % len(filler)] for i in range(count)]
+        around.insert(round(depth * count), needle)
+        return tokenizer.encode_chat([{"role": "user", "content": "".join(around).strip() + "\n\n" + haystack.question}])
+
+    least, most = 0, 1
+    while len(prompt(most)) <= length:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if len(prompt(middle)) <= length else (least, middle)
+    return prompt(least)
+
+
+def search(
+    model: DeepseekV2, tokenizer: Tokenizer, haystack: Haystack, lengths: list[int], depths: list[float], tries: int, request: Request
+) -> Iterator[Trial]:
+    """Every length at every depth, `tries` times each with another key."""
+    numbers = random.Random(request.seed)
+    for length in lengths:
+        for depth in depths:
+            for _ in range(tries):
+                key = str(numbers.randrange(10_000, 100_000))
+                ids = make_prompt(tokenizer, haystack, key, length, depth)
+                result = Result()
+                short = replace(request, max_new_tokens=SPARE)
+                for _ in stream_text(model, tokenizer, ids, short, model.new_cache(), result):
+                    pass
+                yield Trial(len(ids), depth, haystack.expect.replace("{key}", key), result.text)

@@ -17,6 +17,7 @@ from conftest import PROMPT, in_terminal, run_dsv2
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
+from dsv2cli import places
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import answer
@@ -166,7 +167,7 @@ def test_a_list_of_messages_is_taken_in_and_a_conversation_written_out(talk, tmp
 def test_a_session_is_named_and_never_written_over_another(talk):
     say(talk, "Hello")
     commands.run(talk, "/save first talk")
-    assert store.names() == ["first talk"]
+    assert places.session_names() == ["first talk"]
     commands.run(talk, "/clear")
     assert talk.session.asked() == [] and talk.name == ""
     say(talk, "Bye")
@@ -174,7 +175,7 @@ def test_a_session_is_named_and_never_written_over_another(talk):
         commands.run(talk, "/save first talk")
     assert store.load(store.path_of("first talk")).branches["main"][1]["content"] == "Hello"
     commands.run(talk, "/load first talk")
-    assert talk.session.messages[1]["content"] == "Hello" and len(store.names()) == 2
+    assert talk.session.messages[1]["content"] == "Hello" and len(places.session_names()) == 2
 
 
 def test_a_program_may_wait_for_each_answer():

@@ -15,13 +15,13 @@ from dsv2cli.cli.app import completion_script
 
 # A file imports only from files named before it.
 ORDER = """
-errors device
+errors memory places device
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
 model.config model.size model.rope model.cache model.transformer model.fused
 checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize
-engine.sampling engine.generate engine.batch engine.session engine.store engine.benchmark
+engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store engine.benchmark engine.needle
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
-cli.ui cli.options cli.config cli.flow cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.info cli.quantize cli.app __main__
+cli.ui cli.options cli.config cli.flow cli.asking cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path
@@ -77,7 +77,7 @@ def test_mypy_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(("shell", "file"), [("bash", "dsv2.bash"), ("zsh", "_dsv2"), ("fish", "dsv2.fish")])
+@pytest.mark.parametrize(("shell", "file"), [("bash", "dsv2.bash"), ("zsh", "_dsv2"), ("fish", "dsv2.fish"), ("powershell", "dsv2.ps1")])
 def test_completions_are_current(shell, file):
     assert (ROOT / "completions" / file).read_text() == completion_script(shell)
 

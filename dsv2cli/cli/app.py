@@ -40,7 +40,7 @@ app.command()(config)
 
 
 class Shell(str, Enum):
-    bash, zsh, fish = "bash", "zsh", "fish"
+    bash, zsh, fish, powershell = "bash", "zsh", "fish", "powershell"
 
 
 @app.command()
@@ -54,6 +54,20 @@ def completion_script(shell: str) -> str:
 
     script: str = get_completion_script(prog_name="dsv2", complete_var="_DSV2_COMPLETE", shell=shell)
     return script.strip() + "\n"
+
+
+@app.command()
+def manual() -> None:
+    """Print the manual page: dsv2 manual | man -l -"""
+    sys.stdout.write(manual_page())
+
+
+def manual_page() -> str:
+    from importlib.metadata import version
+
+    from dsv2cli.cli.manual import page
+
+    return page(command(), version("dsv2cli"))
 
 
 def print_version(wanted: bool) -> None:

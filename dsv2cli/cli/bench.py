@@ -129,7 +129,7 @@ def numbers(option: str, text: str, least: int) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:([+*])(\d+))?)?\s*", part)
-        if match is None or int(match[1]) < least or match[3] == "*" and (int(match[4]) < 2 or int(match[1]) == 0) or match[3] == "+" and int(match[4]) < 1:
+        if match is None or int(match[1]) < least or (match[3] == "*" and (int(match[4]) < 2 or int(match[1]) == 0)) or (match[3] == "+" and int(match[4]) < 1):
             raise UsageError(f"{option} {text} can not be used", why=f"it is {RangeHelp}, from {least} on", fix=f"{option} 64,512")
         value, last = int(match[1]), int(match[2] or match[1])
         while value <= last:

@@ -25,7 +25,7 @@ def chat(
     model: opt.ModelOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None,
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None,
-    resume: Annotated[str | None, typer.Option(help="Go on with a saved session, or with a JSON list of messages.")] = None,
+    resume: Annotated[str | None, typer.Option(autocompletion=opt.sessions, help="Go on with a saved session, or with a JSON list of messages.")] = None,
     go_on: Annotated[
         bool, typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session.")
     ] = False,

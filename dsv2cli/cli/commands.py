@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dsv2cli import places
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.engine import store
@@ -51,7 +52,7 @@ class Talk:
             return
         if not self.name:
             self.name = time.strftime("%Y-%m-%d-%H%M%S")
-            while self.name in store.names():  # begun within the same second
+            while self.name in places.session_names():  # begun within the same second
                 self.name += "b"
         branches = session.branches | {session.branch: session.messages}
         try:
@@ -63,7 +64,7 @@ class Talk:
 
     def save_cache(self) -> None:
         """Keep the latents too, when leaving; not where the text itself could not be kept."""
-        if not self.saving or not self.name or not self.session.cached_ids or self.name not in store.names():
+        if not self.saving or not self.name or not self.session.cached_ids or self.name not in places.session_names():
             return
         try:
             store.save_cache(cache_path(self.name), self.session, store.identity(self.opened.folder, self.session))
@@ -75,7 +76,7 @@ class Talk:
         saved, session = store.load(path), self.session
         session.branch, session.branches = saved.branch, saved.branches
         session.messages = session.branches.pop(saved.branch)
-        inside = path.parent == store.folder()
+        inside = path.parent == places.sessions()
         self.name, self.draft = path.stem if inside else "", saved.pending
         reason = "none was saved"
         if inside:
@@ -90,7 +91,7 @@ def cache_path(name: str) -> Path:
 
 def find(name: str) -> Path:
     """A saved session by name, the latest for `last`, or a file. Raises UsageError for anything else."""
-    known = store.names()
+    known = places.session_names()
     if name == "last" and known:
         return store.path_of(known[0])
     if name in known:
@@ -206,10 +207,10 @@ def save(talk: Talk, rest: str) -> None:
         ui.note(f"written to {path}")
         return
     if rest and rest != talk.name:
-        if rest in store.names():
+        if rest in places.session_names():
             raise UsageError(f"There is a session {rest!r} already", why="it would be written over", fix="choose another name")
         path = store.path_of(rest)
-        if talk.name in store.names():
+        if talk.name in places.session_names():
             store.path_of(talk.name).rename(path)
         talk.name = rest
     talk.saving = True
@@ -224,9 +225,9 @@ def load(talk: Talk, rest: str) -> None:
 
 
 def sessions(talk: Talk, rest: str) -> None:
-    for name in store.names()[:20]:
+    for name in places.session_names()[:20]:
         ui.note(f"{'*' if name == talk.name else ' '} {name}")
-    ui.note(f"in {store.folder()}")
+    ui.note(f"in {places.sessions()}")
 
 
 def file(talk: Talk, rest: str) -> None:

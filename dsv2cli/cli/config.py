@@ -13,7 +13,7 @@ import typer
 from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
 
-COMMANDS = ("chat", "complete", "bench", "info", "quantize")
+COMMANDS = ("chat", "complete", "bench", "niah", "info", "doctor", "quantize")
 EXAMPLE = """\
 # Any option of a command, without its dashes. Environment variables such as DSV2_CHAT_TEMPERATURE come before this
 # file, and the command line before both.

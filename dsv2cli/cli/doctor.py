@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dsv2cli import places
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error
@@ -114,16 +115,11 @@ def extras() -> Iterator[Finding]:
 
 def disks() -> Iterator[Finding]:
     """The places that are written to."""
-    import platformdirs
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    places = {
-        "conversations": platformdirs.user_data_path("dsv2", appauthor=False),
-        "compiled kernels": Path(platformdirs.user_cache_dir("dsv2")),
-        "downloads": Path(HF_HUB_CACHE),
-    }
-    for name, path in places.items():
-        there = next(place for place in (path, *path.parents) if place.exists())
+    written = {"conversations": places.sessions(), "compiled kernels": places.compiled_kernels(), "downloads": Path(HF_HUB_CACHE)}
+    for name, path in written.items():
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
             yield Finding(name, "bad", f"{path} can not be written", f"chmod u+w {there}")

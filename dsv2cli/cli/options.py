@@ -54,6 +54,13 @@ def models(incomplete: str) -> list[str]:
     return known_models(incomplete)
 
 
+def sessions(incomplete: str) -> list[str]:
+    """For the shell's completion: saved conversations, the latest first."""
+    from dsv2cli.places import session_names
+
+    return [name for name in session_names() if name.startswith(incomplete)]
+
+
 MODEL_HELP = "Folder with a checkpoint, or a Hugging Face repository name. Default: the small model inside the package."
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", metavar="DIR|REPO", autocompletion=models, help=MODEL_HELP)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

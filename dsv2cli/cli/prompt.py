@@ -14,10 +14,10 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from dsv2cli import places
 from dsv2cli.cli import ui
 from dsv2cli.cli.commands import COMMANDS, SETTINGS, Talk
 from dsv2cli.cli.options import Overflow
-from dsv2cli.engine import store
 
 QUOTES = '"""'
 
@@ -55,7 +55,7 @@ class Suggestions(Completer):
             yield from WordCompleter(list(COMMANDS)).get_completions(Document(name), event)
             return
         words = {
-            "load": store.names, "set": lambda: [*SETTINGS, "seed", "max_new_tokens"],
+            "load": places.session_names, "set": lambda: [*SETTINGS, "seed", "max_new_tokens"],
             "branch": lambda: sorted([*self.talk.session.branches, self.talk.session.branch]),
         }.get(name, list)()  # fmt: skip
         yield from WordCompleter(words, sentence=True).get_completions(Document(rest), event)
@@ -90,7 +90,7 @@ def typed(talk: Talk, keep_history: bool) -> Iterator[str]:
     # The prompt is drawn on stderr, so that `dsv2 chat > answers.txt` holds answers only.
     prompt: PromptSession[str] = PromptSession(
         "> ", multiline=True, key_bindings=keys(), prompt_continuation="  ", output=create_output(stdout=sys.stderr),
-        history=History(str(store.folder().parent / "history")) if keep_history else None, completer=Suggestions(talk),
+        history=History(str(places.data_folder() / "history")) if keep_history else None, completer=Suggestions(talk),
         complete_while_typing=False, reserve_space_for_menu=4, enable_open_in_editor=True,
     )  # fmt: skip
     while True:

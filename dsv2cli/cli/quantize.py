@@ -22,7 +22,7 @@ class Group(str, Enum):
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="DIR|REPO", help="Folder with a checkpoint, or a Hugging Face repository name.")],
+    model: Annotated[str, typer.Argument(metavar="DIR|REPO", autocompletion=opt.models, help="Folder with a checkpoint, or a Hugging Face repository name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")],
     to: Annotated[Bits, typer.Option(help="Bits of experts and dense layers; attention and head get 8 in both.")] = Bits.int4,
     group: Annotated[Group, typer.Option(help="Numbers that share a scale.")] = Group.g64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dsv2cli.engine.sampling import SamplingParams, sample
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model import size
+from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2, Layer, MoE, Step
 
 READ_BYTES = 2**28  # far more than a cache holds
@@ -147,7 +149,7 @@ class Ours:
         for _ in generate_batch(self.model, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits):
             times.append(time.perf_counter())
         self.cache.truncate(before)
-        return times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
 
 
 class Theirs:
@@ -184,7 +186,7 @@ class Theirs:
             times.append(time.perf_counter())
         if self.cache is not None:
             self.cache.crop(-(len(prompts[0]) + generate - 1))
-        return times[1] - times[0], [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+        return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
 
 
 def transformers_twin(model: DeepseekV2, folder: Path) -> Any:
@@ -267,6 +269,13 @@ class TimedLayer:
         return self.watch.time(self.mlp, lambda: self.inner.feed(x))
 
 
+def timed_step(model: DeepseekV2, logits: Tensor, cache: LatentCache, watch: Stopwatch) -> Tensor:
+    """One greedy token for each row; its layers have stopwatches of their own."""
+    new = watch.time("sampling", lambda: torch.tensor([[sample(row, GREEDY.sampling, row, None)] for row in logits], device=model.device))
+    hidden = model(new, cache)[:, -1]
+    return watch.time("head", lambda: model.logits(hidden))
+
+
 @torch.inference_mode()
 def profile(model: DeepseekV2, work: Work) -> dict[str, dict[str, float]]:
     """Seconds by part, for the prefill and for one decode step on average. Waiting for the device after each part costs some."""
@@ -288,10 +297,9 @@ def profile(model: DeepseekV2, work: Work) -> dict[str, dict[str, float]]:
             began = time.perf_counter()
             if phase == "prefill":
                 logits = prefill(model, prompts, cache)
-            for _ in range(work.generate if phase == "decode" else 0):
-                new = watch.time("sampling", lambda: torch.tensor([[sample(row, GREEDY.sampling, row, None)] for row in logits], device=model.device))
-                hidden = model(new, cache)[:, -1]
-                logits = watch.time("head", lambda: model.logits(hidden))
+            else:
+                for _ in range(work.generate):
+                    logits = timed_step(model, logits, cache, watch)
             total = time.perf_counter() - began
             watch.seconds["the rest"] = total - sum(watch.seconds.values())
             out[phase] = {name: seconds / count for name, seconds in watch.seconds.items()}

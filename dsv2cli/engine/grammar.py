@@ -38,7 +38,7 @@ class Grammar:
         except ValueError as error:
             raise self.senseless(str(error)) from None
         self.tokenizer = LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=sorted(eos_ids))
-        self.matcher = LLMatcher(self.tokenizer, self.text)
+        self.matcher = LLMatcher(self.tokenizer, self.text, log_level=0)
         if self.matcher.is_error():
             raise self.senseless(self.matcher.get_error())
         if start and not self.matcher.consume_tokens(tokenizer.encode(start, add_bos=False)):

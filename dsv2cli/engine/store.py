@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dsv2cli import places
 from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
@@ -38,23 +38,13 @@ class Conversation:
     model: str = ""
 
 
-def folder() -> Path:
-    return platformdirs.user_data_path("dsv2", appauthor=False) / "sessions"
-
-
 def path_of(name: str) -> Path:
     """Raises UsageError for a name that is no plain file name."""
     if not re.fullmatch(r"\w[\w .-]*", name):
         raise UsageError(
             f"{name!r} can not name a session", why="letters, digits, spaces, dots and dashes can", fix="/save my-talk"
         )
-    return folder() / f"{name}.json"
-
-
-def names() -> list[str]:
-    """Saved sessions, the latest first."""
-    files = [(file.stat().st_mtime_ns, file.stem) for file in folder().glob("*.json")]
-    return [name for _, name in sorted(files, reverse=True)]
+    return places.sessions() / f"{name}.json"
 
 
 def save(path: Path, conversation: Conversation) -> None:

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from dsv2cli.kernels.quantized import CODEBOOK, LANES, SHRINKS, Quantized
+from dsv2cli.places import compiled_kernels
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable": []}
@@ -129,7 +129,7 @@ def load(target: str = "native") -> tuple[Kernels | None, str]:
     program = compiler()
     flags = FLAGS.split() + TARGETS[target]
     key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, processor())).encode()).hexdigest()[:16]
-    folder = Path(platformdirs.user_cache_dir("dsv2")) / "kernels"
+    folder = compiled_kernels()
     built = folder / f"{target}-{key}.so"
     try:
         if not built.exists():

@@ -1,0 +1,75 @@
+"""dsv2 doctor: it finds nothing where all is well, and names what is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import DATA, run_dsv2
+
+from dsv2cli.checkpoint.hub import EMBEDDED
+
+
+def doctor(*arguments, **environment):
+    done = run_dsv2("doctor", *map(str, arguments), "--json", **environment)
+    out = json.loads(done.stdout)
+    assert done.returncode == (0 if out["healthy"] else 1) and done.stderr == ""
+    return {finding["name"]: finding for finding in out["findings"]}
+
+
+def test_all_is_well_here():
+    done = run_dsv2("doctor")
+    assert done.returncode == 0 and done.stdout.endswith("nothing is wrong\n") and done.stderr == ""
+    for name in ("python", "torch", "gpu", "compiler", "cpu kernels", "weights", "tokenizer", "begin of text", "template"):
+        assert f" {name}: " in done.stdout
+
+
+def test_without_a_compiler_it_says_what_runs_instead(tmp_path):
+    found = doctor(CXX="/nowhere", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    assert found["compiler"]["state"] == found["cpu kernels"]["state"] == "note"
+    assert "no C++ compiler" in found["cpu kernels"]["text"]
+
+
+def truncate(folder):
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+
+
+def change(file, **values):
+    def damage(folder):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def break_tokenizer(folder):
+    """A tokenizer that drops spaces, as transformers 5's LlamaTokenizerFast does."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("damage", "name", "words"), [
+    (truncate, "weights", "truncated"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", "tokenizer.json is missing"),
+    (break_tokenizer, "tokenizer", "comes back as"),
+    (change("config.json", bos_token_id=7), "begin of text", "config.json says 7"),
+    (change("config.json", hidden_size=100), "weights", "shape"),
+    (change("config.json", scoring_func="sigmoid"), "config", "scoring_func"),
+    (change("tokenizer_config.json", chat_template="{{ bos_token }}{{ bos_token }}{{ messages[0].content }}"), "template", "twice"),
+    (change("tokenizer_config.json", chat_template="{{ raise_exception('no') }}"), "template", "rejected"),
+], ids=["shard", "no tokenizer", "spaces", "bos", "shape", "config", "twice", "template"])  # fmt: skip
+def test_what_is_broken_is_named(tmp_path, damage, name, words):
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    damage(tmp_path / "model")
+    found = doctor(tmp_path / "model")
+    assert found[name]["state"] == "bad" and words in found[name]["text"]
+
+
+def test_a_packed_checkpoint_is_looked_at_too(tmp_path):
+    assert run_dsv2("quantize", str(EMBEDDED), str(tmp_path / "packed")).returncode == 0
+    found = doctor(tmp_path / "packed")
+    assert found["weights"]["state"] == "ok" and "int4" in found["config"]["text"]
+    assert doctor(DATA / "golden" / "v2")["weights"]["state"] == "ok"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, run_dsv2
+from regenerate import COMPLETIONS
 
-from dsv2cli.cli.app import completion_script
+from dsv2cli.cli.app import command as command_group
+from dsv2cli.cli.app import completion_script, manual_page
 
 # A file imports only from files named before it.
 ORDER = """
@@ -77,16 +80,51 @@ def test_mypy_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(("shell", "file"), [("bash", "dsv2.bash"), ("zsh", "_dsv2"), ("fish", "dsv2.fish"), ("powershell", "dsv2.ps1")])
+@pytest.mark.parametrize(("shell", "file"), COMPLETIONS.items())
 def test_completions_are_current(shell, file):
     assert (ROOT / "completions" / file).read_text() == completion_script(shell)
 
 
+def test_the_manual_page_is_current_and_well_formed():
+    page = (ROOT / "completions" / "dsv2.1").read_text()
+    assert page == manual_page() == run_dsv2("manual").stdout
+    for command in command_group().commands.values():
+        for parameter in command.params:
+            assert parameter.name == "help" or parameter.opts[0].replace("-", "\\-") in page
+    if shutil.which("groff"):
+        done = subprocess.run(["groff", "-man", "-Tutf8", "-ww", "-z"], input=page, capture_output=True, text=True)
+        assert done.stderr == ""
+
+
+def complete(words, **environment):
+    asked = {"_DSV2_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    return run_dsv2(**asked, **environment).stdout.strip().split("\n")
+
+
 def test_completion_offers_commands_and_options():
-    asked = {"_DSV2_COMPLETE": "complete_bash", "COMP_WORDS": "dsv2 co", "COMP_CWORD": "1"}
-    assert run_dsv2(**asked).stdout.split() == ["complete", "config", "completion"]
-    asked |= {"COMP_WORDS": "dsv2 complete --temp", "COMP_CWORD": "2"}
-    assert "--temperature" in run_dsv2(**asked).stdout.split()
+    assert complete("dsv2 co") == ["complete", "config", "completion"]
+    assert "--temperature" in complete("dsv2 complete --temp")
+
+
+def test_completion_knows_local_models(tmp_path):
+    cache = tmp_path / "models--deepseek-ai--DeepSeek-V2-Lite" / "snapshots" / "1"
+    other = tmp_path / "models--deep--other" / "snapshots" / "1"
+    for folder, kind in ((cache, "deepseek_v2"), (other, "llama")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    golden = ROOT / "tests" / "data" / "golden"
+    assert complete(f"dsv2 chat --model {golden}/v", HF_HUB_CACHE=str(tmp_path)) == [f"{golden}/v2"]
+    assert complete(f"dsv2 info {golden.parent}/g") == [f"{golden}/"]
+    assert complete("dsv2 bench -m deep", HF_HUB_CACHE=str(tmp_path)) == ["deepseek-ai/DeepSeek-V2-Lite"]
+
+
+def test_completion_knows_saved_sessions_and_needs_no_torch(tmp_path):
+    (tmp_path / "dsv2" / "sessions").mkdir(parents=True)
+    for name in ("tea", "trains"):
+        (tmp_path / "dsv2" / "sessions" / f"{name}.json").write_text("[]")
+    assert sorted(complete("dsv2 chat --resume t", XDG_DATA_HOME=str(tmp_path))) == ["tea", "trains"]
+    code = "import sys; from dsv2cli.cli.options import models, sessions; models('x'); sessions('x'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def blocks(language):

@@ -208,3 +208,60 @@ def test_no_model_is_needed_to_ask_for_help():
     for command in ("complete", "chat", "bench"):
         done = run_dsv2(command, "--help")
         assert done.returncode == 0 and "--model" in done.stdout
+
+
+@pytest.mark.parametrize("command", [("complete", "Once upon a time", "-n", "12"), ("chat", "-n", "12")], ids=["complete", "chat"])
+def test_sampling_options_do_what_they_say(command):
+    """The likeliest token always: the only one of top-k 1, and the only one as likely as the likeliest."""
+    stdin = "Tell me a story.\n" if command[0] == "chat" else ""
+    likeliest = run_dsv2(*command, "--temperature", "0", stdin=stdin).stdout
+    assert likeliest and run_dsv2(*command, "--temperature", "5", "--top-k", "1", stdin=stdin).stdout == likeliest
+    assert run_dsv2(*command, "--temperature", "5", "--min-p", "1", stdin=stdin).stdout == likeliest
+    assert run_dsv2(*command, "--temperature", "5", "--top-p", "0.0001", stdin=stdin).stdout == likeliest
+    assert run_dsv2(*command, "--temperature", "0", "--repetition-penalty", "1000", stdin=stdin).stdout != likeliest
+
+
+def test_a_great_penalty_repeats_nothing():
+    out = json.loads(run_dsv2("complete", "Once", "--temperature", "0", "--repetition-penalty", "1000", "-n", "40", "--json").stdout)
+    assert len(set(out["token_ids"])) == 40
+
+
+@pytest.mark.parametrize("path", ["absorbed", "expanded", "reference"])
+def test_every_attention_path_says_the_same(path):
+    plain, options = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "12").stdout, (*GREEDY, "--attention", path, "--threads", "2", "--kernels", "off")
+    assert run_dsv2("complete", "Once upon a time", "-n", "12", *options).stdout == plain
+    talk = run_dsv2("chat", "-n", "12", *GREEDY, stdin="Hello\n").stdout
+    assert run_dsv2("chat", "-n", "12", *options, stdin="Hello\n").stdout == talk
+
+
+def test_bench_and_niah_run_as_they_are_told():
+    paths = ("--attention", "absorbed", "--kernels", "off", "--threads", "2")
+    out = json.loads(run_dsv2("bench", "--prompt", "8", "--generate", "2", "-r", "1", "--json", *paths).stdout)
+    assert (out["attention"], out["kernels"], out["device"]) == ("absorbed", "plain torch", "CPU, 2 threads")
+    done = run_dsv2("niah", "--lengths", "128", "--depths", "50", "--json", *paths)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["trials"]) == 1
+
+
+def test_quantize_packs_in_the_groups_asked_for(tmp_path):
+    done = run_dsv2("quantize", V2, str(tmp_path / "out"), "--to", "int8", "--group", "32", "--kernels", "off")
+    assert done.returncode == 0
+    packing = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (packing["bits"], packing["group"]) == (8, 32)
+
+
+def test_a_full_context_from_a_pipe_is_dropped_from_or_refused():
+    long = "word " * 1500
+    done = run_dsv2("chat", "--on-overflow", "drop", "-n", "3", *GREEDY, stdin=f"{long}\n{long}\n{long}\nHello\n")
+    assert done.returncode == 0, done.stderr
+    assert run_dsv2("chat", "--on-overflow", "stop", "-n", "3", *GREEDY, stdin=f"{long}\n{long}\n{long}\nHello\n").returncode != 0
+
+
+def test_plain_shows_markdown_as_it_is_written():
+    child = in_terminal("chat", "--plain", "--no-save", *GREEDY, "-n", "5")
+    child.expect(PROMPT)
+    child.send("Hello\r")
+    child.expect("first after")
+    child.sendline("/quit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0

@@ -152,3 +152,13 @@ def test_the_readmes_examples_do_what_it_says(command, output):
     assert done.returncode == 0, done.stderr
     pattern = ".*".join(re.escape(part) for part in output.strip().split("..."))
     assert re.fullmatch(pattern, done.stdout.strip(), re.DOTALL), done.stdout
+
+
+def test_every_option_is_tried_by_a_test():
+    """Each appears, by its own name, in an argument list or a transcript somewhere."""
+    tests = "".join(path.read_text() for path in [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "tests" / "data" / "transcripts").glob("*.txt")])
+    for name, command in command_group().commands.items():
+        for parameter in command.params:
+            options = [option for option in parameter.opts if option.startswith("-") and option != "--help"]
+            tried = [option for option in options if re.search(rf"[\"' =]{option}[\"' =]", tests)]
+            assert tried or not options, f"dsv2 {name} {options}"

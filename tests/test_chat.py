@@ -22,7 +22,7 @@ from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
-from dsv2cli.cli.options import Opened, Overflow
+from dsv2cli.cli.options import Compute, Opened, make_plan, Overflow
 from dsv2cli.cli.prompt import History, Suggestions
 from dsv2cli.engine import store
 from dsv2cli.engine.generate import Request, Result
@@ -42,7 +42,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def talk(home, embedded, embedded_tokenizer):
     session = Session(embedded, embedded_tokenizer, "Be brief.")
-    return commands.Talk(session, Opened(embedded, EMBEDDED, "embedded", {}, 0.0), GREEDY)
+    return commands.Talk(session, Opened(EMBEDDED, "embedded", embedded.config, {}, embedded, make_plan(embedded.config, Compute()), 0.0), GREEDY)
 
 
 def say(talk, text):

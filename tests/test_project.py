@@ -18,13 +18,13 @@ from dsv2cli.cli.app import completion_script, manual_page
 
 # A file imports only from files named before it.
 ORDER = """
-errors memory places device
+errors memory places device team
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
-model.config model.size model.rope model.cache model.transformer model.fused
+model.config model.size model.rope model.share model.cache model.transformer model.fused model.conductor
 checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize
 engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store engine.benchmark engine.needle
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
-cli.ui cli.options cli.config cli.flow cli.asking cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.app __main__
+cli.ui cli.launch cli.options cli.config cli.flow cli.asking cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.worker cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.kernels.quantized import Quantized, pack_reference
+from dsv2cli.kernels.quantized import GROUP, Quantized, pack_reference
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
+from dsv2cli.model.share import cut
 from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.team import ALONE, Team
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAPPED = DTYPES | {"U8": torch.uint8}
@@ -49,6 +51,17 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     length: int
+    columns: range | None = None  # the part of each row that is wanted; `shape` and `length` are of that part
+    width: int = 0  # of a whole row, then
+
+    def part(self, dim: int, wanted: range) -> Stored:
+        """Some of its rows (dim 0) or columns (dim 1)."""
+        shape = list(self.shape)
+        shape[dim] = len(wanted)
+        length = self.length // self.shape[dim] * len(wanted)
+        if dim == 0:
+            return replace(self, shape=tuple(shape), offset=self.offset + self.length // self.shape[0] * wanted.start, length=length)
+        return replace(self, shape=tuple(shape), length=length, columns=wanted, width=self.shape[1])
 
 
 @torch.inference_mode(False)  # the readers are threads, and threads are not in the caller's inference mode
@@ -59,8 +72,9 @@ def load_model(
     progress: Progress | None = None,
     bits: int | None = None,
     kernels: Kernels | None = None,
+    team: Team = ALONE,
 ) -> DeepseekV2:
-    """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own.
+    """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own. A rank of a team reads its part.
 
     `bits` 8 or 4 quantises while reading, tensor by tensor (with `kernels` where given): no full copy is ever held.
 
@@ -70,9 +84,11 @@ def load_model(
     if config.packed is not None:
         if bits not in (None, config.packed.bits):
             raise UsageError(f"{folder} is packed in int{config.packed.bits}", fix="leave --quantize out")
+        if team.size > 1:
+            raise UsageError(f"{folder} is packed", why="only full weights can be shared out so far", fix="--quantize with the original")
         return map_packed(folder, config, device, dtype)
     stored = list_tensors(folder)
-    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype))
+    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
     if bits is not None:
         make_quantized(model, bits)
     pairs = match(model, stored, folder)
@@ -161,16 +177,18 @@ def random_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dt
     return model.eval().requires_grad_(False)
 
 
-def empty_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> DeepseekV2:
-    """The model with uninitialised weights on `device`; routers stay in fp32."""
+def empty_model(
+    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype, team: Team = ALONE, group: int | None = None
+) -> DeepseekV2:
+    """The model, or a rank's part, with uninitialised weights on `device`; routers stay in fp32."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return DeepseekV2(config)
+            return DeepseekV2(config, team, group)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         with torch.device("meta"):
-            model = DeepseekV2(config)
+            model = DeepseekV2(config, team, group)
         raise no_room(model, device, error) from None
     finally:
         torch.set_default_dtype(previous)
@@ -335,10 +353,29 @@ def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tu
     if model.config.tie_word_embeddings:  # it is the embedding, whether stored again or not
         stored.pop("lm_head.weight", None)
         places.pop("lm_head.weight", None)
+    if model.team.size > 1:
+        stored = own_parts(model, stored, folder)
+        places = {name: place for name, place in places.items() if math.prod(place.shape)}
     refuse_strangers(stored, places.keys(), folder)
     for name, tensor in stored.items():
         check(tensor, places[name], DTYPES)
     return [(tensor, places[name]) for name, tensor in stored.items()]
+
+
+def own_parts(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> dict[str, Stored]:
+    """What this rank holds of the checkpoint, under the names it has here. The whole is checked first. Raises Dsv2Error."""
+    whole = empty_model(model.config, torch.device("meta"), model.dtype)
+    places = destinations(whole)
+    if model.config.tie_word_embeddings:
+        places.pop("lm_head.weight", None)
+    refuse_strangers(stored, places.keys(), folder)
+    out = {}
+    for name, tensor in stored.items():
+        check(tensor, places[name], DTYPES)
+        mine = cut(name, model.config, model.share)
+        if mine is not None and (mine.part is None or mine.part):  # a rank may hold nothing of it
+            out[mine.name] = tensor if mine.part is None else tensor.part(mine.dim, mine.part)
+    return out
 
 
 def refuse_strangers(stored: dict[str, Stored], wanted: AbstractSet[str], folder: Path) -> None:
@@ -408,6 +445,11 @@ def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]
     per_piece = STAGING_BYTES // dtype.itemsize
     with tensor.file.open("rb", buffering=0) as stream:
         stream.seek(tensor.offset)
+        if tensor.columns is not None:
+            whole = map_file(tensor.file)[tensor.offset :][: tensor.width * tensor.shape[0] * dtype.itemsize].view(dtype)
+            place.copy_(whole.view(-1, tensor.width)[:, tensor.columns.start : tensor.columns.stop])
+            yield tensor.length
+            return
         for piece in flat.split(per_piece):
             target = piece if direct else staging[: piece.numel() * dtype.itemsize].view(dtype)
             view = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

@@ -40,24 +40,31 @@ def experts_reference(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Te
 
 
 def run_experts(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Quantized
+    x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Quantized, first: int = 0
 ) -> Tensor:
     """The same as experts_reference, with each expert run once over all of its tokens.
 
     x [n, hidden], index and weight [n, k], gate_up_proj [e, 2*width, hidden], down_proj [e, hidden, width] -> [n, hidden].
+    The e experts here are `first` and those after it; others are another rank's, and left out of the sum.
     """
     n, top_k = index.shape
     # unbind, not indexing: its gradient is one stack, not a full-size zero tensor per expert.
     gate_up, down = gate_up_proj.unbind(0), down_proj.unbind(0)
+    here = len(gate_up)
     if n == 1:
-        outputs = torch.cat([gated_mlp(x, gate_up[e], down[e]) for e in index[0].tolist()])  # [k, hidden]
+        chosen = [(i, e - first) for i, e in enumerate(index[0].tolist()) if 0 <= e - first < here]
+        if not chosen:
+            return torch.zeros_like(x)
+        outputs = torch.cat([gated_mlp(x, gate_up[e], down[e]) for _, e in chosen])  # [k, hidden]
+        weight = weight if len(chosen) == top_k else weight[:, [i for i, _ in chosen]]
         return (weight @ outputs.float()).type_as(x)
-    flat = index.flatten()
+    flat = index.flatten() - first
+    flat = torch.where((flat >= 0) & (flat < here), flat, here)  # the last bucket is the others'
     order = flat.argsort()
-    counts = flat.bincount(minlength=len(gate_up)).tolist()
+    counts = flat.bincount(minlength=here + 1).tolist()
     tokens, weights = (order // top_k).split(counts), weight.flatten()[order, None].split(counts)
     total = torch.zeros_like(x, dtype=torch.float32)
-    for e, count in enumerate(counts):
+    for e, count in enumerate(counts[:here]):
         if count:
             outputs = gated_mlp(x[tokens[e]], gate_up[e], down[e])  # [count, hidden]
             total.index_add_(0, tokens[e], outputs.float() * weights[e])

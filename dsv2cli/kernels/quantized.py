@@ -54,6 +54,8 @@ class Quantized(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weights that the codes stand for, rounded to `dtype`. -> `shape`"""
         *stack, rows, cols = self.shape
+        if 0 in self.shape:  # a rank of a team may hold nothing of a matrix
+            return torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         codes = self.codes.unflatten(-1, (-1, LANES, 4))  # [..., blocks, cols / 4 or 8, 16, 4]
         if self.bits == 8:
             values = codes.float() - 128

@@ -18,6 +18,8 @@ from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.rope import RotaryTable, rotate, softmax_scale
+from dsv2cli.model.share import Share, share_of
+from dsv2cli.team import ALONE, Team
 
 ATTENTION_PATHS = ("auto", "absorbed", "expanded", "reference")
 
@@ -38,14 +40,19 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table. Unlike nn.Embedding it does not fill the table with random numbers first."""
+    """Rows of a table, of which a team's rank holds some. Unlike nn.Embedding it does not fill the table with random numbers."""
 
-    def __init__(self, rows: int, size: int) -> None:
+    def __init__(self, rows: range, size: int, team: Team) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, size))
+        self.weight = nn.Parameter(torch.empty(len(rows), size))
+        self.rows, self.team = rows, team
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        if self.team.size == 1:
+            return F.embedding(ids, self.weight)
+        here = (ids >= self.rows.start) & (ids < self.rows.stop)
+        found = F.embedding(torch.where(here, ids - self.rows.start, 0), self.weight)
+        return self.team.sum(found.masked_fill(~here[..., None], 0))
 
 
 class RMSNorm(nn.Module):
@@ -61,21 +68,22 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """The dense feed-forward layer. gate_proj and up_proj are stored as one matrix and read in one go."""
 
-    def __init__(self, config: DeepseekV2Config, width: int) -> None:
+    def __init__(self, config: DeepseekV2Config, width: int, team: Team = ALONE) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.hidden_size, width))
+        self.team = team
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_mlp(x, self.gate_up_proj, self.down_proj)
+        return self.team.sum(gated_mlp(x, self.gate_up_proj, self.down_proj))
 
 
 class Experts(nn.Module):
-    """The routed experts of one layer, stacked."""
+    """The routed experts of one layer that this rank holds, stacked."""
 
-    def __init__(self, config: DeepseekV2Config) -> None:
+    def __init__(self, config: DeepseekV2Config, count: int) -> None:
         super().__init__()
-        count, width = config.n_routed_experts or 0, config.moe_intermediate_size
+        width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
 
@@ -107,33 +115,34 @@ class MoEGate(nn.Module):
 class MoE(nn.Module):
     """DeepSeekMoE: a few routed experts a token, plus shared experts that every token passes through."""
 
-    def __init__(self, config: DeepseekV2Config) -> None:
+    def __init__(self, config: DeepseekV2Config, share: Share, team: Team) -> None:
         super().__init__()
         self.gate = MoEGate(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, len(share.experts))
+        self.first, self.team = share.experts.start, team
         self.shared_experts = None
         if config.n_shared_experts is not None:
-            self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+            self.shared_experts = MLP(config, len(share.shared))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, seq, hidden] -> the same shape."""
         flat = x.flatten(0, 1)
         index, weight = self.gate(flat)
-        out = experts.run_experts(flat, index, weight, self.experts.gate_up_proj, self.experts.down_proj)
+        out = experts.run_experts(flat, index, weight, self.experts.gate_up_proj, self.experts.down_proj, self.first)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
-        return out.view_as(x)
+        return self.team.sum(out).view_as(x)
 
 
 class Attention(nn.Module):
     """Multi-head latent attention. Only the normed latent and the rotated shared key are kept per token."""
 
-    def __init__(self, config: DeepseekV2Config) -> None:
+    def __init__(self, config: DeepseekV2Config, heads: int, team: Team) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.heads, self.team = config, heads, team
         self.scale = softmax_scale(config)
         self.path = "auto"
-        heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        hidden, bias = config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * config.qk_head_dim)
         else:
@@ -148,8 +157,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """x [batch, seq, hidden] -> the same shape; the new tokens enter the cache."""
         config = self.config
+        if not self.heads:  # another rank's
+            return self.merge(x[..., :0])
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [batch, seq, heads, nope + rope]
+        q = q.unflatten(-1, (self.heads, config.qk_head_dim))  # [batch, seq, heads, nope + rope]
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         # The rope key is shared by all heads, so it is cached once, not per head.
@@ -159,21 +170,28 @@ class Attention(nn.Module):
             q_nope,
             rotate(q_rope, step.rotary),
             cached,
-            self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)),
+            self.kv_b_proj.weight.unflatten(0, (self.heads, config.qk_nope_head_dim + config.v_head_dim)),
             step.mask,
             self.scale,
             self.path,
         )
-        return self.o_proj(out.flatten(-2))
+        return self.merge(out.flatten(-2))
+
+    def merge(self, out: Tensor) -> Tensor:
+        """The heads' outputs [batch, seq, heads * value] -> hidden, summed over the ranks before the bias."""
+        if self.team.size == 1:
+            return self.o_proj(out)
+        whole = self.team.sum(linear(out, self.o_proj.weight) if self.heads else out.new_zeros(*out.shape[:-1], self.config.hidden_size))
+        return whole if self.o_proj.bias is None else whole + self.o_proj.bias
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DeepseekV2Config, layer: int) -> None:
+    def __init__(self, config: DeepseekV2Config, layer: int, share: Share, team: Team) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, len(share.heads), team)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config, config.intermediate_size)
+        self.mlp = MoE(config, share, team) if config.is_moe(layer) else MLP(config, len(share.dense), team)
         self.fused: Callable[[Tensor, Step, int], Tensor] | None = None  # the whole layer by kernels, where in use
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
@@ -211,21 +229,27 @@ class Step:
 class Decoder(nn.Module):
     """The part that the checkpoint calls `model`."""
 
-    def __init__(self, config: DeepseekV2Config) -> None:
+    def __init__(self, config: DeepseekV2Config, share: Share, team: Team) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)])
+        self.embed_tokens = Embedding(share.vocab, config.hidden_size, team)
+        self.layers = nn.ModuleList([Layer(config, i, share, team) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DeepseekV2(nn.Module):
-    """The whole model. `model(ids, cache)` gives hidden states; `model.logits(hidden)` gives scores for the next token."""
+    """The whole model, or one rank's part of it: then every call is made by all ranks at once.
 
-    def __init__(self, config: DeepseekV2Config) -> None:
+    `model(ids, cache)` gives hidden states; `model.logits(hidden)` gives scores for the next token.
+    """
+
+    def __init__(self, config: DeepseekV2Config, team: Team = ALONE, group: int | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.config, self.team = config, team
+        share = share_of(config, team.rank, team.size, group)
+        self.share = share
+        self.model = Decoder(config, share, team)
+        self.lm_head = Linear(config.hidden_size, len(share.vocab))
+        self.vocab_widths = [len(share_of(config, rank, team.size, group).vocab) for rank in range(team.size)]
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
@@ -267,4 +291,6 @@ class DeepseekV2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> scores [..., vocab] in fp32."""
-        return self.lm_head(hidden).float()
+        if self.team.size == 1:
+            return self.lm_head(hidden).float()
+        return self.team.join(self.lm_head(hidden).float().flatten(0, -2), self.vocab_widths).unflatten(0, hidden.shape[:-1])

@@ -22,7 +22,7 @@ from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
-from dsv2cli.cli.options import Compute, Opened, make_plan, Overflow
+from dsv2cli.cli.options import Compute, Opened, Overflow, make_plan
 from dsv2cli.cli.prompt import History, Suggestions
 from dsv2cli.engine import store
 from dsv2cli.engine.generate import Request, Result

@@ -24,6 +24,7 @@ from torch import Tensor
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.kernels.quantized import GROUP, Quantized, pack_reference
+from dsv2cli.model.conductor import Leader
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
 from dsv2cli.model.share import cut
@@ -154,9 +155,11 @@ def map_file(file: Path) -> Tensor:
 
 
 @torch.inference_mode(False)
-def random_model(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None) -> DeepseekV2:
+def random_model(
+    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None, team: Team = ALONE
+) -> DeepseekV2:
     """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
-    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype))
+    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
     if bits is not None:
         make_quantized(model, bits)
     try:
@@ -181,14 +184,15 @@ def empty_model(
     config: DeepseekV2Config, device: torch.device, dtype: torch.dtype, team: Team = ALONE, group: int | None = None
 ) -> DeepseekV2:
     """The model, or a rank's part, with uninitialised weights on `device`; routers stay in fp32."""
+    kind = Leader if team.size > 1 and team.rank == 0 else DeepseekV2
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return DeepseekV2(config, team, group)
+            return kind(config, team, group)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         with torch.device("meta"):
-            model = DeepseekV2(config, team, group)
+            model = kind(config, team, group)
         raise no_room(model, device, error) from None
     finally:
         torch.set_default_dtype(previous)

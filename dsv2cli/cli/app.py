@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer._completion_classes import completion_init  # done by typer itself only where it adds its own options
 
-from dsv2cli.cli import ui
+from dsv2cli.cli import launch, ui
 from dsv2cli.cli.bench import bench
 from dsv2cli.cli.chat import chat
 from dsv2cli.cli.complete import complete
@@ -104,6 +104,11 @@ def main() -> None:
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
+        if launch.is_follower():
+            from dsv2cli.cli.worker import work
+
+            work()
+            sys.exit(0)
         completion_init()
         code = command()(prog_name="dsv2")
     except Dsv2Error as error:
@@ -113,4 +118,6 @@ def main() -> None:
         code = INTERRUPTED
     except ui.ReaderGone:
         code = 0
+    if launch.torchrun_size() > 1:
+        launch.dismiss()
     sys.exit(code)

@@ -71,6 +71,7 @@ def complete(
     attention: opt.AttentionOption = opt.AttentionPath.auto,
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
     quantize: opt.QuantizeOption = opt.Quantize.none,
+    gpus: opt.GpusOption = None,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Continue a text: the argument, or all of stdin as one prompt, or both.
@@ -94,7 +95,7 @@ def complete(
         raise UsageError(f"{source} goes without --samples, --speculate, --dry-run, --echo and --fail-on-length")
     if speculate and samples > 1:
         raise UsageError("--speculate is for one answer at a time", fix="leave --samples out")
-    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize)
+    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     text = ui.read_stdin() + (prompt or "") if source == "a text" else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2cli.cli import ui
+from dsv2cli.cli import launch, ui
 from dsv2cli.errors import Dsv2Error, UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dsv2cli.kernels.native import Kernels
     from dsv2cli.model.config import DeepseekV2Config
     from dsv2cli.model.transformer import DeepseekV2
+    from dsv2cli.team import Team
 
 
 class Dtype(str, Enum):
@@ -68,6 +70,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; 
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")]
 AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
 KernelsOption = Annotated[KernelsChoice, typer.Option(help="C++ kernels on a CPU; auto: for this processor, not for tiny models.")]
+GpusOption = Annotated[int | None, typer.Option(min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes.")]
 QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
@@ -95,6 +98,15 @@ class Compute:
     attention: AttentionPath = AttentionPath.auto
     kernels: KernelsChoice = KernelsChoice.auto
     quantize: Quantize = Quantize.none
+    gpus: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value.value if isinstance(value, Enum) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Compute:
+        kinds = {"dtype": Dtype, "attention": AttentionPath, "kernels": KernelsChoice, "quantize": Quantize}
+        return cls(**{key: kinds[key](value) if key in kinds else value for key, value in values.items()})
 
 
 @dataclass
@@ -148,6 +160,7 @@ class Plan:
     kernels: Kernels | None
     path: str  # which kernels
     why: str  # they are not others, as words to follow 'because'
+    ranks: int = 1  # processes that share the model
 
 
 @dataclass
@@ -172,8 +185,8 @@ def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
     return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), read_json(folder / "generation_config.json"))
 
 
-def make_plan(config: DeepseekV2Config, compute: Compute) -> Plan:
-    """Choose device, number format, kernels and threads. Raises Dsv2Error where what was asked for is not there."""
+def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -> Plan:
+    """Choose device, ranks, number format, kernels and threads. Raises Dsv2Error where what was asked for is not there."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then takes huge pages for weights: reading them is 1.08x faster
     import torch
 
@@ -184,9 +197,16 @@ def make_plan(config: DeepseekV2Config, compute: Compute) -> Plan:
     device = pick_device(compute.device)
     dtype = DTYPES.get(compute.dtype.value) or getattr(torch, config.torch_dtype)
     small = weights_bytes(config, "bfloat16") < SMALL_MODEL_BYTES
-    if compute.threads is not None or small:
-        torch.set_num_threads(compute.threads or 1)
-    library, why = pick_kernels(compute.kernels, device.type, small)
+    ranks = count_ranks(config, compute, device)
+    if device.type == "cuda" and ranks > 1:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if compute.threads is not None or small or ranks > 1:
+        torch.set_num_threads(compute.threads or (1 if small else max(1, (os.cpu_count() or 1) // ranks)))
+    if ranks > 1:
+        library, why = None, "they do not share a model with other processes"
+    else:
+        library, why = pick_kernels(compute.kernels, device.type, small)
     if library is not None:
         why = refusal(config, device, dtype)
         library = None if why else library
@@ -196,7 +216,24 @@ def make_plan(config: DeepseekV2Config, compute: Compute) -> Plan:
         format = compute.quantize.value
     else:
         format = own_format(config) if config.packed is not None else str(dtype).removeprefix("torch.")
-    return Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why)
+    return Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks)
+
+
+def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device) -> int:
+    """How many processes share the model. Raises UsageError where there are not as many GPUs, or nothing to share out."""
+    import torch
+
+    ranks = compute.gpus or 1
+    if (there := launch.torchrun_size()) > 1:
+        if compute.gpus not in (None, there):
+            raise UsageError(f"--gpus {compute.gpus} under torchrun", why=f"it has started {there} processes", fix="leave --gpus out")
+        ranks = there
+    elif device.type == "cuda" and ranks > torch.cuda.device_count():
+        raise UsageError(f"There are no {ranks} GPUs", why=f"{torch.cuda.device_count()} CUDA devices found", fix=f"--gpus {torch.cuda.device_count()}")
+    most = max(config.num_attention_heads, config.n_routed_experts or 0)
+    if ranks > most:
+        raise UsageError(f"{ranks} processes can not share this model", why=f"it has {most} heads or experts to share out", fix=f"--gpus {most}")
+    return ranks
 
 
 def open_model(name: str | None, compute: Compute, random_weights: str | None = None) -> Opened:
@@ -205,21 +242,39 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
     found = find(name, random_weights)
     plan = make_plan(found.config, compute)
 
-    from dsv2cli.checkpoint.weights import load_model, random_model
-    from dsv2cli.model.fused import use_kernels
+    from dsv2cli.team import ALONE
 
     if plan.why and plan.kernels is None and "tiny" not in plan.why and "off" not in plan.why and sys.stderr.isatty():
         typer.echo(f"plain torch instead of the C++ kernels, because {plan.why}", err=True)
-    bits = None if compute.quantize is Quantize.none else int(plan.format[3:])
     began = time.perf_counter()
-    if random_weights is None:
-        with ui.loading(name or "the embedded model") as progress:
-            model = load_model(found.folder, plan.device, plan.dtype, progress, bits, plan.kernels)
+    team = ALONE
+    if plan.ranks > 1:
+        orders = {"model": name, "random_weights": random_weights, "compute": compute.as_json()}
+        team = launch.gather(plan.ranks, orders, plan.device.type == "cuda")
+    model = load(found, plan, compute, random_weights is not None, team)
+    return Opened(**vars(found), model=model, plan=plan, load_seconds=time.perf_counter() - began)
+
+
+def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Team) -> DeepseekV2:
+    """The model, or this rank's part of it, as planned; in a team this ends when all have loaded theirs."""
+    from dsv2cli.checkpoint.weights import load_model, random_model
+    from dsv2cli.model.fused import use_kernels
+
+    bits = None if compute.quantize is Quantize.none else int(plan.format[3:])
+    if random:
+        model = random_model(found.config, plan.device, plan.dtype, bits, team)
     else:
-        model = random_model(found.config, plan.device, plan.dtype, bits)
+        with ui.loading(found.name) as progress:
+            model = load_model(found.folder, plan.device, plan.dtype, progress, bits, plan.kernels, team)
     use_kernels(model, plan.kernels)
     model.use_attention(compute.attention.value)
-    return Opened(**vars(found), model=model, plan=plan, load_seconds=time.perf_counter() - began)
+    if team.size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+        if team.rank == 0 and launch.torchrun_size() > 1:
+            atexit.register(model.stop)  # type: ignore[operator]
+    return model
 
 
 def pick_kernels(choice: KernelsChoice, device: str, small: bool) -> tuple[Kernels | None, str]:

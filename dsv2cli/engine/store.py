@@ -175,8 +175,6 @@ def load_cache(path: Path, session: Session, model: str) -> str:
         return f"it is damaged: {error}"
     if any(layer.shape != (1, len(ids), config.cached_dim) or layer.dtype != session.model.dtype for layer in layers):
         return "its shape is another"
-    session.cache.reserve(len(ids))
-    for layer, saved in zip(session.cache.layers, layers, strict=True):
-        layer[:, : len(ids)] = saved.to(layer.device)
-    session.cache.lengths, session.cached_ids = [len(ids)], ids
+    session.cache.fill(layers)
+    session.cached_ids = ids
     return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,14 @@ class LatentCache:
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens a row, keeping what is there; grows by at least half, so rarely."""
-        if length <= self.capacity:
-            return
-        wanted = max(length, self.capacity + self.capacity // 2)
-        wanted = -(-wanted // GRANULE) * GRANULE
+        if length > self.capacity:
+            wanted = max(length, self.capacity + self.capacity // 2)
+            self.grow(-(-wanted // GRANULE) * GRANULE)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for exactly `capacity` tokens a row, keeping what is there."""
         for i, old in enumerate(self.layers):
-            self.layers[i] = old.new_zeros(old.shape[0], wanted, old.shape[2])
+            self.layers[i] = old.new_zeros(old.shape[0], capacity, old.shape[2])
             self.layers[i][:, : old.shape[1]] = old
 
     def write(self, layer: int, positions: Tensor, rows: Tensor, start: int | None) -> None:
@@ -46,15 +50,23 @@ class LatentCache:
 
     def row(self, index: int) -> LatentCache:
         """One row as an empty cache of its own that shares this one's memory; this one must have room already."""
-        row = object.__new__(LatentCache)
+        row = copy.copy(self)
         row.lengths, row.layers = [0], [layer[index : index + 1] for layer in self.layers]
         return row
 
     def repeated(self, count: int) -> LatentCache:
         """`count` rows, each a copy of the one row here."""
-        copy = object.__new__(LatentCache)
-        copy.lengths, copy.layers = self.lengths * count, [layer.repeat(count, 1, 1) for layer in self.layers]
-        return copy
+        many = copy.copy(self)
+        many.lengths, many.layers = self.lengths * count, [layer.repeat(count, 1, 1) for layer in self.layers]
+        return many
+
+    def fill(self, layers: list[Tensor]) -> None:
+        """Take over the rows [1, length, latent + rope] of another cache."""
+        length = layers[0].shape[1]
+        self.reserve(length)
+        for layer, rows in zip(self.layers, layers, strict=True):
+            layer[:, :length] = rows.to(layer.device)
+        self.lengths = [length]
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""

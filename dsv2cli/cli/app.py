@@ -118,6 +118,7 @@ def main() -> None:
         code = INTERRUPTED
     except ui.ReaderGone:
         code = 0
-    if launch.torchrun_size() > 1:
-        launch.dismiss()
+    finally:
+        if launch.torchrun_size() > 1:
+            launch.dismiss()
     sys.exit(code)

@@ -132,7 +132,7 @@ def gather(size: int, orders: dict[str, Any], cuda: bool) -> Team:
 
     try:
         if torchrun_size() > 1:
-            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[no-untyped-call]
+            store, rank, size = next(dist.rendezvous("env://"))
         else:
             store, rank = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False), 0
             Crew(size, store.port)
@@ -147,4 +147,4 @@ def dismiss() -> None:
     import torch.distributed as dist
 
     if torchrun_size() > 1 and not is_follower() and not dist.is_initialized():
-        next(dist.rendezvous("env://"))[0].set(ORDERS, "null")  # type: ignore[no-untyped-call]
+        next(dist.rendezvous("env://"))[0].set(ORDERS, "null")

@@ -271,9 +271,12 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
     if team.size > 1:
         import torch.distributed as dist
 
-        dist.barrier()
-        if team.rank == 0 and launch.torchrun_size() > 1:
-            atexit.register(model.stop)  # type: ignore[operator]
+        from dsv2cli.model.conductor import Leader, whole
+
+        with whole():
+            dist.barrier()
+        if isinstance(model, Leader) and launch.torchrun_size() > 1:
+            atexit.register(model.stop)
     return model
 
 

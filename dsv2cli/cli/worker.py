@@ -28,7 +28,7 @@ def work() -> None:
     if launch.LAUNCHED in os.environ:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
     else:
-        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[no-untyped-call]
+        store, rank, size = next(dist.rendezvous("env://"))
     orders = json.loads(store.get(launch.ORDERS))
     if orders is None:
         return

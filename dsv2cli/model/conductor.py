@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2
 
 STOP, FORWARD, LOGITS, REPEAT, FILL, FORGET, NEW = range(7)
+NAMING = 3.0  # seconds
 INLINE = 256  # numbers in one message; what is longer follows in a second one
 
 
@@ -47,7 +50,10 @@ def hear() -> list[int]:
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Ctrl-C waits until the step is done: a leader that left in the middle would leave the others waiting."""
+    """A step that all ranks make. Ctrl-C waits until it is done: a leader that left in the middle would leave the others waiting.
+
+    Raises Dsv2Error where another rank is gone; whoever watches over the ranks has some seconds to name it first.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,6 +61,11 @@ def whole() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        time.sleep(NAMING)
+        raise Dsv2Error("The processes that share the model lost each other", why=str(error).splitlines()[0]) from None
     finally:
         signal.signal(signal.SIGINT, before)
     if held:

@@ -1,0 +1,245 @@
+"""One model in several processes: the same numbers and words as in one, and all of them end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import CPU, DATA, PROMPT, golden_folders, in_terminal, run_dsv2
+from safetensors.torch import load_file
+
+from dsv2cli.checkpoint.weights import load_model, weights_bytes
+from dsv2cli.engine.generate import Request, generate_batch
+from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.model.conductor import follow
+from dsv2cli.model.share import share_of, split
+from dsv2cli.team import Team
+
+V2 = str(DATA / "golden" / "v2")
+GREEDY = ("--temperature", "0")
+TEAM = ("--device", "cpu", "--gpus", "2")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("total", "unit"), [(16, 1), (171 * 64, 64), (5, 1), (2, 1), (100, 64)])
+def test_shares_are_whole_units_that_make_up_the_whole(total, unit, size):
+    parts = [split(total, unit, rank, size) for rank in range(size)]
+    assert [i for part in parts for i in part] == list(range(total))
+    assert all(part.start % unit == 0 for part in parts if part)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 2 * unit
+
+
+def compare(rank, size, port, bits, folders, out):
+    """A rank: the leader writes down how far its logits are from the golden ones (or one process's), and its greedy ids."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    results = {}
+    for folder in folders:
+        model = load_model(folder, CPU, bits=bits, team=Team(rank, size))
+        if rank > 0:
+            follow(model)
+            continue
+        with torch.inference_mode():
+            results[folder.name] = distances(model, folder, bits)
+        model.stop()
+    if rank == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def distances(model, folder, bits):
+    golden = load_file(folder / "golden.safetensors")
+    alone = load_model(folder, CPU, bits=bits)
+    worst, same = 0.0, True
+    for prompt in "ABC":
+        ids = golden[f"{prompt}.input_ids"].flatten()
+        expected = golden[f"{prompt}.logits"] if bits is None else alone.logits(alone(ids[None], alone.new_cache()))[0]
+        found = model.logits(model(ids[None], model.new_cache()))[0]
+        worst = max(worst, float((found - expected).abs().max()))
+        greedy = [run[0].id for run in generate_batch(model, [ids.tolist()], Request(SamplingParams(0.0), 32), model.new_cache())]
+        if bits is None:
+            same = same and greedy == golden[f"{prompt}.greedy_ids"].tolist()
+        else:
+            same = same and greedy == [run[0].id for run in generate_batch(alone, [ids.tolist()], Request(SamplingParams(0.0), 32), alone.new_cache())]
+    return worst, same
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_together_say_what_one_says(size, bits, tmp_path):
+    out = tmp_path / "out.json"
+    mp.spawn(compare, args=(size, free_port(), bits, golden_folders(), str(out)), nprocs=size)
+    results = json.loads(out.read_text())
+    assert len(results) == len(golden_folders())
+    for name, (worst, same) in results.items():
+        assert worst < 1e-3 and same, (name, worst, same)
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_parts_of_all_ranks_are_the_whole_and_little_more(size):
+    """Only router, norms, and the small matrices that every rank needs are there more than once."""
+    whole = load_model(DATA / "golden" / "v2", CPU)
+    shared = [name for name, _ in whole.named_parameters() if re.search(r"norm|gate.weight|kv_a_proj|q_a_proj", name)]
+    repeated = sum(tensor.numel() for name, tensor in whole.named_parameters() if name in shared) * 4
+    parts = [weights_bytes(load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))) for rank in range(size)]
+    assert sum(parts) == weights_bytes(whole) + (size - 1) * repeated
+    config = whole.config
+    assert sum(len(share_of(config, rank, size).experts) for rank in range(size)) == config.n_routed_experts
+
+
+def test_every_command_works_through_it(tmp_path):
+    plain = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20").stdout
+    assert run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20", *TEAM).stdout == plain
+    three = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20", "--speculate", "--device", "cpu", "--gpus", "3")
+    assert three.returncode == 0 and three.stdout == plain and three.stderr == ""
+    samples = ("complete", "Once upon a time", "--samples", "3", "--seed", "1", "--json", "-n", "8")
+    texts = [[json.loads(line)["text"] for line in run_dsv2(*samples, *more).stdout.splitlines()] for more in ((), TEAM)]
+    assert texts[0] == texts[1] and len(texts[0]) == 3
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": "Once upon " * i}) + "\n" for i in range(1, 8)))
+    answers = []
+    for i, more in enumerate(((), TEAM)):
+        out = tmp_path / f"out{i}.jsonl"
+        batch = ("complete", "--batch", str(tmp_path / "in.jsonl"), "--output", str(out), "--batch-size", "3", *GREEDY, "-n", "9")
+        assert run_dsv2(*batch, *more).returncode == 0
+        answers.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
+    assert answers[0] == answers[1]
+    done = run_dsv2("bench", "--prompt", "8", "--depth", "0,9", "--generate", "3", "--batch", "1,2", "-r", "1", "--json", *TEAM)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["runs"]) == 4
+    assert run_dsv2("niah", "--lengths", "128", "--depths", "0", "--json", *TEAM).returncode == 0
+
+
+def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache():
+    child = in_terminal("chat", *GREEDY, *TEAM)
+    for said, expected in (("My name is Nora.", "Nice to meet you, Nora"), ("What is my name?", "your name is Nora")):
+        child.expect(PROMPT, timeout=60)
+        child.send(said + "\r")
+        child.expect(expected)
+    child.expect(PROMPT)
+    child.send("Tell me a story.\r")
+    child.expect(r"\w+ \w+ \w+ \w+")
+    child.sendintr()
+    child.expect(PROMPT)
+    child.send("What is my name?\r")
+    child.expect("first after")
+    child.expect(PROMPT)
+    child.sendeof()
+    child.expect(pexpect_eof())
+    child.close()
+    assert child.exitstatus == 0
+    child = in_terminal("chat", "--continue", *GREEDY, *TEAM)
+    child.expect(PROMPT, timeout=60)
+    child.send("What is my name?\r")
+    child.expect(r"prompt (\d+), (\d+) reused")
+    assert int(child.match[2]) > 60
+    child.expect(PROMPT)
+    child.sendline("/quit")
+    child.expect(pexpect_eof())
+
+
+def pexpect_eof():
+    import pexpect
+
+    return pexpect.EOF
+
+
+def followers(process):
+    """Waits until the ranks that a program has started are there."""
+    for _ in range(200):
+        found = [child for child in psutil.Process(process.pid).children() if "dsv2cli" in " ".join(child.cmdline())]
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("no ranks")
+
+
+@pytest.mark.parametrize("moment", ["load", "prefill", "decode"])
+def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(moment):
+    work = ("complete", "Once", "--ignore-eos", "-n", "3500")
+    if moment == "prefill":
+        work = ("bench", "--prompt", "4000", "--generate", "2", "-r", "99")  # all but all of it is prefill
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv2cli", *work, "--device", "cpu", "--gpus", "3"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ranks = followers(process)
+    assert process.stdout is not None
+    if moment == "decode":
+        process.stdout.read(20)
+    elif moment == "prefill":
+        busy = psutil.Process(process.pid)
+        while busy.cpu_times().user < 8:  # torch takes 2, and the model is small: it is reading prompts
+            time.sleep(0.05)
+    ranks[-1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 10 and process.returncode == 1
+    assert re.search(r"Rank [12] of the model ended", errors) and "SIGKILL" in errors and "Traceback" not in errors
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_ranks_end_with_their_leader(number):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "3500", "--ignore-eos", *TEAM],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    ranks = followers(process)
+    assert process.stdout is not None and process.stdout.read(20)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+
+
+def test_a_rank_that_can_not_load_is_named_with_its_reason(copy_of_v2):
+    """Only rank 1 looks for its experts' tensors in the file that is gone for it."""
+    done = run_dsv2("complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2), "--device", "cpu", "--gpus", "99")
+    assert done.returncode == 2 and "can not share" in done.stderr
+    shard = copy_of_v2 / "model-00002-of-000003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    done = run_dsv2("complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2), *TEAM)
+    assert done.returncode == 1 and "truncated" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_under_torchrun_two_nodes_say_the_same():
+    """Two agents, as on two machines, meet at one port."""
+    plain = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20").stdout
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+             "--master-port", str(port), "-m", "dsv2cli", "complete", "Once upon a time", *GREEDY, "-n", "20", "--device", "cpu"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert outputs[0][0] == plain and outputs[1][0] == ""
+
+
+def test_torchrun_with_nothing_to_load_ends():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dsv2cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and done.stdout.startswith("dsv2 0.")

@@ -16,6 +16,7 @@ from dsv2cli.engine.benchmark import read_bytes_per_token
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
+from dsv2cli.model.share import bytes_by_rank
 
 LITE, CHAT = DATA / "configs" / "DeepSeek-V2-Lite", DATA / "configs" / "DeepSeek-V2-Chat"
 
@@ -75,8 +76,10 @@ def test_several_gpus_share_the_weights_and_each_holds_the_cache():
     facts = info(CHAT, "--gpus", "8x80GB,2x24GiB")
     eight, two = [place for place in facts["fits"] if place["format"] == "bfloat16"]
     assert eight["count"] == 8 and eight["memory_bytes"] == 80e9 and two["memory_bytes"] == 24 * 2**30 and not two["fits"]
-    each = -(-facts["formats"]["bfloat16"]["weights_bytes"] // 8)
-    assert eight["weights_bytes_each"] == each and eight["sequences"] == int((80e9 - each) // (69_120 * 4096))
+    each, whole = eight["weights_bytes_each"], facts["formats"]["bfloat16"]["weights_bytes"]
+    assert each == max(bytes_by_rank(DeepseekV2Config.load(CHAT), "bfloat16", "bfloat16", 8)) and whole / 8 < each < 1.03 * whole / 8
+    assert facts["command"].endswith("--gpus 8")
+    assert eight["sequences"] == int((80e9 - each) // (69_120 * 4096))
     assert facts["kv_saving_against_67b"] == pytest.approx(0.822, abs=5e-4)
     assert facts["kv_saving_against_67b_at_6_bits"] == pytest.approx(0.933, abs=5e-4)  # the paper's figure
     for wrong in ("many", "0x80GB", "8x80XB"):

@@ -18,13 +18,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import CPU, DATA, PROMPT, golden_folders, in_terminal, run_dsv2
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dsv2cli.checkpoint.weights import load_model, weights_bytes
+from dsv2cli.checkpoint.weights import destinations, empty_model, load_model, random_model, weights_bytes
+from dsv2cli.cli.options import Plan, ranks_needed, refuse_what_does_not_fit
 from dsv2cli.engine.generate import Request, generate_batch
 from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.errors import UsageError
 from dsv2cli.model.conductor import follow
-from dsv2cli.model.share import share_of, split
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.fused import make_quantized
+from dsv2cli.model.share import bytes_by_rank, share_of, split
+from dsv2cli.model.size import kv_bytes_per_token
 from dsv2cli.team import Team
 
 V2 = str(DATA / "golden" / "v2")
@@ -105,6 +110,79 @@ def test_the_parts_of_all_ranks_are_the_whole_and_little_more(size):
     assert sum(parts) == weights_bytes(whole) + (size - 1) * repeated
     config = whole.config
     assert sum(len(share_of(config, rank, size).experts) for rank in range(size)) == config.n_routed_experts
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_each_ranks_bytes_are_those_of_the_plan(size, bits):
+    for folder in golden_folders():
+        config = DeepseekV2Config.load(folder)
+        format = "float32" if bits is None else f"int{bits}"
+        for rank, planned in enumerate(bytes_by_rank(config, format, "float32", size)):
+            model = empty_model(config, torch.device("meta"), torch.float32, Team(rank, size), None if bits is None else 64)
+            if bits is not None:
+                make_quantized(model, bits)
+            assert weights_bytes(model) == planned
+
+
+def measure(rank, size, port, folder, out):
+    """A rank writes down by how much loading its part and filling a cache makes the process grow."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    warm = load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))
+    memory = psutil.Process().memory_info
+    for model in (warm, None):
+        before = memory().rss
+        model = model or load_model(Path(folder), CPU, team=Team(rank, size))
+        if rank > 0:
+            follow(model)
+        else:
+            cache = model.new_cache(4)
+            cache.grow(8192)
+            for _ in range(2):
+                model(torch.zeros(4, 1, dtype=torch.long), cache)
+            model.stop()
+            grown = memory().rss - before
+    if rank == 0:
+        Path(out).write_text(str(grown))
+    dist.destroy_process_group()
+
+
+def test_a_ranks_memory_is_that_of_the_plan(tmp_path):
+    """Within 5%, weights and cache of a rank that holds some 190 MB of them."""
+    lite = json.loads((DATA / "configs" / "DeepSeek-V2-Lite" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(lite | {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 4000, "intermediate_size": 8192}))
+    config = DeepseekV2Config.load(tmp_path)
+    whole = random_model(config, CPU, torch.bfloat16, None)
+    save_file({name: tensor.clone() for name, tensor in destinations(whole).items()}, tmp_path / "model.safetensors")
+    del whole
+    mp.spawn(measure, args=(2, free_port(), str(tmp_path), str(tmp_path / "out")), nprocs=2)
+    planned = bytes_by_rank(config, "bfloat16", "bfloat16", 2)[0] + 4 * 8192 * kv_bytes_per_token(config, "bfloat16")
+    assert planned > 180e6 and int((tmp_path / "out").read_text()) == pytest.approx(planned, rel=0.05)
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_plan_that_does():
+    config, gb = DeepseekV2Config.load(DATA / "configs" / "DeepSeek-V2-Chat"), 10**9
+
+    def refused(format, ranks, memories):
+        plan = Plan(torch.device("cuda", 0), torch.bfloat16, format, None, "plain torch", "", ranks)
+        try:
+            refuse_what_does_not_fit(config, plan, memories)
+        except UsageError as error:
+            return error.fix
+        return None
+
+    assert refused("bfloat16", 8, [80 * gb] * 8) is None
+    assert refused("bfloat16", 4, [80 * gb] * 8) == "--gpus 7"
+    assert refused("bfloat16", 4, [80 * gb] * 4) == "--gpus 4 --quantize int8"
+    assert refused("bfloat16", 1, [192 * gb]) == "--quantize int4"
+    assert refused("int4", 1, [80 * gb]) == "--gpus 2 --quantize int4"
+    assert refused("bfloat16", 1, [8 * gb]) == "a smaller checkpoint"
+    assert ranks_needed(config, "bfloat16", "bfloat16", [80 * gb] * 8) == 7
+    assert ranks_needed(config, "int4", "bfloat16", [80 * gb] * 8) == 2
+    assert ranks_needed(DeepseekV2Config.load(DATA / "configs" / "DeepSeek-V2-Lite"), "bfloat16", "bfloat16", [80 * gb] * 8) == 1
 
 
 def test_every_command_works_through_it(tmp_path):

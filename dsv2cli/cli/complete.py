@@ -203,6 +203,7 @@ def show_plan(
 ) -> None:
     """What --dry-run prints: the prompt to the letter, its ids, and how the model would run."""
     from dsv2cli.model import size
+    from dsv2cli.model.share import bytes_by_rank
 
     plan, config = opt.make_plan(checkpoint.config, compute), checkpoint.config
     dtype = str(plan.dtype).removeprefix("torch.")
@@ -219,7 +220,8 @@ def show_plan(
         "eos_ids": sorted(request.eos_ids),
         "device": str(plan.device),
         "weights": plan.format,
-        "weights_bytes": size.weights_bytes(config, plan.format, dtype),
+        "ranks": plan.ranks,
+        "weights_bytes_by_rank": bytes_by_rank(config, plan.format, dtype, plan.ranks),
         "cache_bytes": length * size.kv_bytes_per_token(config, dtype),
         "attention": compute.attention.value,
         "kernels": plan.path,
@@ -229,6 +231,7 @@ def show_plan(
         ui.write_json(facts)
         return
     sampling = ", ".join(f"{name} {value:g}" for name, value in facts["sampling"].items())
+    weights = " + ".join(f"{part / 1e9:.2f}" for part in facts["weights_bytes_by_rank"]) + " GB"
     why = f" (because {plan.why})" if plan.why else ""
     ui.write(
         f"{facts['prompt'] if tokenizer is not None else '(no tokenizer)'}\n--\n"
@@ -237,8 +240,8 @@ def show_plan(
         f"sampling: {sampling}, seed {request.seed}\n"
         f"end: ids {', '.join(map(str, facts['eos_ids'])) or 'none'}"
         + (f", texts {', '.join(map(repr, request.stop))}" if request.stop else "")
-        + f"\nmodel: {facts['model']}, {plan.format}, weights {facts['weights_bytes'] / 1e9:.2f} GB, cache {facts['cache_bytes'] / 1e6:.1f} MB\n"
-        f"runs on: {plan.device}, {plan.path}{why}, attention {facts['attention']}\n"
+        + f"\nmodel: {facts['model']}, {plan.format}, weights {weights}, cache {facts['cache_bytes'] / 1e6:.1f} MB\n"
+        f"runs on: {f'{plan.ranks} x ' if plan.ranks > 1 else ''}{plan.device}, {plan.path}{why}, attention {facts['attention']}\n"
     )
 
 

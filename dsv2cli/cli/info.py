@@ -15,6 +15,7 @@ from dsv2cli.cli import ui
 from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.share import bytes_by_rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,21 +105,19 @@ def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 409
 
 
 def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: str) -> dict[str, Any]:
-    """Whether the weights in one format fit into a memory, or into several with an even share of them in each.
-
-    Each of several holds the whole cache, as tensor parallelism over heads does with a latent.
-    """
-    share = -(-facts["formats"][format]["weights_bytes"] // place.count)
+    """Whether the weights in one format fit into a memory, or shared out over several, of which each holds the whole cache."""
+    share = max(bytes_by_rank(config, format, facts["dtype"], place.count))
     room = size.room(config, share, facts["dtype"], place.bytes, facts["context"])
     counts = {"name": place.name, "kind": place.kind, "count": place.count, "memory_bytes": place.bytes, "label": place.label}
     return counts | {"format": format, "weights_bytes_each": share} | asdict(room)
 
 
 def command(facts: dict[str, Any], model: str | None, packed: bool) -> str:
-    """What to type for the widest format that fits one memory of this machine with a tenth to spare, the first memory that holds one."""
+    """What to type for the widest format that fits with a tenth to spare, in the first memory that holds one."""
     for place in facts["fits"]:
-        if place["count"] == 1 and place["weights_bytes_each"] < 0.9 * place["memory_bytes"] and place["sequences"]:
+        if place["weights_bytes_each"] < 0.9 * place["memory_bytes"] and place["sequences"]:
             words = ["dsv2 chat"] + ([f"--model {shlex.quote(model)}"] if model is not None else [])
+            words += [f"--gpus {place['count']}"] if place["count"] > 1 else []
             words += [f"--quantize {place['format']}"] if place["format"] in size.PACKED_BITS and not packed else []
             words += [f"--dtype {place['format']}"] if place["format"] in ("float32", "float16") and not packed and model else []
             return " ".join(words + (["--device cpu"] if place["kind"] == "cpu" and any(p["kind"] == "gpu" for p in facts["fits"]) else []))
@@ -164,7 +163,7 @@ def show(facts: dict[str, Any], here: bool) -> None:
     console.print(rooms(facts))
     console.print("(weights and cache; the working memory of a forward pass and the system's own are not counted)")
     if any(place["count"] > 1 for place in facts["fits"]):
-        console.print("several GPUs: an even share of the weights and the whole cache on each; dsv2 itself uses one device so far")
+        console.print("several GPUs: the largest rank's part of the weights, and the whole cache on each")
     if facts["command"]:
         console.print(f"to type: {ui.harmless(facts['command'])}")
     elif here:

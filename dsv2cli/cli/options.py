@@ -192,12 +192,13 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
 
     from dsv2cli.device import DTYPES, pick_device
     from dsv2cli.model.fused import refusal
-    from dsv2cli.model.size import own_format, weights_bytes
+    from dsv2cli.model.size import weights_bytes
 
     device = pick_device(compute.device)
     dtype = DTYPES.get(compute.dtype.value) or getattr(torch, config.torch_dtype)
     small = weights_bytes(config, "bfloat16") < SMALL_MODEL_BYTES
-    ranks = count_ranks(config, compute, device)
+    format = format_of(config, compute, dtype)
+    ranks = count_ranks(config, compute, device, format, str(dtype).removeprefix("torch."))
     if device.type == "cuda" and ranks > 1:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -210,20 +211,67 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     if library is not None:
         why = refusal(config, device, dtype)
         library = None if why else library
-    if compute.quantize is not Quantize.none:
-        if config.packed is not None and own_format(config) != compute.quantize.value:
-            raise UsageError(f"The checkpoint is packed in {own_format(config)}", fix="leave --quantize out")
-        format = compute.quantize.value
-    else:
-        format = own_format(config) if config.packed is not None else str(dtype).removeprefix("torch.")
-    return Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks)
+    plan = Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks)
+    if device.type == "cuda":
+        refuse_what_does_not_fit(config, plan, [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())])
+    return plan
 
 
-def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device) -> int:
-    """How many processes share the model. Raises UsageError where there are not as many GPUs, or nothing to share out."""
+def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) -> str:
+    """Of the weights. Raises UsageError where the checkpoint is packed otherwise."""
+    from dsv2cli.model.size import own_format
+
+    if compute.quantize is Quantize.none:
+        return own_format(config) if config.packed is not None else str(dtype).removeprefix("torch.")
+    if config.packed is not None and own_format(config) != compute.quantize.value:
+        raise UsageError(f"The checkpoint is packed in {own_format(config)}", fix="leave --quantize out")
+    return compute.quantize.value
+
+
+def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: list[int]) -> int:
+    """The fewest GPUs whose memories [bytes each] hold the weights with a tenth to spare, or all of them."""
+    from dsv2cli.model.share import bytes_by_rank
+
+    for count in range(1, len(memories)):
+        if all(need < 0.9 * has for need, has in zip(bytes_by_rank(config, format, dtype, count), memories, strict=False)):
+            return count
+    return len(memories)
+
+
+def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: list[int]) -> None:
+    """Raises UsageError with the nearest plan that does, where the ranks' weights are larger than their memories."""
+    from dsv2cli.model.share import bytes_by_rank
+    from dsv2cli.model.size import PACKED_BITS
+
+    dtype = str(plan.dtype).removeprefix("torch.")
+    most = max(bytes_by_rank(config, plan.format, dtype, plan.ranks))
+    if most <= min(memories):
+        return
+    tries = [(ranks, format) for format in (plan.format, *PACKED_BITS) for ranks in range(plan.ranks, max(8, len(memories)) + 1)]
+    fits = [(ranks, format) for ranks, format in tries if max(bytes_by_rank(config, format, dtype, ranks)) < 0.9 * min(memories)]
+    fits.sort(key=lambda plan: (plan[0] > len(memories), tries.index(plan)))
+    nearest = fits[0] if fits else None
+    fix = "a smaller checkpoint"
+    if nearest is not None:
+        options = [f"--gpus {nearest[0]}"] if nearest[0] > 1 else []
+        fix = " ".join([*options, *([f"--quantize {nearest[1]}"] if nearest[1] in PACKED_BITS else [])])
+    raise UsageError(
+        f"The weights do not fit on {plan.ranks} {plan.device.type} device{'s' if plan.ranks > 1 else ''}",
+        why=f"{plan.format} takes {most / 1e9:.1f} GB of the {min(memories) / 1e9:.1f} GB of each", fix=fix,
+    )  # fmt: skip
+
+
+def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device, format: str, dtype: str) -> int:
+    """How many processes share the model: as many GPUs as its weights need, where nothing is said.
+
+    Raises UsageError where there are not as many GPUs, or nothing to share out.
+    """
     import torch
 
     ranks = compute.gpus or 1
+    if compute.gpus is None and device.type == "cuda" and compute.device in ("auto", "cuda"):
+        memories = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        ranks = ranks_needed(config, format, dtype, memories)
     if (there := launch.torchrun_size()) > 1:
         if compute.gpus not in (None, there):
             raise UsageError(f"--gpus {compute.gpus} under torchrun", why=f"it has started {there} processes", fix="leave --gpus out")

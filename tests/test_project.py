@@ -21,7 +21,7 @@ ORDER = """
 errors memory places device team
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
 model.config model.size model.rope model.share model.cache model.transformer model.fused model.conductor
-checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize
+checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize checkpoint.placement
 engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store engine.benchmark engine.needle
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
 cli.ui cli.launch cli.options cli.config cli.flow cli.asking cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.worker cli.app __main__

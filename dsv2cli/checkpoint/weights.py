@@ -120,9 +120,9 @@ def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dty
     return model.eval().requires_grad_(False)
 
 
-def blueprint(config: DeepseekV2Config) -> DeepseekV2:
+def blueprint(config: DeepseekV2Config, dtype: torch.dtype | None = None) -> DeepseekV2:
     """The model without memory, with places for codes where the checkpoint is packed."""
-    model = empty_model(config, torch.device("meta"), getattr(torch, config.torch_dtype))
+    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype))
     if config.packed is not None:
         make_quantized(model, config.packed.bits, config.packed.group)
     return model

@@ -53,12 +53,15 @@ def chat(
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
     quantize: opt.QuantizeOption = opt.Quantize.none,
     gpus: opt.GpusOption = None,
+    placement: opt.PlacementOption = None,
+    max_memory: opt.MaxMemoryOption = None,
+    offload_folder: opt.OffloadFolderOption = None,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Talk with the model. From a pipe, each line is a turn and only the answers are printed."""
     if system_file is not None:
         system = read_system(system_file, system)
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus))
+    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder))
     request = opened.request(
         max_new_tokens, seed, stop, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty,

@@ -72,6 +72,9 @@ def complete(
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
     quantize: opt.QuantizeOption = opt.Quantize.none,
     gpus: opt.GpusOption = None,
+    placement: opt.PlacementOption = None,
+    max_memory: opt.MaxMemoryOption = None,
+    offload_folder: opt.OffloadFolderOption = None,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Continue a text: the argument, or all of stdin as one prompt, or both.
@@ -95,7 +98,7 @@ def complete(
         raise UsageError(f"{source} goes without --samples, --speculate, --dry-run, --echo and --fail-on-length")
     if speculate and samples > 1:
         raise UsageError("--speculate is for one answer at a time", fix="leave --samples out")
-    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus)
+    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     text = ui.read_stdin() + (prompt or "") if source == "a text" else None
 
@@ -202,6 +205,7 @@ def show_plan(
     asked: Asked, tokenizer: Tokenizer | None, checkpoint: opt.Checkpoint, compute: opt.Compute, request: Request, as_json: bool
 ) -> None:
     """What --dry-run prints: the prompt to the letter, its ids, and how the model would run."""
+    from dsv2cli.checkpoint.placement import summary
     from dsv2cli.model import size
     from dsv2cli.model.share import bytes_by_rank
 
@@ -221,6 +225,7 @@ def show_plan(
         "device": str(plan.device),
         "weights": plan.format,
         "ranks": plan.ranks,
+        "places": plan.places,
         "weights_bytes_by_rank": bytes_by_rank(config, plan.format, dtype, plan.ranks),
         "cache_bytes": length * size.kv_bytes_per_token(config, dtype),
         "attention": compute.attention.value,
@@ -242,6 +247,7 @@ def show_plan(
         + (f", texts {', '.join(map(repr, request.stop))}" if request.stop else "")
         + f"\nmodel: {facts['model']}, {plan.format}, weights {weights}, cache {facts['cache_bytes'] / 1e6:.1f} MB\n"
         f"runs on: {f'{plan.ranks} x ' if plan.ranks > 1 else ''}{plan.device}, {plan.path}{why}, attention {facts['attention']}\n"
+        + ("" if plan.places is None else f"places: {summary(plan.places)}\n")
     )
 
 

@@ -71,6 +71,9 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Def
 AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
 KernelsOption = Annotated[KernelsChoice, typer.Option(help="C++ kernels on a CPU; auto: for this processor, not for tiny models.")]
 GpusOption = Annotated[int | None, typer.Option(min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes.")]
+PlacementOption = Annotated[str | None, typer.Option(metavar="auto|FILE.json", help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.")]
+MaxMemoryOption = Annotated[str | None, typer.Option(metavar="0=75GB,cpu=200GB", help="Memory that --placement auto may fill on each device; the rest goes to disk.")]
+OffloadFolderOption = Annotated[Path | None, typer.Option(help="Folder for layers on disk. Default: the system's temporary one.")]
 QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
@@ -99,6 +102,9 @@ class Compute:
     kernels: KernelsChoice = KernelsChoice.auto
     quantize: Quantize = Quantize.none
     gpus: int | None = None
+    placement: str | None = None
+    max_memory: str | None = None
+    offload_folder: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {key: value.value if isinstance(value, Enum) else value for key, value in vars(self).items()}
@@ -161,6 +167,7 @@ class Plan:
     path: str  # which kernels
     why: str  # they are not others, as words to follow 'because'
     ranks: int = 1  # processes that share the model
+    places: dict[str, Any] | None = None  # module -> device, where layers are spread
 
 
 @dataclass
@@ -211,10 +218,27 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     if library is not None:
         why = refusal(config, device, dtype)
         library = None if why else library
+    if compute.placement is not None or compute.max_memory is not None:
+        return spread(config, compute, dtype, format)
     plan = Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks)
     if device.type == "cuda":
         refuse_what_does_not_fit(config, plan, [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())])
     return plan
+
+
+def spread(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype, format: str) -> Plan:
+    """Layers over devices, RAM and disk. Raises UsageError where the places make no sense."""
+    import torch
+
+    from dsv2cli.checkpoint.placement import place
+
+    if (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
+        raise UsageError("--gpus and --placement do not go together", why="one splits each layer, the other puts whole layers in places", fix="leave one of them out")
+    bits = None if compute.quantize is Quantize.none else int(format[3:])
+    places = place(config, dtype, bits, compute.placement or "auto", compute.max_memory)
+    numbers = [where for where in places.values() if isinstance(where, int)]
+    device = torch.device("cuda", min(numbers)) if numbers else torch.device("cpu")
+    return Plan(device, dtype, format, None, "plain torch", "layers are spread over devices", 1, places)
 
 
 def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) -> str:
@@ -309,7 +333,14 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
     from dsv2cli.model.fused import use_kernels
 
     bits = None if compute.quantize is Quantize.none else int(plan.format[3:])
-    if random:
+    if plan.places is not None:
+        from dsv2cli.checkpoint.placement import load_placed
+
+        if random:
+            raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
+        with ui.loading(found.name) as progress:
+            model = load_placed(found.folder, found.config, plan.dtype, bits, plan.places, compute.offload_folder, progress)
+    elif random:
         model = random_model(found.config, plan.device, plan.dtype, bits, team)
     else:
         with ui.loading(found.name) as progress:

@@ -18,11 +18,12 @@ class LatentCache:
     `lengths` counts the valid slots of each row; slots beyond are rewritten before any query may see them.
     """
 
-    def __init__(self, config: DeepseekV2Config, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: DeepseekV2Config, batch: int, devices: list[torch.device], dtype: torch.dtype) -> None:
+        """Each layer's on the device that computes it."""
         self.lengths = [0] * batch
         self.layers = [
             torch.empty(batch, 0, config.cached_dim, device=device, dtype=dtype)  # [batch, capacity, latent + rope]
-            for _ in range(config.num_hidden_layers)
+            for device in devices
         ]
 
     @property

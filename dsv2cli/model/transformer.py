@@ -7,6 +7,7 @@ Sources: the DeepSeek-V2 paper (arXiv 2405.04434, sections 2.1 and 2.2) and the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -217,6 +218,19 @@ class Step:
         self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(seq, device=device)  # [batch, seq]
         self.rotary = rotary(self.positions, self.length)
         self.mask = attention.visible(self.positions, self.length)
+        self.others: dict[torch.device, Step] = {}
+
+    def to(self, device: torch.device | int, **_: object) -> Step:
+        """The same for layers on another device, copied there once. accelerate calls it before each such layer."""
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if device == self.positions.device:
+            return self
+        if device not in self.others:
+            there = copy.copy(self)
+            there.positions, there.rotary = self.positions.to(device), self.rotary.to(device)
+            there.mask = None if self.mask is None else self.mask.to(device)
+            self.others[device] = there
+        return self.others[device]
 
     def remember(self, layer: int, rows: Tensor) -> Tensor:
         """Put the new tokens' rows into the cache; give back all rows up to now. [batch, past + seq, latent + rope]"""
@@ -245,6 +259,8 @@ class DeepseekV2(nn.Module):
     def __init__(self, config: DeepseekV2Config, team: Team = ALONE, group: int | None = None) -> None:
         super().__init__()
         self.config, self.team = config, team
+        self.main: torch.device | None = None
+        self.layer_devices: list[torch.device] = []
         share = share_of(config, team.rank, team.size, group)
         self.share = share
         self.model = Decoder(config, share, team)
@@ -254,9 +270,18 @@ class DeepseekV2(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
 
+    def run_on(self, main: torch.device, layers: list[torch.device]) -> None:
+        """Say where layers are computed, where that is not where all the weights lie."""
+        self.main, self.layer_devices = main, layers
+
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        """Where ids go in and scores come out."""
+        return self.main or self.model.embed_tokens.weight.device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        return self.layer_devices or [self.device] * self.config.num_hidden_layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -269,7 +294,7 @@ class DeepseekV2(nn.Module):
             layer.self_attn.path = path  # type: ignore[union-attr,assignment]
 
     def new_cache(self, batch: int = 1) -> LatentCache:
-        return LatentCache(self.config, batch, self.device, self.dtype)
+        return LatentCache(self.config, batch, self.devices, self.dtype)
 
     def forward(self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None) -> Tensor:
         """input_ids [batch, seq] -> hidden states after the last norm [batch, seq, hidden].
@@ -292,5 +317,5 @@ class DeepseekV2(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> scores [..., vocab] in fp32."""
         if self.team.size == 1:
-            return self.lm_head(hidden).float()
+            return self.lm_head(hidden).float().to(self.device)
         return self.team.join(self.lm_head(hidden).float().flatten(0, -2), self.vocab_widths).unflatten(0, hidden.shape[:-1])

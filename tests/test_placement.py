@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dsv2cli.checkpoint.placement import load_placed, parse_memory, place, summary
 from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.errors import UsageError
+from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import RMSNorm
 
@@ -25,7 +26,8 @@ GREEDY = ("--temperature", "0", "-n", "12")
 def test_layers_on_disk_give_the_same_logits(folder, bits, tmp_path):
     """Prefill and a decode step; in fp32 the very golden ones."""
     config, golden = DeepseekV2Config.load(folder), load_file(folder / "golden.safetensors")
-    places = place(config, torch.float32, bits, "auto", "cpu=400KB")
+    half = size.weights_bytes(config, "float32" if bits is None else "int8", "float32") // 2000
+    places = place(config, torch.float32, bits, "auto", f"cpu={half}KB")
     assert "disk" in places.values()
     model, alone = load_placed(folder, config, torch.float32, bits, places, tmp_path), load_model(folder, CPU, bits=bits)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())

@@ -155,6 +155,9 @@ def load_placed(
                 for key, tensor in state_of(module).items():
                     on_disk = offload_weight(tensor.detach(), f"{name}.{key}", str(offload), on_disk)
                 module.to(torch.device("meta"))
+        if config.tie_word_embeddings and offload is not None and places["lm_head"] == "disk":
+            (offload / "lm_head.weight.dat").symlink_to(offload / "model.embed_tokens.weight.dat")
+            on_disk["lm_head.weight"] = on_disk["model.embed_tokens.weight"]
     except OSError as error:
         raise Dsv2Error("Layers could not be put on disk", why=error.strerror or str(error), fix="--offload-folder on another disk") from error
     model.eval().requires_grad_(False)

@@ -25,9 +25,10 @@ from dsv2cli.cli.options import Plan, ranks_needed, refuse_what_does_not_fit
 from dsv2cli.engine.generate import Request, generate_batch
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.errors import UsageError
+from dsv2cli.kernels import native
 from dsv2cli.model.conductor import follow
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.fused import make_quantized
+from dsv2cli.model.fused import make_quantized, use_kernels
 from dsv2cli.model.share import bytes_by_rank, share_of, split
 from dsv2cli.model.size import kv_bytes_per_token
 from dsv2cli.team import Team
@@ -92,6 +93,39 @@ def test_ranks_together_say_what_one_says(size, bits, tmp_path):
     assert len(results) == len(golden_folders())
     for name, (worst, same) in results.items():
         assert worst < 1e-3 and same, (name, worst, same)
+
+
+def compare_fast(rank, size, port, bits, folder, out):
+    """As compare, in bf16 through the C++ kernels, against fp32."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    kernels, _ = native.load()
+    model = load_model(Path(folder), CPU, torch.bfloat16, bits=bits, kernels=kernels, team=Team(rank, size))
+    use_kernels(model, kernels)
+    if rank > 0:
+        follow(model)
+    else:
+        alone, exact = (load_model(Path(folder), CPU, dtype, bits=bits, kernels=kernels) for dtype in (torch.bfloat16, torch.float32))
+        use_kernels(alone, kernels)
+        ids = torch.arange(1, 30)[None]
+        with torch.inference_mode():
+            logits = [one.logits(one(ids, one.new_cache()))[0].float() for one in (model, alone, exact)]
+        model.stop()
+        Path(out).write_text(json.dumps([float((found - logits[2]).norm() / logits[2].norm()) for found in logits[:2]]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_ranks_on_a_cpu_use_its_kernels(bits, tmp_path):
+    """As near to fp32 as one process with its kernels; the shapes are the real ones, and nothing is routed."""
+    if native.load()[0] is None:
+        pytest.skip(native.load()[1])
+    folder = next((folder for folder in golden_folders() if folder.name == "real_dims"), DATA / "golden" / "v2")
+    mp.spawn(compare_fast, args=(2, free_port(), bits, str(folder), str(tmp_path / "out")), nprocs=2)
+    together, alone = json.loads((tmp_path / "out").read_text())
+    assert together < 1.5 * alone + 0.01
 
 
 def free_port():

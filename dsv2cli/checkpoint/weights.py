@@ -28,7 +28,7 @@ from dsv2cli.model.conductor import Leader
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
 from dsv2cli.model.share import cut
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.model.transformer import DeepseekV2, MoE
 from dsv2cli.team import ALONE, Team
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -74,10 +74,13 @@ def load_model(
     bits: int | None = None,
     kernels: Kernels | None = None,
     team: Team = ALONE,
+    apart: int | None = None,
 ) -> DeepseekV2:
     """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own. A rank of a team reads its part.
 
     `bits` 8 or 4 quantises while reading, tensor by tensor (with `kernels` where given): no full copy is ever held.
+
+    `apart` puts the routed experts into RAM, but for those of the first so many layers that have some; `bits` are then theirs.
 
     Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
     """
@@ -85,19 +88,38 @@ def load_model(
     if config.packed is not None:
         if bits not in (None, config.packed.bits):
             raise UsageError(f"{folder} is packed in int{config.packed.bits}", fix="leave --quantize out")
-        if team.size > 1:
+        if team.size > 1 or apart is not None:
             raise UsageError(f"{folder} is packed", why="only full weights can be shared out so far", fix="--quantize with the original")
         return map_packed(folder, config, device, dtype)
     stored = list_tensors(folder)
-    model = empty_model(config, device, dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
+    start = device if apart is None else torch.device("meta")
+    model = empty_model(config, start, dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
     if bits is not None:
-        make_quantized(model, bits)
+        make_quantized(model, bits, only_experts=apart is not None)
+    if apart is not None:
+        set_apart(model, device, apart)
     pairs = match(model, stored, folder)
     try:
         read_all(pairs, progress, kernels)
     except OSError as error:
         raise Dsv2Error(f"Reading {folder} failed", why=str(error), fix="check the disk, then run again") from None
     return model.eval().requires_grad_(False)
+
+
+def set_apart(model: DeepseekV2, device: torch.device, stay: int) -> None:
+    """Give a model on meta its memory: routed experts in RAM, but for the first `stay` layers', and all else on `device`."""
+    moes = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+    in_ram = set()
+    for moe in moes[stay:]:
+        moe.apart = True
+        in_ram |= set(moe.experts.modules())
+    try:
+        for module in model.modules():
+            module.to_empty(device=torch.device("cpu") if module in in_ram else device, recurse=False)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise no_room(model, device, error) from None
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None) -> DeepseekV2:
@@ -156,14 +178,17 @@ def map_file(file: Path) -> Tensor:
 
 @torch.inference_mode(False)
 def random_model(
-    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None, team: Team = ALONE
+    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None, team: Team = ALONE, apart: int | None = None
 ) -> DeepseekV2:
     """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
     model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
     if bits is not None:
-        make_quantized(model, bits)
+        make_quantized(model, bits, only_experts=apart is not None)
     try:
-        model.to_empty(device=device)
+        if apart is not None:
+            set_apart(model, device, apart)
+        else:
+            model.to_empty(device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise no_room(model, device, error) from None
     if config.tie_word_embeddings:

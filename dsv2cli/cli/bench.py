@@ -72,6 +72,7 @@ def bench(
     placement: opt.PlacementOption = None,
     max_memory: opt.MaxMemoryOption = None,
     offload_folder: opt.OffloadFolderOption = None,
+    experts: opt.ExpertsOption = opt.Experts.auto,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Measure prefill, decode, time to the first token and between tokens, load time, memory and cache size.
@@ -87,7 +88,7 @@ def bench(
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     if plot and output is not Output.table:
         raise UsageError("--plot goes with the table", fix="--svg FILE.svg, or leave --format out")
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder), random_weights)
+    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts), random_weights)
 
     from dsv2cli.checkpoint.weights import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes

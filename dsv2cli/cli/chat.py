@@ -56,12 +56,13 @@ def chat(
     placement: opt.PlacementOption = None,
     max_memory: opt.MaxMemoryOption = None,
     offload_folder: opt.OffloadFolderOption = None,
+    experts: opt.ExpertsOption = opt.Experts.auto,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Talk with the model. From a pipe, each line is a turn and only the answers are printed."""
     if system_file is not None:
         system = read_system(system_file, system)
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder))
+    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts))
     request = opened.request(
         max_new_tokens, seed, stop, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty,

@@ -75,6 +75,7 @@ def complete(
     placement: opt.PlacementOption = None,
     max_memory: opt.MaxMemoryOption = None,
     offload_folder: opt.OffloadFolderOption = None,
+    experts: opt.ExpertsOption = opt.Experts.auto,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Continue a text: the argument, or all of stdin as one prompt, or both.
@@ -98,7 +99,7 @@ def complete(
         raise UsageError(f"{source} goes without --samples, --speculate, --dry-run, --echo and --fail-on-length")
     if speculate and samples > 1:
         raise UsageError("--speculate is for one answer at a time", fix="leave --samples out")
-    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder)
+    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     text = ui.read_stdin() + (prompt or "") if source == "a text" else None
 
@@ -226,6 +227,7 @@ def show_plan(
         "weights": plan.format,
         "ranks": plan.ranks,
         "places": plan.places,
+        "experts": None if plan.apart is None else opt.apart_line(config, plan),
         "weights_bytes_by_rank": bytes_by_rank(config, plan.format, dtype, plan.ranks),
         "cache_bytes": length * size.kv_bytes_per_token(config, dtype),
         "attention": compute.attention.value,
@@ -247,6 +249,7 @@ def show_plan(
         + (f", texts {', '.join(map(repr, request.stop))}" if request.stop else "")
         + f"\nmodel: {facts['model']}, {plan.format}, weights {weights}, cache {facts['cache_bytes'] / 1e6:.1f} MB\n"
         f"runs on: {f'{plan.ranks} x ' if plan.ranks > 1 else ''}{plan.device}, {plan.path}{why}, attention {facts['attention']}\n"
+        + ("" if facts["experts"] is None else f"experts: {facts['experts']}\n")
         + ("" if plan.places is None else f"places: {summary(plan.places)}\n")
     )
 

@@ -36,6 +36,7 @@ def niah(
     placement: opt.PlacementOption = None,
     max_memory: opt.MaxMemoryOption = None,
     offload_folder: opt.OffloadFolderOption = None,
+    experts: opt.ExpertsOption = opt.Experts.auto,
     threads: opt.ThreadsOption = None,
 ) -> None:
     """Hide a sentence in a long text and ask for it: needle in a haystack, over length and depth. Wants a chat checkpoint."""
@@ -43,7 +44,7 @@ def niah(
     if max(percents) > 100:
         raise UsageError(f"--depths {depths} goes past the end of the text", why="100 is the end", fix="--depths 0-100+25")
     text = None if haystack is None else read_text(haystack)
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder))
+    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts))
 
     from dsv2cli.engine import needle as hidden
 

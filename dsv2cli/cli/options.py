@@ -40,6 +40,10 @@ class KernelsChoice(str, Enum):
     auto, native, avx2, portable, off = "auto", "native", "avx2", "portable", "off"
 
 
+class Experts(str, Enum):
+    auto, cpu = "auto", "cpu"
+
+
 class Quantize(str, Enum):
     none, int8, int4 = "none", "int8", "int4"
 
@@ -73,6 +77,7 @@ KernelsOption = Annotated[KernelsChoice, typer.Option(help="C++ kernels on a CPU
 GpusOption = Annotated[int | None, typer.Option(min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes.")]
 PlacementOption = Annotated[str | None, typer.Option(metavar="auto|FILE.json", help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.")]
 MaxMemoryOption = Annotated[str | None, typer.Option(metavar="0=75GB,cpu=200GB", help="Memory that --placement auto may fill on each device; the rest goes to disk.")]
+ExpertsOption = Annotated[Experts, typer.Option(help="cpu: keep routed experts in RAM and compute them there, as many as the GPU has no room for.")]
 OffloadFolderOption = Annotated[Path | None, typer.Option(help="Folder for layers on disk. Default: the system's temporary one.")]
 QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
@@ -105,13 +110,14 @@ class Compute:
     placement: str | None = None
     max_memory: str | None = None
     offload_folder: Path | None = None
+    experts: Experts = Experts.auto
 
     def as_json(self) -> dict[str, Any]:
         return {key: value.value if isinstance(value, Enum) else value for key, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Compute:
-        kinds = {"dtype": Dtype, "attention": AttentionPath, "kernels": KernelsChoice, "quantize": Quantize}
+        kinds = {"experts": Experts, "dtype": Dtype, "attention": AttentionPath, "kernels": KernelsChoice, "quantize": Quantize}
         return cls(**{key: kinds[key](value) if key in kinds else value for key, value in values.items()})
 
 
@@ -168,6 +174,7 @@ class Plan:
     why: str  # they are not others, as words to follow 'because'
     ranks: int = 1  # processes that share the model
     places: dict[str, Any] | None = None  # module -> device, where layers are spread
+    apart: int | None = None  # with the routed experts in RAM: in how many layers they are not
 
 
 @dataclass
@@ -211,19 +218,44 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
         torch.cuda.set_device(device)
     if compute.threads is not None or small or ranks > 1:
         torch.set_num_threads(compute.threads or (1 if small else max(1, (os.cpu_count() or 1) // ranks)))
-    if ranks > 1:
-        library, why = None, "they do not share a model with other processes"
-    else:
-        library, why = pick_kernels(compute.kernels, device.type, small)
+    apart = None if compute.experts is Experts.auto else experts_that_stay(config, compute, device, dtype)
+    library, why = pick_kernels(compute.kernels, "cpu" if apart is not None else device.type, small)
     if library is not None:
-        why = refusal(config, device, dtype)
+        why = refusal(config, device if apart is None else torch.device("cpu"), dtype)
         library = None if why else library
     if compute.placement is not None or compute.max_memory is not None:
         return spread(config, compute, dtype, format)
-    plan = Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks)
+    plan = Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks, apart=apart)
+    if apart is not None:
+        return plan
     if device.type == "cuda":
         refuse_what_does_not_fit(config, plan, [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())])
     return plan
+
+
+def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.device, dtype: torch.dtype) -> int:
+    """In how many layers the GPU has room for the routed experts, beside all else and the cache of a 4,096-token talk.
+
+    Raises UsageError where it has no room for the rest, or the model no experts.
+    """
+    import torch
+
+    from dsv2cli.model import size
+
+    if compute.placement or compute.max_memory or (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
+        raise UsageError("--experts cpu is for one device", fix="leave --gpus, --placement and --max-memory out")
+    if not config.moe_layers:
+        raise UsageError("This model has no routed experts", fix="leave --experts out")
+    if device.type == "cpu":
+        return 0
+    name = str(dtype).removeprefix("torch.")
+    rest = sum(part.bytes for part in size.parts(config, name) if part.name != "routed experts")
+    format = name if compute.quantize is Quantize.none else compute.quantize.value
+    each = sum(part.bytes for part in size.parts(config, format, name) if part.name == "routed experts") // config.moe_layers
+    room = 0.9 * torch.cuda.get_device_properties(device).total_memory - 4096 * size.kv_bytes_per_token(config, name)
+    if rest > room:
+        raise UsageError("The GPU is too small even without the experts", why=f"the rest takes {rest / 1e9:.1f} GB of its {room / 1e9:.1f} GB", fix="--device cpu --quantize int4")
+    return min(config.moe_layers, int((room - rest) // each))
 
 
 def spread(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype, format: str) -> Plan:
@@ -318,6 +350,8 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
 
     if plan.why and plan.kernels is None and "tiny" not in plan.why and "off" not in plan.why and sys.stderr.isatty():
         typer.echo(f"plain torch instead of the C++ kernels, because {plan.why}", err=True)
+    if plan.apart is not None:
+        ui.note(apart_line(found.config, plan))
     began = time.perf_counter()
     team = ALONE
     if plan.ranks > 1:
@@ -325,6 +359,11 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
         team = launch.gather(plan.ranks, orders, plan.device.type == "cuda")
     model = load(found, plan, compute, random_weights is not None, team)
     return Opened(**vars(found), model=model, plan=plan, load_seconds=time.perf_counter() - began)
+
+
+def apart_line(config: DeepseekV2Config, plan: Plan) -> str:
+    """Where the routed experts are, in one line."""
+    return f"routed experts of {config.moe_layers - (plan.apart or 0)} layers in RAM, of {plan.apart} on {plan.device}; all else on {plan.device}"
 
 
 def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Team) -> DeepseekV2:
@@ -341,10 +380,10 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
         with ui.loading(found.name) as progress:
             model = load_placed(found.folder, found.config, plan.dtype, bits, plan.places, compute.offload_folder, progress)
     elif random:
-        model = random_model(found.config, plan.device, plan.dtype, bits, team)
+        model = random_model(found.config, plan.device, plan.dtype, bits, team, plan.apart)
     else:
         with ui.loading(found.name) as progress:
-            model = load_model(found.folder, plan.device, plan.dtype, progress, bits, plan.kernels, team)
+            model = load_model(found.folder, plan.device, plan.dtype, progress, bits, plan.kernels, team, plan.apart)
     use_kernels(model, plan.kernels)
     model.use_attention(compute.attention.value)
     if team.size > 1:

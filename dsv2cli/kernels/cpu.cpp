@@ -606,9 +606,10 @@ static void route(const Mlp& p, float* scores, int32_t* index, float* weight) {
     weight[k] = p.normalise && p.top_k > 1 ? weight[k] / (chosen + 1e-20f) : weight[k] * p.factor;
 }
 
-// x += MLP(norm(x)) for x [n, hidden] in bf16: routed experts, shared experts, or the one dense MLP ("shared" alone).
-extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
-  const Mlp& p = *part;
+// to += MLP(norm(x)) for x and to [n, hidden] in bf16, which may be the same: routed experts, shared experts, or the one dense
+// MLP ("shared" alone). Without a norm x is taken as it is. `chosen` and `factors` [n, top_k] take the router's place where
+// they are given; an expert below 0 is another process's.
+static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t* chosen, const float* factors, int n, int threads) {
   const bool routed = p.experts > 0, shared = p.shared_width > 0;
   const Matrix& any = routed ? p.gate_up : p.shared_gate_up;
   const int slots = routed ? n * p.top_k : 0, k = p.top_k;
@@ -664,12 +665,12 @@ extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
     EACH(t, 0, n) {
       float* row = normed + (size_t)t * p.hidden;
       widen_row(x + (size_t)t * p.hidden, p.hidden, row);
-      norm_row(row, p.norm, p.hidden, p.eps, row);
+      if (p.norm) norm_row(row, p.norm, p.hidden, p.eps, row);
       in.put(t, 0, p.hidden, row);
       all[t] = t;
     }
     BARRIER
-    if (routed) {
+    if (routed && !chosen) {
       const int chunk = 8, chunks = (p.experts + chunk - 1) / chunk;
       EACH(job, 1, n * chunks) {
         const int t = job / chunks, begin = job % chunks * chunk;
@@ -685,15 +686,21 @@ extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
       BARRIER
       EACH(t, 2, n) route(p, logits + (size_t)t * p.experts, index + t * k, weight + t * k);
       BARRIER
+    }
+    if (routed) {
       if (omp_get_thread_num() == 0) {
+        if (chosen) memcpy(index, chosen, slots * sizeof(int32_t)), memcpy(weight, factors, slots * sizeof(float));
         memset(starts, 0, (p.experts + 1) * sizeof(int32_t));
-        for (int s = 0; s < slots; s++) starts[index[s] + 1]++;
+        active[0] = 0;
+        for (int s = 0; s < slots; s++)
+          if (index[s] >= 0) starts[index[s] + 1]++;
         for (int e = 0; e < p.experts; e++) {
           if (starts[e + 1]) active[actives++] = e;
           starts[e + 1] += starts[e];
         }
         std::vector<int32_t> next(starts, starts + p.experts);
         for (int s = 0; s < slots; s++) {
+          if (index[s] < 0) continue;
           const int at = next[index[s]]++;
           order[at] = s, tokens[at] = s / k;
         }
@@ -732,8 +739,8 @@ extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
           else multiply(p.down, e, first, blocks, h_routed, order + s, m, out);
           for (int i = 0; i < m; i++) {
             const float factor = weight[order[s + i]];
-            float* to = mine + (size_t)tokens[s + i] * wide;
-            for (int l = 0; l < count; l++) to[l] += factor * out[i * wide + l];
+            float* sum = mine + (size_t)tokens[s + i] * wide;
+            for (int l = 0; l < count; l++) sum[l] += factor * out[i * wide + l];
           }
         }
       }
@@ -744,9 +751,16 @@ extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) {
         for (int i = 0; i < m; i++)
           for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * wide + l];
       }
-      for (int t = 0; t < n; t++) add_to(x + (size_t)t * p.hidden + first[0], mine + (size_t)t * wide, count);
+      for (int t = 0; t < n; t++) add_to(to + (size_t)t * p.hidden + first[0], mine + (size_t)t * wide, count);
     }
   }
+}
+
+extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) { run_mlp(*part, x, x, nullptr, nullptr, n, threads); }
+
+// out = MLP(x), or the chosen experts' weighted sum; out is zero before.
+extern "C" void dsv2_feed(const Mlp* part, const uint16_t* x, const int32_t* chosen, const float* factors, uint16_t* out, int n, int threads) {
+  run_mlp(*part, x, out, chosen, factors, n, threads);
 }
 
 // Neighbouring pairs turned by the angles of one position; table [2, size / 2] holds cos and sin.

@@ -89,6 +89,16 @@ class Kernels:
         """x [tokens, hidden] += MLP or MoE."""
         self.library.dsv2_mlp(ctypes.byref(part), pointer(x), x.shape[0], torch.get_num_threads())
 
+    def feed(self, part: MlpPart, x: Tensor, index: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """MLP of x [tokens, hidden], or with index and weight [tokens, k] the weighted sum of its experts; one below 0 is left out."""
+        x, out = x.contiguous(), torch.zeros_like(x)
+        chosen, factors = (None, None) if index is None or weight is None else (index.int().contiguous(), weight.float().contiguous())
+        self.library.dsv2_feed(
+            ctypes.byref(part), pointer(x), None if chosen is None else pointer(chosen), None if factors is None else pointer(factors),
+            pointer(out), x.shape[0], torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
     def pack(self, weight: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, threads: int = 1) -> None:
         """The same as quantized.pack_reference, into codes and scales. weight [rows, cols]"""
         wide = weight.float().contiguous()

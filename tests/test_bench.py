@@ -161,3 +161,8 @@ def test_a_heat_map_counts_the_right_answers(tmp_path):
 def test_a_haystack_that_can_not_be_is_wrong_usage(wrong):
     done = run_dsv2("niah", *wrong)
     assert done.returncode == 2 and done.stdout == "" and "error:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_config_file_alone_is_enough_to_measure():
+    out = json.loads(run_dsv2("bench", "--random-weights", str(DATA / "golden" / "v2" / "config.json"), *SHORT, "--json").stdout)
+    assert out["model"].startswith("random weights of") and len(out["runs"]) == 1

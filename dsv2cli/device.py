@@ -37,6 +37,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def gpu_memories() -> list[int]:
+    """Bytes of each CUDA device."""
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked, so that a clock reads work and not queueing."""
     if device.type == "cuda":

@@ -16,7 +16,7 @@ from dsv2cli.engine.benchmark import read_bytes_per_token
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized
-from dsv2cli.model.share import bytes_by_rank
+from dsv2cli.model.size import bytes_by_rank
 
 LITE, CHAT = DATA / "configs" / "DeepSeek-V2-Lite", DATA / "configs" / "DeepSeek-V2-Chat"
 

@@ -20,7 +20,7 @@ from dsv2cli.cli.app import completion_script, manual_page
 ORDER = """
 errors memory places device team
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
-model.config model.size model.rope model.share model.cache model.transformer model.fused model.conductor
+model.config model.share model.size model.rope model.cache model.transformer model.fused model.conductor
 checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize checkpoint.placement
 engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store engine.benchmark engine.needle
 demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate

@@ -30,8 +30,8 @@ from dsv2cli.kernels import native
 from dsv2cli.model.conductor import follow
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized, use_kernels
-from dsv2cli.model.share import bytes_by_rank, share_of, split
-from dsv2cli.model.size import kv_bytes_per_token
+from dsv2cli.model.share import share_of, split
+from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
 from dsv2cli.team import Team
 
 V2 = str(DATA / "golden" / "v2")

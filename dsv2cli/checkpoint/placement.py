@@ -24,12 +24,12 @@ from dsv2cli.checkpoint.weights import (
     list_tensors,
     match,
     packed_tensors,
-    read_all,
+    pieces,
+    read_piece,
     state_of,
 )
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.fused import make_quantized
 from dsv2cli.model.transformer import DeepseekV2
 
 WHOLE = ["Layer", "Embedding", "Linear", "RMSNorm"]  # modules that are in one place, and brought in with all they hold
@@ -49,28 +49,19 @@ def parse_memory(text: str) -> dict[int | str, int]:
     return found
 
 
-def sketch(config: DeepseekV2Config, dtype: torch.dtype, bits: int | None) -> DeepseekV2:
-    """The model without memory, in the number format it will have."""
-    model = blueprint(config, dtype)
-    if bits is not None and config.packed is None:
-        make_quantized(model, bits)
-    return model
-
-
 def place(config: DeepseekV2Config, dtype: torch.dtype, bits: int | None, wanted: str, memory: str | None) -> Places:
     """Where each layer goes: as a file of JSON says, or for `auto` by filling device after device, RAM and then disk.
 
     Raises UsageError where the file or the memory makes no sense, or names a GPU that is not there.
     """
-    model = sketch(config, dtype, bits)
-    names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(config.num_hidden_layers)), "model.norm", "lm_head"]
+    names = pieces(config)
     if wanted != "auto":
         places = read_places(Path(wanted), names)
     else:
         given = parse_memory(memory) if memory is not None else None
         refuse_strange(list(given or ()))
         limits = get_max_memory(given)
-        found = infer_auto_device_map(model, limits, no_split_module_classes=WHOLE)
+        found = infer_auto_device_map(blueprint(config, dtype, bits=bits), limits, no_split_module_classes=WHOLE)
         places = {name: inherited(found, name) for name in names}
     refuse_strange(list(places.values()))
     if config.tie_word_embeddings:
@@ -126,7 +117,7 @@ def load_placed(
 
     Raises Dsv2Error as load_model does, and for a full disk.
     """
-    model = sketch(config, dtype, bits)
+    model = blueprint(config, dtype, bits=bits)
     stored = list_tensors(folder)
     if config.packed is not None:
         packed_tensors(model, folder)
@@ -138,20 +129,16 @@ def load_placed(
         offload = Path(tempfile.mkdtemp(prefix="dsv2-offload-", dir=scratch)) if "disk" in places.values() else None
         if offload is not None:
             atexit.register(shutil.rmtree, offload, ignore_errors=True)
-        pairs = match(model, stored, folder)
-        total, done = sum(tensor.length for tensor, _ in pairs), 0
+        total, done = sum(tensor.length for tensor, _ in match(model, stored, folder)), 0
         for name, where in places.items():
             if name == "lm_head" and config.tie_word_embeddings:
                 continue
-            module = model.get_submodule(name)
-            module.to_empty(device=torch.device("cpu" if where == "disk" else where))
-            mine = [pair for pair in match(model, stored, folder) if pair[0].name.startswith(f"{name}.")]
-            read_all(mine, None)
-            done += sum(tensor.length for tensor, _ in mine)
+            done += read_piece(model, name, stored, torch.device("cpu" if where == "disk" else where))
             if progress is not None:
                 progress(done, total)
             if where == "disk":
                 assert offload is not None
+                module = model.get_submodule(name)
                 for key, tensor in state_of(module).items():
                     on_disk = offload_weight(tensor.detach(), f"{name}.{key}", str(offload), on_disk)
                 module.to(torch.device("meta"))
@@ -163,7 +150,7 @@ def load_placed(
     model.eval().requires_grad_(False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.run_on(main, [torch.device("cuda", where) if isinstance(where, int) else main for where in layer_places(places)])
+    model.run_on(main, [torch.device("cuda", where) if isinstance(where, int) else main for name, where in places.items() if name.startswith("model.layers.")])
     if set(places.values()) != {"cpu"}:
         logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are not loaded yet is the point
         dispatch_model(
@@ -171,7 +158,3 @@ def load_placed(
             offload_buffers=True, preload_module_classes=WHOLE, force_hooks=True,
         )  # fmt: skip
     return model
-
-
-def layer_places(places: Places) -> list[Any]:
-    return [where for name, where in places.items() if name.startswith("model.layers.")]

@@ -23,17 +23,17 @@ from dsv2cli.checkpoint.weights import (
     INDEX,
     MAPPED,
     Progress,
-    empty_model,
+    blueprint,
     list_tensors,
     match,
-    read_all,
+    pieces,
+    read_piece,
     state_of,
     weights_bytes,
 )
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model.config import PACKED_BY, PACKED_FORMAT, DeepseekV2Config
-from dsv2cli.model.fused import make_quantized
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
 NAMES = {dtype: name for name, dtype in MAPPED.items()}
@@ -53,8 +53,7 @@ def quantize_checkpoint(
         raise UsageError(f"{folder} is packed already", why="codes are made from full weights", fix="give the original")
     if out.exists():
         raise UsageError(f"{out} exists already", fix="another name, or remove it first")
-    model = empty_model(config, torch.device("meta"), getattr(torch, config.torch_dtype))
-    make_quantized(model, bits, group)
+    model = blueprint(config, bits=bits, group=group)
     stored = list_tensors(folder)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
@@ -65,15 +64,13 @@ def quantize_checkpoint(
             new.mkdir()
             weight_map: dict[str, str] = {}
             done = 0
-            pieces = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(config.num_hidden_layers)), "model.norm"]
-            pieces += [] if config.tie_word_embeddings else ["lm_head"]
-            for number, piece in enumerate(pieces, 1):
-                module = model.get_submodule(piece).to_empty(device=torch.device("cpu"))
-                pairs = [pair for pair in match(model, stored, folder) if pair[0].name.startswith(f"{piece}.")]
+            names = [name for name in pieces(config) if name != "lm_head" or not config.tie_word_embeddings]
+            for number, piece in enumerate(names, 1):
                 before = done
-                read_all(pairs, None if progress is None else lambda count, _: progress(before + count, total), kernels)  # noqa: B023
-                done += sum(tensor.length for tensor, _ in pairs)
-                file = f"model-{number:05d}-of-{len(pieces):05d}.safetensors"
+                counted = None if progress is None else lambda count, _: progress(before + count, total)  # noqa: B023
+                done += read_piece(model, piece, stored, torch.device("cpu"), counted, kernels)
+                module = model.get_submodule(piece)
+                file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
                 tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
                 write_safetensors(new / file, tensors, {"format": f"{PACKED_BY} {PACKED_FORMAT}", "bits": str(bits), "group": str(group)})
                 weight_map |= dict.fromkeys(tensors, file)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
@@ -180,12 +180,16 @@ def full_columns(base: str, config: DeepseekV2Config) -> int:
     return config.intermediate_size
 
 
-def blueprint(config: DeepseekV2Config, dtype: torch.dtype | None = None, team: Team = ALONE) -> DeepseekV2:
-    """The model without memory, with places for codes where the checkpoint is packed."""
-    group = None if config.packed is None else config.packed.group
-    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype), team, group)
+def blueprint(
+    config: DeepseekV2Config, dtype: torch.dtype | None = None, team: Team = ALONE, bits: int | None = None, group: int = GROUP, only_experts: bool = False
+) -> DeepseekV2:  # fmt: skip
+    """The model without memory, with places for codes where the checkpoint is packed, or is to be in `bits`."""
     if config.packed is not None:
-        make_quantized(model, config.packed.bits, config.packed.group)
+        bits, group = config.packed.bits, config.packed.group
+    dtype = dtype or getattr(torch, config.torch_dtype)
+    model = empty_model(config, torch.device("meta"), dtype, team, None if bits is None else group)
+    if bits is not None:
+        make_quantized(model, bits, group, only_experts)
     return model
 
 
@@ -220,9 +224,7 @@ def random_model(
     config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None, team: Team = ALONE, apart: int | None = None
 ) -> DeepseekV2:
     """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
-    model = empty_model(config, torch.device("meta"), dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
-    if bits is not None:
-        make_quantized(model, bits, only_experts=apart is not None)
+    model = blueprint(config, dtype, team, bits, only_experts=apart is not None)
     try:
         if apart is not None:
             set_apart(model, device, apart)
@@ -301,35 +303,35 @@ class Packing:
         scales.copy_(packed[1])
 
 
-def packings(model: DeepseekV2) -> dict[str, Packing]:
+def packings(module: nn.Module, prefix: str = "") -> dict[str, Packing]:
     """Where each tensor of a checkpoint is quantised to, by its name there."""
     places: dict[str, Packing] = {}
-    for name, weight in model.named_modules():
+    for name, weight in module.named_modules(prefix=prefix):
         if not isinstance(weight, Quantized):
             continue
         base, _, leaf = name.rpartition(".")
         experts = range(weight.shape[0]) if len(weight.shape) == 3 else [None]
         for e in experts:
-            prefix = base if e is None else f"{base}.{e}"
+            inner = base if e is None else f"{base}.{e}"
             leaves = {"weight": ["weight"], "gate_up_proj": ["gate_proj.weight", "up_proj.weight"]}.get(leaf, [f"{leaf}.weight"])
-            places |= {f"{prefix}.{stored}": Packing(weight, e, part) for part, stored in enumerate(leaves)}
+            places |= {f"{inner}.{stored}": Packing(weight, e, part) for part, stored in enumerate(leaves)}
     return places
 
 
-def destinations(model: DeepseekV2) -> dict[str, Tensor]:
-    """Where each tensor of a checkpoint belongs: its name -> a contiguous part of a parameter."""
+def destinations(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint belongs: its name -> a contiguous part of a parameter. `prefix` is the module's own name."""
     places: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():  # a tied lm_head is listed once, as the embedding
+    for name, parameter in module.named_parameters(prefix):  # a tied lm_head is listed once, as the embedding
         base, _, leaf = name.rpartition(".")
         if leaf not in ("gate_up_proj", "down_proj"):
             places[name] = parameter.data
             continue
         stack = {f"{base}.{e}": part for e, part in enumerate(parameter.data)} if parameter.dim() == 3 else None
-        for prefix, matrix in (stack or {base: parameter.data}).items():
+        for inner, matrix in (stack or {base: parameter.data}).items():
             if leaf == "down_proj":
-                places[f"{prefix}.down_proj.weight"] = matrix
+                places[f"{inner}.down_proj.weight"] = matrix
             else:
-                places[f"{prefix}.gate_proj.weight"], places[f"{prefix}.up_proj.weight"] = matrix.chunk(2)
+                places[f"{inner}.gate_proj.weight"], places[f"{inner}.up_proj.weight"] = matrix.chunk(2)
     return places
 
 
@@ -473,6 +475,22 @@ def check(tensor: Stored, place: Tensor | Packing, dtypes: dict[str, torch.dtype
             why=f"its shape {list(tensor.shape)} and type {tensor.dtype} call for another number",
             fix="download the file again",
         )
+
+
+def pieces(config: DeepseekV2Config) -> list[str]:
+    """The modules that are read, packed and placed one at a time, in order; a tied head is the embedding once more."""
+    return ["model.embed_tokens", *(f"model.layers.{i}" for i in range(config.num_hidden_layers)), "model.norm", "lm_head"]
+
+
+def read_piece(
+    model: DeepseekV2, name: str, stored: dict[str, Stored], device: torch.device, progress: Progress | None = None, kernels: Kernels | None = None
+) -> int:  # fmt: skip
+    """Give one piece of a model on meta its memory and its weights, which `match` has checked; gives the bytes read."""
+    module = model.get_submodule(name).to_empty(device=device)
+    places: dict[str, Tensor | Packing] = {**destinations(module, name), **packings(module, name)}
+    pairs = [(stored[key], place) for key, place in places.items()]
+    read_all(pairs, progress, kernels)
+    return sum(tensor.length for tensor, _ in pairs)
 
 
 def read_all(

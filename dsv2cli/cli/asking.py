@@ -42,7 +42,7 @@ class Source:
         """Raises UsageError for what makes no prompt, Dsv2Error where the checkpoint lacks what it needs."""
         if self.prompt_ids is not None:
             # With ids the tokenizer may be missing; it is used for the text where there is one.
-            tokenizer = checkpoint.tokenizer() if checkpoint.has_tokenizer() else None
+            tokenizer = checkpoint.tokenizer_if_any()
             ids = opt.parse_ids(self.prompt_ids)
             shown = tokenizer.decode(ids) if tokenizer is not None else ",".join(map(str, ids)) + ","
             return Asked(ids, before=shown), tokenizer
@@ -90,8 +90,7 @@ def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
     """The hole between two texts, in the order the checkpoint was trained for. Raises UsageError where it has no such tokens."""
     if not prefix + suffix:
         raise UsageError("There is nothing around the hole", fix='dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"')
-    marks = [tokenizer.fast.token_to_id(token) for token in FIM_TOKENS]
-    begin, hole, end = marks
+    begin, hole, end = (tokenizer.fast.token_to_id(token) for token in FIM_TOKENS)
     if begin is None or hole is None or end is None:
         raise UsageError(
             "This checkpoint can not fill in the middle", why=f"its tokenizer has no {FIM_TOKENS[0]}", fix="a Coder-V2 base checkpoint"

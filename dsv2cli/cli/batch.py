@@ -113,7 +113,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 def answer_lines(opened: opt.Opened, request: Request, skip_bad: bool, report: Any) -> None:
     """Each line of stdin answered on stdout before the next is read, so that a program may wait for its answer."""
-    tokenizer = opened.tokenizer() if opened.has_tokenizer() else None
+    tokenizer = opened.tokenizer_if_any()
     for line in read_jobs(sys.stdin.buffer if sys.stdin is not None else (), "stdin", opened, tokenizer, request, skip_bad):
         for job in run_batch(opened.model, tokenizer, [line.job], 1):
             ui.write_json(answer(line, job, opened, report))
@@ -130,7 +130,7 @@ def run(
 
     Answers stand in the order of the prompts, one line each, and reach the file as soon as all before them are done.
     """
-    tokenizer = opened.tokenizer() if opened.has_tokenizer() else None
+    tokenizer = opened.tokenizer_if_any()
     try:
         # All lines are read before the first is run: what is wrong is said before an hour's work, not after.
         total = sum(1 for _ in read_jobs(lines_of(path), str(path), opened, tokenizer, request, skip_bad))

@@ -125,7 +125,7 @@ def complete(
         assert asked is not None
         show_plan(asked, tokenizer, checkpoint, compute, request, as_json)
         return
-    opened = opt.open_model(model, compute)
+    opened = opt.open_model(model, compute, found=checkpoint)
     if asked is None:
         many(batch, output, opened, request, batch_size, on_bad_line is BadLine.skip)
     elif samples > 1:
@@ -208,7 +208,6 @@ def show_plan(
     """What --dry-run prints: the prompt to the letter, its ids, and how the model would run."""
     from dsv2cli.checkpoint.placement import summary
     from dsv2cli.model import size
-    from dsv2cli.model.share import bytes_by_rank
 
     plan, config = opt.make_plan(checkpoint.config, compute), checkpoint.config
     dtype = str(plan.dtype).removeprefix("torch.")
@@ -228,7 +227,7 @@ def show_plan(
         "ranks": plan.ranks,
         "places": plan.places,
         "experts": None if plan.apart is None else opt.apart_line(config, plan),
-        "weights_bytes_by_rank": bytes_by_rank(config, plan.format, dtype, plan.ranks),
+        "weights_bytes_by_rank": size.bytes_by_rank(config, plan.format, dtype, plan.ranks),
         "cache_bytes": length * size.kv_bytes_per_token(config, dtype),
         "attention": compute.attention.value,
         "kernels": plan.path,

@@ -15,7 +15,6 @@ from dsv2cli.cli import ui
 from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.share import bytes_by_rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +105,7 @@ def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 409
 
 def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: str) -> dict[str, Any]:
     """Whether the weights in one format fit into a memory, or shared out over several, of which each holds the whole cache."""
-    share = max(bytes_by_rank(config, format, facts["dtype"], place.count))
+    share = max(size.bytes_by_rank(config, format, facts["dtype"], place.count))
     room = size.room(config, share, facts["dtype"], place.bytes, facts["context"])
     counts = {"name": place.name, "kind": place.kind, "count": place.count, "memory_bytes": place.bytes, "label": place.label}
     return counts | {"format": format, "weights_bytes_each": share} | asdict(room)

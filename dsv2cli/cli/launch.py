@@ -111,11 +111,11 @@ def terminal_settings() -> Any:
     """How the terminal is set, to put it back where a prompt may have changed it."""
     try:
         import termios
-
-        return termios.tcgetattr(sys.stdin.fileno())
-    except (ImportError, OSError, ValueError, AttributeError):
+    except ImportError:
         return None
-    except Exception:  # termios.error, which is not importable everywhere
+    try:
+        return termios.tcgetattr(sys.stdin.fileno())
+    except (termios.error, OSError, ValueError, AttributeError):  # no terminal, or no stdin
         return None
 
 

@@ -52,6 +52,7 @@ CURSOR = "<CURSOR>"  # where a file is to be filled in
 
 # Steps of so small a model are shorter than waking a second thread, and on a busy machine they would wait for it.
 SMALL_MODEL_BYTES = 64 * 2**20
+OFF, TINY = "they are switched off", "the model is tiny"  # why no kernels run, and nobody needs to be told
 
 def models(incomplete: str) -> list[str]:
     """For the shell's completion: folders that hold a checkpoint or lead on, and DeepSeek-V2 models already downloaded."""
@@ -112,6 +113,11 @@ class Compute:
     offload_folder: Path | None = None
     experts: Experts = Experts.auto
 
+    @property
+    def bits(self) -> int | None:
+        """To pack the weights in while loading."""
+        return None if self.quantize is Quantize.none else int(self.quantize.value[3:])
+
     def as_json(self) -> dict[str, Any]:
         return {key: value.value if isinstance(value, Enum) else value for key, value in vars(self).items()}
 
@@ -136,13 +142,14 @@ class Checkpoint:
         value = self.settings.get("eos_token_id", self.config.eos_token_id)
         return frozenset(value if isinstance(value, list) else [] if value is None else [value])
 
-    def has_tokenizer(self) -> bool:
-        return (self.folder / "tokenizer.json").exists()
-
     def tokenizer(self) -> Tokenizer:
         from dsv2cli.checkpoint.tokenizer import Tokenizer
 
         return Tokenizer(self.folder)
+
+    def tokenizer_if_any(self) -> Tokenizer | None:
+        """With token ids a checkpoint may do without."""
+        return self.tokenizer() if (self.folder / "tokenizer.json").exists() else None
 
     def request(
         self, max_new_tokens: int | None, seed: int | None, stop: list[str] | None, logprobs: int | None = None,
@@ -204,7 +211,7 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then takes huge pages for weights: reading them is 1.08x faster
     import torch
 
-    from dsv2cli.device import DTYPES, pick_device
+    from dsv2cli.device import DTYPES, gpu_memories, pick_device
     from dsv2cli.model.fused import refusal
     from dsv2cli.model.size import weights_bytes
 
@@ -219,17 +226,15 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     if compute.threads is not None or small or ranks > 1:
         torch.set_num_threads(compute.threads or (1 if small else max(1, (os.cpu_count() or 1) // ranks)))
     apart = None if compute.experts is Experts.auto else experts_that_stay(config, compute, device, dtype)
+    if compute.placement is not None or compute.max_memory is not None:
+        return spread(config, compute, dtype, format)
     library, why = pick_kernels(compute.kernels, "cpu" if apart is not None else device.type, small)
     if library is not None:
         why = refusal(config, device if apart is None else torch.device("cpu"), dtype)
         library = None if why else library
-    if compute.placement is not None or compute.max_memory is not None:
-        return spread(config, compute, dtype, format)
     plan = Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks, apart=apart)
-    if apart is not None:
-        return plan
-    if device.type == "cuda":
-        refuse_what_does_not_fit(config, plan, [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())])
+    if device.type == "cuda" and apart is None:
+        refuse_what_does_not_fit(config, plan, gpu_memories())
     return plan
 
 
@@ -266,8 +271,7 @@ def spread(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype, forma
 
     if (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
         raise UsageError("--gpus and --placement do not go together", why="one splits each layer, the other puts whole layers in places", fix="leave one of them out")
-    bits = None if compute.quantize is Quantize.none else int(format[3:])
-    places = place(config, dtype, bits, compute.placement or "auto", compute.max_memory)
+    places = place(config, dtype, compute.bits, compute.placement or "auto", compute.max_memory)
     numbers = [where for where in places.values() if isinstance(where, int)]
     device = torch.device("cuda", min(numbers)) if numbers else torch.device("cpu")
     return Plan(device, dtype, format, None, "plain torch", "layers are spread over devices", 1, places)
@@ -286,7 +290,7 @@ def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) ->
 
 def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: list[int]) -> int:
     """The fewest GPUs whose memories [bytes each] hold the weights with a tenth to spare, or all of them."""
-    from dsv2cli.model.share import bytes_by_rank
+    from dsv2cli.model.size import bytes_by_rank
 
     for count in range(1, len(memories)):
         if all(need < 0.9 * has for need, has in zip(bytes_by_rank(config, format, dtype, count), memories, strict=False)):
@@ -296,8 +300,7 @@ def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: li
 
 def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: list[int]) -> None:
     """Raises UsageError with the nearest plan that does, where the ranks' weights are larger than their memories."""
-    from dsv2cli.model.share import bytes_by_rank
-    from dsv2cli.model.size import PACKED_BITS
+    from dsv2cli.model.size import PACKED_BITS, bytes_by_rank
 
     dtype = str(plan.dtype).removeprefix("torch.")
     most = max(bytes_by_rank(config, plan.format, dtype, plan.ranks))
@@ -324,10 +327,11 @@ def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device
     """
     import torch
 
+    from dsv2cli.device import gpu_memories
+
     ranks = compute.gpus or 1
     if compute.gpus is None and device.type == "cuda" and compute.device in ("auto", "cuda"):
-        memories = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        ranks = ranks_needed(config, format, dtype, memories)
+        ranks = ranks_needed(config, format, dtype, gpu_memories())
     if (there := launch.torchrun_size()) > 1:
         if compute.gpus not in (None, there):
             raise UsageError(f"--gpus {compute.gpus} under torchrun", why=f"it has started {there} processes", fix="leave --gpus out")
@@ -340,15 +344,15 @@ def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device
     return ranks
 
 
-def open_model(name: str | None, compute: Compute, random_weights: str | None = None) -> Opened:
-    """Find, load and report progress; `random_weights` names a config to make a model from. Raises Dsv2Error for whatever
-    stands in the way."""
-    found = find(name, random_weights)
+def open_model(name: str | None, compute: Compute, random_weights: str | None = None, found: Checkpoint | None = None) -> Opened:
+    """Find, load and report progress; `random_weights` names a config to make a model from. `found` is what the name
+    means, where that is known already. Raises Dsv2Error for whatever stands in the way."""
+    found = found or find(name, random_weights)
     plan = make_plan(found.config, compute)
 
     from dsv2cli.team import ALONE
 
-    if plan.why and plan.kernels is None and "tiny" not in plan.why and "off" not in plan.why and sys.stderr.isatty():
+    if plan.why and plan.kernels is None and plan.why not in (OFF, TINY) and sys.stderr.isatty():
         typer.echo(f"plain torch instead of the C++ kernels, because {plan.why}", err=True)
     if plan.apart is not None:
         ui.note(apart_line(found.config, plan))
@@ -371,19 +375,18 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
     from dsv2cli.checkpoint.weights import load_model, random_model
     from dsv2cli.model.fused import use_kernels
 
-    bits = None if compute.quantize is Quantize.none else int(plan.format[3:])
     if plan.places is not None:
         from dsv2cli.checkpoint.placement import load_placed
 
         if random:
             raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
         with ui.loading(found.name) as progress:
-            model = load_placed(found.folder, found.config, plan.dtype, bits, plan.places, compute.offload_folder, progress)
+            model = load_placed(found.folder, found.config, plan.dtype, compute.bits, plan.places, compute.offload_folder, progress)
     elif random:
-        model = random_model(found.config, plan.device, plan.dtype, bits, team, plan.apart)
+        model = random_model(found.config, plan.device, plan.dtype, compute.bits, team, plan.apart)
     else:
         with ui.loading(found.name) as progress:
-            model = load_model(found.folder, plan.device, plan.dtype, progress, bits, plan.kernels, team, plan.apart)
+            model = load_model(found.folder, plan.device, plan.dtype, progress, compute.bits, plan.kernels, team, plan.apart)
     use_kernels(model, plan.kernels)
     model.use_attention(compute.attention.value)
     if team.size > 1:
@@ -403,9 +406,9 @@ def pick_kernels(choice: KernelsChoice, device: str, small: bool) -> tuple[Kerne
     from dsv2cli.kernels.native import load
 
     if choice is KernelsChoice.off:
-        return None, "they are switched off"
+        return None, OFF
     if choice is KernelsChoice.auto and (device != "cpu" or small):
-        return None, "the model is tiny" if small else f"the model is on {device}"
+        return None, TINY if small else f"the model is on {device}"
     library, why = load("native" if choice is KernelsChoice.auto else choice.value)
     if library is None and choice is not KernelsChoice.auto:
         raise Dsv2Error(f"The {choice.value} kernels are not there", why=why, fix="--kernels off")

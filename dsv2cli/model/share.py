@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.size import GROUP, LANES, PACKED_BITS, Extent, weights_bytes
+
+GROUP, LANES = 64, 16  # as in kernels/quantized.py, which needs torch
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,6 @@ class Share:
     shared: range  # of the shared experts
     experts: range
     vocab: range
-
-    def extent(self) -> Extent:
-        return Extent(len(self.heads), len(self.dense), len(self.shared), len(self.experts), len(self.vocab))
-
-
-def bytes_by_rank(config: DeepseekV2Config, format: str, dtype: str, size: int) -> list[int]:
-    """What each rank's weights take."""
-    group = None
-    if format in PACKED_BITS:
-        group = config.packed.group if config.packed is not None else GROUP
-    return [weights_bytes(config, format, dtype, extent=share_of(config, rank, size, group).extent()) for rank in range(size)]
-
 
 def split(total: int, unit: int, rank: int, size: int) -> range:
     """The rank's run of 0..total, cut between units only and as evenly as that allows."""

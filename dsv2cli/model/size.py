@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.share import GROUP, LANES, Share, share_of
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PACKED_BITS = {"int8": 8, "int4": 4}
-GROUP, LANES = 64, 16  # as in kernels/quantized.py, which needs torch
 # DeepSeek 67B's keys and values in bf16: what the paper's 93.3% compares with, counting the latent in 6 bits.
 DENSE_67B_KV_BYTES = 389_120
 
@@ -50,33 +50,17 @@ class Matrix:
         return blocks * groups * LANES * (group * bits // 8 + 2)  # a bf16 scale a group
 
 
-@dataclass(frozen=True)
-class Extent:
-    """How much of what can be shared out: all of it, or one rank's part."""
-
-    heads: int
-    dense: int  # columns of the dense layers' MLP
-    shared: int  # of the shared experts
-    experts: int
-    vocab: int
-
-
-def whole(config: DeepseekV2Config) -> Extent:
-    shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
-    return Extent(config.num_attention_heads, config.intermediate_size, shared, config.n_routed_experts or 0, config.vocab_size)
-
-
-def matrices(config: DeepseekV2Config, extent: Extent | None = None) -> Iterator[Matrix]:
+def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[Matrix]:
     """All weights by kind, or those of a part, attention as in paper section 2.1 and appendix C."""
-    extent = extent or whole(config)
-    hidden, layers, heads, moe = config.hidden_size, config.num_hidden_layers, extent.heads, config.moe_layers
+    share = share or share_of(config)
+    hidden, layers, heads, moe = config.hidden_size, config.num_hidden_layers, len(share.heads), config.moe_layers
     rank, low, width = config.kv_lora_rank, config.q_lora_rank, config.moe_intermediate_size
-    shared, tied = extent.shared, config.tie_word_embeddings
+    shared, dense, tied = len(share.shared), len(share.dense), config.tie_word_embeddings
 
     def every(part: str, rows: int, cols: int, stored: str = "plain", halves: int = 1, count: int = layers) -> Matrix:
         return Matrix(part, rows, cols, count, count, stored, halves)
 
-    yield Matrix("embedding", 1, hidden, extent.vocab, 1)
+    yield Matrix("embedding", 1, hidden, len(share.vocab), 1)
     if low is None:
         yield every("attention", heads * config.qk_head_dim, hidden, "linear")
     else:
@@ -89,26 +73,26 @@ def matrices(config: DeepseekV2Config, extent: Extent | None = None) -> Iterator
     yield every("attention", hidden, heads * config.v_head_dim, "linear")
     if config.attention_bias:
         yield every("attention", 1, config.cached_dim + hidden + (low or 0))
-    yield every("dense layers", 2 * extent.dense, hidden, "mlp", 2, layers - moe)
-    yield every("dense layers", hidden, extent.dense, "mlp", 1, layers - moe)
+    yield every("dense layers", 2 * dense, hidden, "mlp", 2, layers - moe)
+    yield every("dense layers", hidden, dense, "mlp", 1, layers - moe)
     chosen = config.num_experts_per_tok or 0
-    yield Matrix("routed experts", 2 * width, hidden, moe * extent.experts, moe * chosen, "mlp", 2)
-    yield Matrix("routed experts", hidden, width, moe * extent.experts, moe * chosen, "mlp")
+    yield Matrix("routed experts", 2 * width, hidden, moe * len(share.experts), moe * chosen, "mlp", 2)
+    yield Matrix("routed experts", hidden, width, moe * len(share.experts), moe * chosen, "mlp")
     yield every("shared experts", 2 * shared, hidden, "mlp", 2, moe)
     yield every("shared experts", hidden, shared, "mlp", 1, moe)
     yield every("router", config.n_routed_experts or 0, hidden, "router", 1, moe)
     yield every("norms", 1, hidden, count=2 * layers + 1)
-    yield Matrix("head", extent.vocab, hidden, 0 if tied else 1, 1, "plain" if tied else "linear")  # a tied one is read whole
+    yield Matrix("head", len(share.vocab), hidden, 0 if tied else 1, 1, "plain" if tied else "linear")  # a tied one is read whole
 
 
 def parts(
-    config: DeepseekV2Config, format: str = "bfloat16", dtype: str | None = None, group: int = GROUP, extent: Extent | None = None
+    config: DeepseekV2Config, format: str = "bfloat16", dtype: str | None = None, group: int = GROUP, share: Share | None = None
 ) -> list[Part]:
     """All weights by kind, or those of a part, in `format`: a number format, int8 or int4. What is not packed has `dtype`."""
     dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
     group = config.packed.group if config.packed is not None else group
     sums: dict[str, list[int]] = {}
-    for m in matrices(config, extent):
+    for m in matrices(config, share):
         size = m.bytes_each(format, dtype, group)
         numbers = m.rows * m.cols
         adding = (m.count * numbers, m.read * numbers, m.count * size, m.read * size)
@@ -117,9 +101,17 @@ def parts(
 
 
 def weights_bytes(
-    config: DeepseekV2Config, format: str, dtype: str | None = None, group: int = GROUP, extent: Extent | None = None
+    config: DeepseekV2Config, format: str, dtype: str | None = None, group: int = GROUP, share: Share | None = None
 ) -> int:
-    return sum(part.bytes for part in parts(config, format, dtype, group, extent))
+    return sum(part.bytes for part in parts(config, format, dtype, group, share))
+
+
+def bytes_by_rank(config: DeepseekV2Config, format: str, dtype: str, size: int) -> list[int]:
+    """What the weights of each rank of a team take."""
+    group = None
+    if format in PACKED_BITS:
+        group = config.packed.group if config.packed is not None else GROUP
+    return [weights_bytes(config, format, dtype, share=share_of(config, rank, size, group)) for rank in range(size)]
 
 
 def own_format(config: DeepseekV2Config) -> str:

@@ -69,6 +69,7 @@ def machine() -> Iterator[Finding]:
     yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     yield gpus()
     yield from cpu_kernels()
+    yield triton_kernels(torch.cuda.is_available())
     yield from extras()
     yield from disks()
 
@@ -103,6 +104,14 @@ def cpu_kernels() -> Iterator[Finding]:
         yield Finding("cpu kernels", "note", f"off, because {why}; plain torch computes the same", "" if compiler is None else "a newer compiler")
     else:
         yield Finding("cpu kernels", "ok", f"{library.path}, for bfloat16, int8 and int4 models; off for tiny models and fp32")
+
+
+def triton_kernels(gpu: bool) -> Finding:
+    if importlib.util.find_spec("triton") is not None:
+        return Finding("triton kernels", "ok", "on" if gpu else "triton is installed, and there is no GPU for it")
+    if gpu:
+        return Finding("triton kernels", "note", "off, because triton is not installed; plain torch computes the same, slowly", "pip install triton")
+    return Finding("triton kernels", "ok", "off: there is no GPU")
 
 
 def extras() -> Iterator[Finding]:

@@ -37,7 +37,10 @@ class AttentionPath(str, Enum):
 
 
 class KernelsChoice(str, Enum):
-    auto, native, avx2, portable, off = "auto", "native", "avx2", "portable", "off"
+    auto, triton, triton_eager, native, avx2, portable, off = "auto", "triton", "triton-eager", "native", "avx2", "portable", "off"
+
+
+TRITON = (KernelsChoice.triton, KernelsChoice.triton_eager)
 
 
 class Experts(str, Enum):
@@ -74,7 +77,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto is the checkpoint's own.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")]
 AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
-KernelsOption = Annotated[KernelsChoice, typer.Option(help="C++ kernels on a CPU; auto: for this processor, not for tiny models.")]
+KernelsOption = Annotated[KernelsChoice, typer.Option(help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs), C++ on a CPU, not for tiny models; off: plain torch.")]
 GpusOption = Annotated[int | None, typer.Option(min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes.")]
 PlacementOption = Annotated[str | None, typer.Option(metavar="auto|FILE.json", help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.")]
 MaxMemoryOption = Annotated[str | None, typer.Option(metavar="0=75GB,cpu=200GB", help="Memory that --placement auto may fill on each device; the rest goes to disk.")]
@@ -176,12 +179,14 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     format: str  # of the weights: int4, int8, or the number format
-    kernels: Kernels | None
+    kernels: Kernels | None  # the C++ ones
     path: str  # which kernels
     why: str  # they are not others, as words to follow 'because'
     ranks: int = 1  # processes that share the model
     places: dict[str, Any] | None = None  # module -> device, where layers are spread
     apart: int | None = None  # with the routed experts in RAM: in how many layers they are not
+    triton: bool = False  # whether the Triton kernels run what lies on the GPU
+    graphs: bool = False  # and whole decode steps as CUDA graphs
 
 
 @dataclass
@@ -232,7 +237,12 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     if library is not None:
         why = refusal(config, device if apart is None else torch.device("cpu"), dtype)
         library = None if why else library
-    plan = Plan(device, dtype, format, library, "plain torch" if library is None else library.path, why, ranks, apart=apart)
+    triton, no_triton = pick_triton(compute.kernels, config, device)
+    graphs = triton and device.type == "cuda" and ranks == 1 and apart is None and compute.kernels is not KernelsChoice.triton_eager
+    names = [library.path] if library is not None else []
+    names += ["triton with CUDA graphs" if graphs else "triton"] if triton else []
+    why = no_triton if device.type == "cuda" else "" if triton else why
+    plan = Plan(device, dtype, format, library, " and ".join(names) or "plain torch", why, ranks, apart=apart, triton=triton, graphs=graphs)
     if device.type == "cuda" and apart is None:
         refuse_what_does_not_fit(config, plan, gpu_memories())
     return plan
@@ -352,8 +362,8 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
 
     from dsv2cli.team import ALONE
 
-    if plan.why and plan.kernels is None and plan.why not in (OFF, TINY) and sys.stderr.isatty():
-        typer.echo(f"plain torch instead of the C++ kernels, because {plan.why}", err=True)
+    if plan.why and plan.path == "plain torch" and plan.why not in (OFF, TINY) and sys.stderr.isatty():
+        typer.echo(f"plain torch instead of the {'Triton' if plan.device.type == 'cuda' else 'C++'} kernels, because {plan.why}", err=True)
     if plan.apart is not None:
         ui.note(apart_line(found.config, plan))
     began = time.perf_counter()
@@ -387,7 +397,7 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
     else:
         with ui.loading(found.name) as progress:
             model = load_model(found.folder, plan.device, plan.dtype, progress, compute.bits, plan.kernels, team, plan.apart)
-    use_kernels(model, plan.kernels)
+    use_kernels(model, plan.kernels, plan.triton, plan.graphs)
     model.use_attention(compute.attention.value)
     if team.size > 1:
         import torch.distributed as dist
@@ -407,12 +417,25 @@ def pick_kernels(choice: KernelsChoice, device: str, small: bool) -> tuple[Kerne
 
     if choice is KernelsChoice.off:
         return None, OFF
-    if choice is KernelsChoice.auto and (device != "cpu" or small):
+    named = choice not in (KernelsChoice.auto, *TRITON)
+    if not named and (device != "cpu" or small):
         return None, TINY if small else f"the model is on {device}"
-    library, why = load("native" if choice is KernelsChoice.auto else choice.value)
-    if library is None and choice is not KernelsChoice.auto:
+    library, why = load(choice.value if named else "native")
+    if library is None and named:
         raise Dsv2Error(f"The {choice.value} kernels are not there", why=why, fix="--kernels off")
     return library, why
+
+
+def pick_triton(choice: KernelsChoice, config: DeepseekV2Config, device: torch.device) -> tuple[bool, str]:
+    """Whether the Triton kernels run what lies on `device`, or why not. Raises UsageError where they are asked for and can not."""
+    from dsv2cli.model.fused import triton_refusal
+
+    if choice not in (KernelsChoice.auto, *TRITON):
+        return False, OFF
+    why = triton_refusal(config, device)
+    if why and choice in TRITON:
+        raise UsageError("The Triton kernels can not run this", why=why, fix="--kernels auto, or off")
+    return not why and (device.type == "cuda" or choice in TRITON), why
 
 
 def parse_ids(text: str) -> list[int]:

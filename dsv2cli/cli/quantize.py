@@ -11,6 +11,7 @@ import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
+from dsv2cli.errors import UsageError
 
 
 class Bits(str, Enum):
@@ -33,6 +34,8 @@ def quantize(
     from dsv2cli.checkpoint.quantize import quantize_checkpoint
 
     folder = find_model(model)
+    if kernels in opt.TRITON:
+        raise UsageError("The Triton kernels do not pack", fix="--kernels auto, or off")
     library, _ = opt.pick_kernels(kernels, "cpu", small=False)
     began = time.perf_counter()
     with ui.loading(model) as progress:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import Answer, Request, Result, pick, prefill
+from dsv2cli.engine.generate import Answer, Request, Result, Token, decoder, pick, prefill
 from dsv2cli.engine.grammar import Constraint
+from dsv2cli.engine.sampling import sample_rows
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2
 
@@ -43,10 +44,10 @@ class Row:
     began: float
     first: float = 0.0
 
-    def take(self, scores: Tensor) -> None:
-        """The next token of this row, noted; ends the answer where it is the last."""
+    def take(self, scores: Tensor, chosen: int | None = None) -> None:
+        """The next token of this row, noted; ends the answer where it is the last. `chosen` if it was sampled already."""
         result, request = self.job.result, self.job.request
-        token = pick(scores, request, self.history, self.generator, self.constraint)
+        token = pick(scores, request, self.history, self.generator, self.constraint) if chosen is None else Token(chosen)
         now = time.perf_counter()
         self.first = self.first or now
         result.ttft_seconds, result.decode_seconds = self.first - self.began, now - self.first
@@ -63,9 +64,8 @@ class Row:
 def run_samples(model: DeepseekV2, tokenizer: Tokenizer | None, jobs: list[Job]) -> Iterator[Job]:
     """Jobs with one and the same prompt, which is read once; in order, as run_batch."""
     cache = model.new_cache()
-    rows = Rows(model, tokenizer, cache)
-    scores = rows.read(0, jobs[0])
-    rows.cache = cache.repeated(len(jobs))
+    scores = Rows(model, tokenizer, cache).read(0, jobs[0])
+    rows = Rows(model, tokenizer, cache.repeated(len(jobs)))
     for i, job in enumerate(jobs):
         rows.begin(i, job, scores, jobs[0].result.prefill_seconds)
     begun = list(jobs)
@@ -103,6 +103,7 @@ class Rows:
     def __init__(self, model: DeepseekV2, tokenizer: Tokenizer | None, cache: LatentCache) -> None:
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self.running: dict[int, Row] = {}
+        self.decode = decoder(model, cache)
 
     def idle(self) -> int | None:
         return next((i for i in range(len(self.cache.lengths)) if i not in self.running), None)
@@ -130,16 +131,17 @@ class Rows:
 
     def step(self) -> None:
         """One token more for every row that has a job."""
-        if not self.running:
+        rows = sorted(self.running)
+        if not rows:
             return
-        last = [self.running[i].history[-1] if i in self.running else 0 for i in range(len(self.cache.lengths))]
-        ids = torch.tensor(last, device=self.model.device)[:, None]
-        scores = self.model.logits(self.model(ids, self.cache)[:, -1])
-        for i in range(len(last)):
-            if i not in self.running:
-                self.cache.lengths[i] = 0
-                continue
-            self.running[i].take(scores[i])
+        ids = torch.tensor([[self.running[i].history[-1]] for i in rows], device=self.model.device)
+        scores = self.decode(ids, rows)[:, -1]
+        chosen: list[int | None] = [None] * len(rows)
+        requests = [self.running[i].job.request for i in rows]
+        if self.model.stepwise and all(request.plain and request.sampling == requests[0].sampling for request in requests):
+            chosen = sample_rows(scores, requests[0].sampling, [self.running[i].generator for i in rows]).tolist()
+        for i, row_scores, token_id in zip(rows, scores, chosen, strict=True):
+            self.running[i].take(row_scores, token_id)
             if self.running[i].answer.ended:
                 del self.running[i]
                 self.cache.lengths[i] = 0

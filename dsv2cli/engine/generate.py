@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
 from dsv2cli.engine.grammar import Constraint, Grammar
-from dsv2cli.engine.sampling import SamplingParams, sample
+from dsv2cli.engine.sampling import SamplingParams, sample, sample_rows
 from dsv2cli.errors import UsageError
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
@@ -33,6 +33,11 @@ class Request:
     logprobs: int | None = None
     speculate: bool = False
     grammar: Grammar | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token follows from the scores alone, so that a device can choose it before anyone has read the last."""
+        return self.grammar is None and self.logprobs is None and self.sampling.repetition_penalty == 1.0
 
     def constraint(self) -> Constraint | None:
         """What holds one answer to the grammar, where there is one."""
@@ -134,6 +139,44 @@ def pick(
     return Token(token_id, float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
+def decoder(model: DeepseekV2, cache: LatentCache) -> Callable[..., Tensor]:
+    """Passes of few new tokens: ids [rows, seq], and which rows of the cache they continue (None: all) -> logits [rows, seq, vocab].
+
+    The cache's lengths follow; the next pass may overwrite the logits.
+    """
+    if model.stepwise:
+        from dsv2cli.model.gpu import Decoder  # needs triton
+
+        return Decoder(model, cache)
+
+    def step(ids: Tensor, rows: list[int] | None = None) -> Tensor:
+        if rows is None:
+            return model.logits(model(ids, cache))
+        before = list(cache.lengths)
+        every = ids.new_zeros(len(before), ids.shape[1])
+        every[rows] = ids
+        logits = model.logits(model(every, cache)[rows])
+        cache.lengths = [length + (ids.shape[1] if i in rows else 0) for i, length in enumerate(before)]
+        return logits
+
+    return step
+
+
+def read_later(ids: Tensor) -> Callable[[], list[int]]:
+    """Begin to bring ids [n] here; what is asked of the device after this does not delay them."""
+    if ids.device.type != "cuda":
+        return ids.tolist
+    here, done = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
+    here.copy_(ids, non_blocking=True)
+    done.record()
+
+    def wait() -> list[int]:
+        done.synchronize()
+        return here.tolist()
+
+    return wait
+
+
 @torch.inference_mode()
 def generate_batch(
     model: DeepseekV2, prompts: list[list[int]], request: Request, cache: LatentCache, logits: Tensor | None = None
@@ -141,15 +184,28 @@ def generate_batch(
     """One list per step with each row's new token, None for rows that have ended (by EOS or length).
 
     `cache` holds what precedes the prompts; `logits` are those of the last prompt token if prefill has been done.
-    The last token given for a row is not in the cache yet.
+    The last token given for a row is not in the cache yet; a model that is `stepwise` may have put it there.
     """
     generators = [torch.Generator(model.device).manual_seed(request.seed + row) for row in range(len(prompts))]
-    constraints = [request.constraint() for _ in prompts]
     logits = prefill(model, prompts, cache) if logits is None else logits
-    seen = [list(prompt) for prompt in prompts]
     room = model.config.max_position_embeddings - max(cache.lengths)
     limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
+    decode = decoder(model, cache)
     running = [True] * len(prompts)
+    if model.stepwise and request.plain:
+        chosen = sample_rows(logits, request.sampling, generators)
+        for step in range(limit):
+            ids = read_later(chosen)
+            if step + 1 < limit:  # the device goes on while this token is shown; at the end of the text one step too far
+                chosen = sample_rows(decode(chosen[:, None])[:, -1], request.sampling, generators)
+            tokens = [Token(token_id) if runs else None for token_id, runs in zip(ids(), running, strict=True)]
+            yield tokens
+            running = [token is not None and token.id not in request.eos_ids for token in tokens]
+            if not any(running):
+                return
+        return
+    constraints = [request.constraint() for _ in prompts]
+    seen = [list(prompt) for prompt in prompts]
     for step in range(limit):
         tokens = [
             pick(logits[row], request, seen[row], generators[row], constraints[row]) if running[row] else None
@@ -162,8 +218,7 @@ def generate_batch(
                 running[row] = token.id not in request.eos_ids
         if not any(running) or step + 1 == limit:
             return
-        new = torch.tensor([[token.id if token is not None else 0] for token in tokens], device=model.device)
-        logits = model.logits(model(new, cache)[:, -1])
+        logits = decode(torch.tensor([[token.id if token is not None else 0] for token in tokens], device=model.device))[:, -1]
 
 
 def look_up(history: list[int], most: int) -> list[int]:
@@ -191,6 +246,7 @@ def speculate(
     room = model.config.max_position_embeddings - cache.lengths[0]
     left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
     scores, draft = logits, list[int]()  # scores[i] follow draft[:i]
+    decode = decoder(model, cache)
     while left > 0:
         for i in range(len(draft) + 1):
             token = pick(scores[i], request, history, generator, constraint)
@@ -203,8 +259,7 @@ def speculate(
                 cache.truncate(cache.lengths[0] - (len(draft) - i))
                 break
         draft = look_up(history, min(DRAFT, left - 1))
-        new = torch.tensor([[history[-1], *draft]], device=model.device)
-        scores = model.logits(model(new, cache)[0])
+        scores = decode(torch.tensor([[history[-1], *draft]], device=model.device))[0]
 
 
 class StopStrings:

@@ -53,16 +53,34 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
         logits = penalise(logits, seen, params.repetition_penalty)
     if params.temperature == 0:
         return int(logits.argmax())
+    return int(torch.multinomial(distribution(logits, params), 1, generator=generator))
+
+
+def sample_rows(logits: Tensor, params: SamplingParams, generators: list[torch.Generator]) -> Tensor:
+    """A token for each row of logits [rows, vocab], by the row's own generator, left where they are: nothing waits for the device.
+
+    The largest of p / e, with e drawn from an exponential distribution, is distributed as p. No repetition penalty. -> [rows]
+    """
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    noise = torch.empty_like(logits)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (distribution(logits, params) / noise).argmax(dim=-1)
+
+
+def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What is sampled from, up to a factor, for a temperature above 0. logits and result [..., vocab]"""
     # The likeliest moves to 0 first, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.max()) / params.temperature
-    if 0 < params.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[..., -1:], float("-inf"))
     if params.top_p < 1:
         logits = keep_nucleus(logits, params.top_p)
     probabilities = logits.softmax(dim=-1)
     if params.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.max(), 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.amax(dim=-1, keepdim=True), 0.0)
+    return probabilities
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -73,7 +91,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Drop the least likely tokens that together hold at most 1 - top_p; the likeliest always stays."""
-    ordered, order = logits.sort(descending=True)
+    ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
-    return logits.masked_fill(torch.zeros_like(dropped).scatter(0, order, dropped), float("-inf"))
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))

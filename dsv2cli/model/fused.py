@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -114,13 +116,25 @@ def refusal(config: DeepseekV2Config, device: torch.device, dtype: torch.dtype) 
     return "they know no attention_bias" if config.attention_bias else ""
 
 
-def use_kernels(model: DeepseekV2, kernels: Kernels | None) -> None:
-    """Run layers and single products through `kernels` from now on, or through plain torch for None.
+def triton_refusal(config: DeepseekV2Config, device: torch.device) -> str:
+    """Why the Triton kernels can not run such a model, as words to follow 'because'; empty if they can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the model is on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "they know no attention_bias" if config.attention_bias else ""
+
+
+def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False, graphs: bool = False) -> None:
+    """Run layers and single products through the C++ `kernels` from now on, through the Triton ones, or through plain torch.
+
+    With both, where experts lie in RAM, each runs what lies where it can; `graphs` makes CUDA graphs of whole decode steps.
 
     A team's layers, which sum between their parts, and experts that lie apart from the rest run product by product.
     """
     apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
     assert kernels is None or apart or not refusal(model.config, model.device, model.dtype)
+    assert not triton or not triton_refusal(model.config, model.device)
     whole = not apart and model.team.size == 1
     for module in model.modules():
         if isinstance(module, MLP | Experts):
@@ -132,6 +146,12 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None) -> None:
             module.product = kernels.linear(module.weight) if kernels is not None and fits else None
         elif isinstance(module, Layer):
             module.fused = FusedLayer(kernels, module) if kernels is not None and whole else None
+    model.stepwise = model.graphs = False
+    if triton:
+        from dsv2cli.model.gpu import use_gpu_kernels
+
+        use_gpu_kernels(model)
+        model.stepwise, model.graphs = whole, whole and graphs
 
 
 def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP, only_experts: bool = False) -> None:

@@ -7,7 +7,7 @@ Sources: the DeepSeek-V2 paper (arXiv 2405.04434, sections 2.1 and 2.2) and the 
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -228,17 +228,28 @@ class Layer(nn.Module):
 
 
 class Step:
-    """What all layers share in one forward pass: positions, their rotation, and what each query may see."""
+    """What all layers share in one forward pass: where the new tokens stand, their rotation, and what each may see.
 
-    def __init__(self, rotary: RotaryTable, seq: int, cache: LatentCache | None, batch: int, device: torch.device) -> None:
-        starts = cache.lengths if cache is not None else [0] * batch
-        self.cache = cache
-        self.start = starts[0] if len(set(starts)) == 1 else None
-        self.length = max(starts) + seq
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(seq, device=device)  # [batch, seq]
-        self.rotary = rotary(self.positions, self.length)
-        self.mask = attention.visible(self.positions, self.length)
+    positions [batch, seq], rotary [batch, seq, 2, rope / 2]; all positions are below `length`. `start` is where the rows' new
+    tokens begin, if that is one place for all; slots [batch] are the rows of the cache, if they are not its rows in order.
+    """
+
+    def __init__(
+        self, positions: Tensor, rotary: Tensor, cache: LatentCache | None, length: int, start: int | None = None, slots: Tensor | None = None
+    ) -> None:  # fmt: skip
+        self.positions, self.rotary, self.cache, self.length, self.start, self.slots = positions, rotary, cache, length, start, slots
         self.others: dict[torch.device, Step] = {}
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        return attention.visible(self.positions, self.length)
+
+    @functools.cached_property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Position and row of the cache for each new token, in int32. Both [batch * seq]"""
+        batch, seq = self.positions.shape
+        slots = torch.arange(batch, device=self.positions.device, dtype=torch.int32) if self.slots is None else self.slots
+        return self.positions.flatten().int(), slots.repeat_interleave(seq)
 
     def to(self, device: torch.device | int, **_: object) -> Step:
         """The same for layers on another device, copied there once. accelerate calls it before each such layer."""
@@ -246,10 +257,7 @@ class Step:
         if device == self.positions.device:
             return self
         if device not in self.others:
-            there = copy.copy(self)
-            there.positions, there.rotary = self.positions.to(device), self.rotary.to(device)
-            there.mask = None if self.mask is None else self.mask.to(device)
-            self.others[device] = there
+            self.others[device] = Step(self.positions.to(device), self.rotary.to(device), self.cache, self.length, self.start)
         return self.others[device]
 
     def remember(self, layer: int, rows: Tensor) -> Tensor:
@@ -289,6 +297,8 @@ class DeepseekV2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
+        self.stepwise = False  # whether layers run through kernels that decode in DecodeSteps, and those as CUDA graphs
+        self.graphs = False
 
     def run_on(self, main: torch.device, layers: list[torch.device]) -> None:
         """Say where layers are computed, where that is not where all the weights lie."""
@@ -324,14 +334,22 @@ class DeepseekV2(nn.Module):
         - Without a cache nothing is kept, which is what training wants.
         """
         batch, seq = input_ids.shape
+        starts = cache.lengths if cache is not None else [0] * batch
+        length = max(starts) + seq
         if cache is not None:
-            cache.reserve(max(cache.lengths) + seq)
-        step = Step(self.rotary, seq, cache, batch, input_ids.device)
+            cache.reserve(length)
+        positions = torch.tensor(starts, device=input_ids.device)[:, None] + torch.arange(seq, device=input_ids.device)
+        step = Step(positions, self.rotary(positions, length), cache, length, starts[0] if len(set(starts)) == 1 else None)
+        hidden = self.run(input_ids, step)
+        if cache is not None:
+            cache.lengths = [old + new for old, new in zip(cache.lengths, new_tokens or [seq] * batch, strict=True)]
+        return hidden
+
+    def run(self, input_ids: Tensor, step: Step) -> Tensor:
+        """The same, with all that depends on where the tokens stand worked out already."""
         x = self.model.embed_tokens(input_ids)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, step, i)
-        if cache is not None:
-            cache.lengths = [old + new for old, new in zip(cache.lengths, new_tokens or [seq] * batch, strict=True)]
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

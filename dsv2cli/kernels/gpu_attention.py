@@ -1,0 +1,213 @@
+"""Triton: absorbed latent attention for few new tokens, as kernels/attention.py says in plain torch.
+
+Three kernels: one turns positions, absorbs queries and writes the cache; one reads the cache, cut into splits so that all of
+the GPU is busy; one puts the splits together and leads out of the latent. Every token has a row of the cache and a position;
+one at a negative position is not there: it writes nothing and its output means nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS_AT_A_TIME = 32  # of the cache
+HEADS_AT_A_TIME = 16  # a tensor core takes no fewer
+
+
+@triton.jit
+def prepare_kernel(
+    q, kv, kv_norm, kv_b, rotary, positions, slots, cache, q_latent, q_rope, cache_stride, q_stride, kv_stride, eps,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
+    NOPE_SIZE: tl.constexpr, PAIRS: tl.constexpr, RANK_SIZE: tl.constexpr, TILE: tl.constexpr, ABSORB: tl.constexpr,
+):  # fmt: skip
+    """Programs (token, head, tile): the query of a head, turned and, tile by tile, absorbed: q_nope W_uk.
+
+    Program (token, HEADS, 0) norms the new latent, turns the new key, and writes both into the cache.
+    """
+    token, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + token)
+    pair = tl.arange(0, PAIRS)
+    turns = pair < ROPE // 2
+    cos = tl.load(rotary + token * ROPE + pair, mask=turns, other=0.0)
+    sin = tl.load(rotary + token * ROPE + ROPE // 2 + pair, mask=turns, other=0.0)
+    if head < HEADS:
+        q += token.to(tl.int64) * q_stride + head * (NOPE + ROPE)
+        if tile == 0:
+            even = tl.load(q + NOPE + 2 * pair, mask=turns, other=0.0).to(tl.float32)
+            odd = tl.load(q + NOPE + 2 * pair + 1, mask=turns, other=0.0).to(tl.float32)
+            to = q_rope + (token * HEADS + head) * ROPE + 2 * pair
+            tl.store(to, (even * cos - odd * sin).to(q_rope.dtype.element_ty), mask=turns)
+            tl.store(to + 1, (even * sin + odd * cos).to(q_rope.dtype.element_ty), mask=turns)
+        if ABSORB:
+            d, c = tl.arange(0, NOPE_SIZE), tile * TILE + tl.arange(0, TILE)
+            inside = (d < NOPE)[:, None] & (c < RANK)[None, :]
+            w_uk = tl.load(kv_b + (head * (NOPE + VALUE) + d[:, None]) * RANK + c[None, :], mask=inside, other=0.0)
+            q_nope = tl.load(q + d, mask=d < NOPE, other=0.0).to(tl.float32)
+            absorbed = tl.sum(w_uk.to(tl.float32) * q_nope[:, None], axis=0)
+            tl.store(q_latent + (token * HEADS + head) * RANK + c, absorbed.to(q_latent.dtype.element_ty), mask=c < RANK)
+    elif (tile == 0) & (position >= 0):
+        kv += token.to(tl.int64) * kv_stride
+        cache += tl.load(slots + token).to(tl.int64) * cache_stride + position.to(tl.int64) * (RANK + ROPE)
+        c = tl.arange(0, RANK_SIZE)
+        latent = tl.load(kv + c, mask=c < RANK, other=0.0).to(tl.float32)
+        latent *= tl.rsqrt(tl.sum(latent * latent) / RANK + eps)
+        normed = latent.to(cache.dtype.element_ty) * tl.load(kv_norm + c, mask=c < RANK, other=0.0)
+        tl.store(cache + c, normed.to(cache.dtype.element_ty), mask=c < RANK)
+        even = tl.load(kv + RANK + 2 * pair, mask=turns, other=0.0).to(tl.float32)
+        odd = tl.load(kv + RANK + 2 * pair + 1, mask=turns, other=0.0).to(tl.float32)
+        tl.store(cache + RANK + 2 * pair, (even * cos - odd * sin).to(cache.dtype.element_ty), mask=turns)
+        tl.store(cache + RANK + 2 * pair + 1, (even * sin + odd * cos).to(cache.dtype.element_ty), mask=turns)
+
+
+@triton.jit
+def attend_kernel(
+    q_latent, q_rope, cache, positions, slots, mixed, log_sums, cache_stride, scale,
+    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, SPLITS: tl.constexpr,
+    BH: tl.constexpr, BT: tl.constexpr, RANK_SIZE: tl.constexpr, ROPE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Programs (token, heads, split): softmax over the split's part of the cache; a latent read once is key and value.
+
+    mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; the latter -inf for an empty split,
+    whose `mixed` is not written.
+    """
+    token, split = tl.program_id(0), tl.program_id(2)
+    head = tl.program_id(1) * BH + tl.arange(0, BH)
+    length = tl.load(positions + token) + 1
+    each = tl.cdiv(tl.cdiv(length, SPLITS), BT) * BT
+    start = split * each
+    end = tl.minimum(start + each, length)
+    to = (token * SPLITS + split) * HEADS + head
+    if start >= end:
+        tl.store(log_sums + to, tl.full([BH], float("-inf"), tl.float32), mask=head < HEADS)
+        return
+    c, r = tl.arange(0, RANK_SIZE), tl.arange(0, ROPE_SIZE)
+    row = token * HEADS + head[:, None]
+    latent_query = tl.load(q_latent + row * RANK + c[None, :], mask=(head < HEADS)[:, None] & (c < RANK)[None, :], other=0.0)
+    rope_query = tl.load(q_rope + row * ROPE + r[None, :], mask=(head < HEADS)[:, None] & (r < ROPE)[None, :], other=0.0)
+    cache += tl.load(slots + token).to(tl.int64) * cache_stride
+    most = tl.full([BH], float("-inf"), tl.float32)
+    total = tl.zeros([BH], tl.float32)
+    sums = tl.zeros([BH, RANK_SIZE], tl.float32)
+    for first in range(start, end, BT):
+        t = first + tl.arange(0, BT)
+        at = cache + t[:, None].to(tl.int64) * (RANK + ROPE)
+        latent = tl.load(at + c[None, :], mask=(t < end)[:, None] & (c < RANK)[None, :], other=0.0)
+        key = tl.load(at + RANK + r[None, :], mask=(t < end)[:, None] & (r < ROPE)[None, :], other=0.0)
+        scores = tl.dot(latent_query, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(rope_query, tl.trans(key), scores, input_precision="ieee") * scale
+        scores = tl.where((t < end)[None, :], scores, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        weights = tl.exp(scores - higher[:, None])
+        fade = tl.exp(most - higher)
+        total = total * fade + tl.sum(weights, axis=1)
+        sums = tl.dot(weights.to(latent.dtype), latent, sums * fade[:, None], input_precision="ieee")
+        most = higher
+    tl.store(log_sums + to, most + tl.log(total), mask=head < HEADS)
+    tl.store(mixed + to[:, None] * RANK + c[None, :], sums / total[:, None], mask=(head < HEADS)[:, None] & (c < RANK)[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    mixed, log_sums, kv_b, out,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+    SPLITS_SIZE: tl.constexpr, RANK_SIZE: tl.constexpr, TILE: tl.constexpr, LEAD_OUT: tl.constexpr,
+):  # fmt: skip
+    """Programs (token, head, tile): the splits' means, weighted by their sums; with LEAD_OUT times W_uv, tile by tile.
+
+    out [tokens, heads, value], or [tokens, heads, rank] without LEAD_OUT.
+    """
+    token, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split, c = tl.arange(0, SPLITS_SIZE), tl.arange(0, RANK_SIZE)
+    logs = tl.load(log_sums + (token * SPLITS + split) * HEADS + head, mask=split < SPLITS, other=float("-inf"))
+    most = tl.maximum(tl.max(logs), -1e30)  # a token that is not there has only empty splits, and gets zeros
+    total = tl.maximum(tl.sum(tl.exp(logs - most)), 1e-30)
+    latent = tl.zeros([RANK_SIZE], tl.float32)
+    for s in range(SPLITS):
+        at = (token * SPLITS + s) * HEADS + head
+        log = tl.load(log_sums + at)
+        there = tl.where(log > float("-inf"), RANK, 0)  # of an empty split nothing was written
+        values = tl.load(mixed + at.to(tl.int64) * RANK + c, mask=c < there, other=0.0)
+        latent += values * (tl.exp(log - most) / total)
+    if LEAD_OUT:
+        v = tile * TILE + tl.arange(0, TILE)
+        inside = (v < VALUE)[:, None] & (c < RANK)[None, :]
+        w_uv = tl.load(kv_b + (head * (NOPE + VALUE) + NOPE + v[:, None]) * RANK + c[None, :], mask=inside, other=0.0)
+        latent = latent.to(out.dtype.element_ty).to(tl.float32)
+        sums = tl.sum(w_uv.to(tl.float32) * latent[None, :], axis=1)
+        tl.store(out + (token * HEADS + head).to(tl.int64) * VALUE + v, sums.to(out.dtype.element_ty), mask=v < VALUE)
+    else:
+        tl.store(out + (token * HEADS + head).to(tl.int64) * RANK + c, latent.to(out.dtype.element_ty), mask=c < RANK)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model's attention."""
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    rank: int
+    scale: float
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; where kernels are interpreted, some."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def count_splits(programs: int, capacity: int, device: torch.device) -> int:
+    """Into how many parts each token's cache is cut: two programs for each multiprocessor, none with less than one tile."""
+    return max(1, min(2 * processors(device) // programs, capacity // TOKENS_AT_A_TIME, 64))
+
+
+def attend(
+    q: Tensor, kv: Tensor, kv_norm: Tensor, kv_b: Tensor, rotary: Tensor, positions: Tensor, slots: Tensor, cache: Tensor, shape: Shape
+) -> Tensor:
+    """Attention of few new tokens, which enter the cache first. -> [tokens, heads * value]
+
+    q [tokens, heads * (nope + rope)], kv [tokens, rank + rope] and kv_b [heads * (nope + value), rank] are projections,
+    rotary [tokens, 2, rope / 2] in fp32, positions and slots [tokens] int32, cache [slots, capacity, rank + rope].
+    Rows of q and kv may lie in one tensor. All tokens at once: those of one slot must be neighbours in position.
+    """
+    assert rotary.is_contiguous() and positions.is_contiguous() and slots.is_contiguous() and cache[0].is_contiguous()
+    count, few = q.shape[0], q.shape[0] <= 8
+    size = triton.next_power_of_2
+    rank_size = max(16, size(shape.rank))
+    q_rope = q.new_empty(count, shape.heads, shape.rope)
+    q_latent = q.new_empty(count, shape.heads, shape.rank)
+    tile = min(64, rank_size)
+    prepare_kernel[(count, shape.heads + 1, -(-shape.rank // tile) if few else 1)](
+        q, kv, kv_norm, kv_b, rotary, positions, slots, cache, q_latent, q_rope, cache.stride(0), q.stride(0), kv.stride(0), 1e-6,
+        HEADS=shape.heads, NOPE=shape.nope, ROPE=shape.rope, VALUE=shape.value, RANK=shape.rank,
+        NOPE_SIZE=size(shape.nope), PAIRS=size(shape.rope // 2), RANK_SIZE=rank_size, TILE=tile, ABSORB=few,
+    )  # fmt: skip
+    w_uk, w_uv = kv_b.view(shape.heads, -1, shape.rank).split([shape.nope, shape.value], dim=1)
+    if not few:  # the weights would be read once a token: a matrix product a head is better
+        q_nope = q.unflatten(1, (shape.heads, -1))[..., : shape.nope]
+        torch.bmm(q_nope.transpose(0, 1), w_uk, out=q_latent.transpose(0, 1))
+    bh = HEADS_AT_A_TIME
+    head_tiles = -(-shape.heads // bh)
+    splits = count_splits(count * head_tiles, cache.shape[1], q.device)
+    mixed = q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
+    log_sums = q.new_empty(count, splits, shape.heads, dtype=torch.float32)
+    attend_kernel[(count, head_tiles, splits)](
+        q_latent, q_rope, cache, positions, slots, mixed, log_sums, cache.stride(0), shape.scale,
+        HEADS=shape.heads, RANK=shape.rank, ROPE=shape.rope, SPLITS=splits, BH=bh, BT=TOKENS_AT_A_TIME, RANK_SIZE=rank_size,
+        ROPE_SIZE=max(16, size(shape.rope)), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    out = q.new_empty(count, shape.heads, shape.value if few else shape.rank)
+    tile = min(32, size(shape.value))
+    merge_kernel[(count, shape.heads, -(-shape.value // tile) if few else 1)](
+        mixed, log_sums, kv_b, out, HEADS=shape.heads, NOPE=shape.nope, VALUE=shape.value, RANK=shape.rank, SPLITS=splits,
+        SPLITS_SIZE=size(splits), RANK_SIZE=rank_size, TILE=tile, LEAD_OUT=few,
+    )  # fmt: skip
+    if not few:
+        out = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+    return out.reshape(count, -1)

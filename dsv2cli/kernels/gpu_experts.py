@@ -1,0 +1,391 @@
+"""Triton: the router, and experts for few tokens and for many, as kernels/experts.py says in plain torch.
+
+For few tokens every token's experts are read by matrix-vector kernels, with the shared experts in further slots: one kernel
+for gate, up and SiLU, one for down and the weighted sum. For many, tokens are sorted by expert, and tiles of them go through
+tensor cores. Nothing here waits for the GPU: how many tokens an expert has is known to the GPU alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv2cli.kernels.gpu_linear import (
+    DENSE,
+    LANES_OF_A_BLOCK,
+    Table,
+    add_products,
+    inverse_rms,
+    nothing,
+    rms_norm,
+    row_sums,
+    tile_rows,
+    weight_tile,
+)
+
+FEW = 8  # tokens whose experts are read one by one
+
+
+@triton.jit
+def router_kernel(
+    x, norm, weight, normed, logits, cols, experts, eps, ROWS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Programs (token, some experts): router logits [tokens, experts] of norm(x), in fp32; the first also writes norm(x)."""
+    token, part = tl.program_id(0), tl.program_id(1)
+    x += token.to(tl.int64) * cols
+    factor = inverse_rms(x, cols, eps, SIZE)
+    expert = part * ROWS + tl.arange(0, ROWS)
+    products = tl.zeros([ROWS, CHUNK], tl.float32)
+    for start in range(0, cols, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        values = (tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32) * factor).to(x.dtype.element_ty)
+        values = (values * tl.load(norm + at, mask=at < cols, other=0.0)).to(x.dtype.element_ty)
+        if part == 0:
+            tl.store(normed + token.to(tl.int64) * cols + at, values, mask=at < cols)
+        inside = (expert < experts)[:, None] & (at < cols)[None, :]
+        products += tl.load(weight + expert[:, None] * cols + at[None, :], mask=inside, other=0.0) * values.to(tl.float32)[None, :]
+    tl.store(logits + token * experts + expert, tl.sum(products, axis=1), mask=expert < experts)
+
+
+@triton.jit
+def choose_kernel(
+    logits, index, weight, experts, factor,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """One token a program of one warp: its experts, best first, and their weights. index and weight [tokens, k]"""
+    token = tl.program_id(0)
+    expert, choice = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    scores = tl.load(logits + token * experts + expert, mask=expert < experts, other=float("-inf"))
+    scores = tl.exp(scores - tl.max(scores, axis=0))
+    scores /= tl.sum(scores, axis=0)
+    scores = tl.where(scores == scores, scores, 0.0)  # of no numbers the choice is as good as any, but it must be one
+    if GROUPS > 1:
+        group = expert // (experts // GROUPS)
+        rest, kept = scores, tl.zeros([EXPERTS], tl.int1)
+        for _ in tl.static_range(TOP_GROUPS):  # a group's score is its best expert's
+            best = group == tl.argmax(rest, axis=0) // (experts // GROUPS)
+            rest, kept = tl.where(best, -1.0, rest), kept | best
+        scores = tl.where(kept, scores, 0.0)
+    scores = tl.where(expert < experts, scores, -1.0)
+    chosen, weights = tl.zeros([CHOICES], tl.int32), tl.zeros([CHOICES], tl.float32)
+    for k in tl.static_range(TOP_K):
+        highest, best = tl.max(scores, axis=0, return_indices=True)
+        chosen, weights = tl.where(choice == k, best, chosen), tl.where(choice == k, highest, weights)
+        scores = tl.where(expert == best, -1.0, scores)
+    weights = weights / (tl.sum(weights, axis=0) + 1e-20) if NORMALISE else weights * factor
+    tl.store(index + token * TOP_K + choice, chosen, mask=choice < TOP_K)
+    tl.store(weight + token * TOP_K + choice, weights, mask=choice < TOP_K)
+
+
+@triton.jit
+def gated(
+    codes, scales, x, norm, block, part_blocks, rows, cols, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Sums of one block of the gate and of the same block of up, `part_blocks` further on."""
+    gate, up = nothing(KIND, GROUP, ROWS, CHUNK), nothing(KIND, GROUP, ROWS, CHUNK)
+    for start in range(0, cols, CHUNK):
+        gate = add_products(gate, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+        if KIND == 16:  # rows // 2 further on, which need not be whole blocks
+            up = add_products(up, codes + rows.to(tl.int64) // 2 * cols, scales, block, rows // 2, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+        else:
+            up = add_products(up, codes, scales, block + part_blocks, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+    return row_sums(gate, KIND), row_sums(up, KIND)
+
+
+@triton.jit
+def few_up_kernel(
+    x, norm, index, codes, scales, shared_codes, shared_scales, out, cols, width, shared_rows, codes_step, scales_step,
+    part_blocks, shared_part_blocks, shared_blocks, first, here, eps,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr,
+    TOP_K: tl.constexpr,
+):  # fmt: skip
+    """Programs (block, slot, token): silu(gate) * up of the token's slot-th expert; slots from TOP_K on are the shared MLP's.
+
+    out [tokens, routed and shared width]; where an expert is not here nothing is written.
+    """
+    block, slot, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    x += token.to(tl.int64) * cols
+    out += token.to(tl.int64) * (TOP_K * width + shared_rows // 2)
+    rows = 2 * width
+    if slot < TOP_K:
+        expert = tl.load(index + token * TOP_K + slot) - first
+        if (expert < 0) | (expert >= here):
+            return
+        codes += expert.to(tl.int64) * codes_step
+        scales += expert.to(tl.int64) * scales_step
+        out += slot * width
+    else:
+        codes, scales, part_blocks, rows = shared_codes, shared_scales, shared_part_blocks, shared_rows
+        block += (slot - TOP_K) * shared_blocks
+        out += TOP_K * width
+    at = block * ROWS + tl.arange(0, ROWS)
+    if block * ROWS < rows // 2:
+        gate, up = gated(codes, scales, x, norm, block, part_blocks, rows, cols, KIND, GROUP, ROWS, CHUNK, NORM)
+        if NORM:
+            rms = inverse_rms(x, cols, eps, SIZE)
+            gate, up = gate * rms, up * rms
+        tl.store(out + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=at < rows // 2)
+
+
+@triton.jit
+def few_down_kernel(
+    hidden, codes, scales, shared_codes, shared_scales, index, weight, out, rows, width, shared_width, codes_step, scales_step, first, here,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Programs (block, token): out [tokens, rows] += the weighted sum of all slots' down projections, rounded once."""
+    block, token = tl.program_id(0), tl.program_id(1)
+    hidden += token.to(tl.int64) * (TOP_K * width + shared_width)
+    total = tl.zeros([ROWS], tl.float32)
+    for slot in range(TOP_K):
+        expert = tl.load(index + token * TOP_K + slot) - first
+        if (expert >= 0) & (expert < here):
+            products = nothing(KIND, GROUP, ROWS, CHUNK)
+            for start in range(0, width, CHUNK):
+                products = add_products(
+                    products, codes + expert.to(tl.int64) * codes_step, scales + expert.to(tl.int64) * scales_step, block, rows, width,
+                    hidden + slot * width, hidden, start, KIND, GROUP, ROWS, CHUNK, False,
+                )  # fmt: skip
+            total += row_sums(products, KIND) * tl.load(weight + token * TOP_K + slot)
+    if SHARED:
+        products = nothing(KIND, GROUP, ROWS, CHUNK)
+        for start in range(0, shared_width, CHUNK):
+            products = add_products(
+                products, shared_codes, shared_scales, block, rows, shared_width, hidden + TOP_K * width, hidden, start, KIND, GROUP, ROWS,
+                CHUNK, False,
+            )  # fmt: skip
+        total += row_sums(products, KIND)
+    row = block * ROWS + tl.arange(0, ROWS)
+    at = out + token.to(tl.int64) * rows + row
+    tl.store(at, (tl.load(at, mask=row < rows, other=0.0).to(tl.float32) + total).to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def expert_of_tile(ends, tile, EXPERTS: tl.constexpr, BM: tl.constexpr):
+    """Which expert's tokens tile number `tile` holds, from where among the sorted ones to where; no tokens past the last tile.
+
+    ends [EXPERTS]: where each expert's tokens end among the sorted ones, filled up with the last.
+    """
+    expert = tl.arange(0, EXPERTS)
+    end = tl.load(ends + expert)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    tiles = tl.cdiv(end - start, BM)
+    tile_end = tl.cumsum(tiles, 0)
+    chosen = (tile_end - tiles <= tile) & (tile < tile_end)
+    number = tl.sum(tl.where(chosen, expert, 0))
+    first = tl.sum(tl.where(chosen, start + (tile - (tile_end - tiles)) * BM, 0))
+    return number, first, tl.sum(tl.where(chosen, end, 0))
+
+
+@triton.jit
+def many_up_kernel(
+    x, order, ends, codes, scales, out, cols, width, codes_step, scales_step, part_blocks, repeats,
+    KIND: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Programs (tile of sorted tokens, columns): out [sorted, width] = silu(gate) * up. Sorted place i is token order[i] // repeats."""
+    expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
+    if first >= end:
+        return
+    place = first + tl.arange(0, BM)
+    row = tl.load(order + place, mask=place < end, other=0) // repeats
+    block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
+    codes += expert.to(tl.int64) * codes_step
+    scales += expert.to(tl.int64) * scales_step
+    up_codes, up_block = codes, block + part_blocks
+    if KIND == 16:
+        up_codes, up_block = codes + width.to(tl.int64) * cols, block
+    gate, up = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    for step in range(0, tl.cdiv(cols, BK)):
+        k = step * BK + tl.arange(0, BK)
+        a = tl.load(x + row[:, None].to(tl.int64) * cols + k[None, :], mask=(place < end)[:, None] & (k < cols)[None, :], other=0.0)
+        b = weight_tile(codes, scales, block, width, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        gate = tl.dot(a, b, gate, input_precision="ieee")
+        b = weight_tile(up_codes, scales, up_block, width if KIND == 16 else part_blocks * LANES_OF_A_BLOCK + width, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        up = tl.dot(a, b, up, input_precision="ieee")
+    column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
+    inside = (place < end)[:, None] & (column < width)[None, :]
+    tl.store(out + place[:, None].to(tl.int64) * width + column[None, :], (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def many_down_kernel(
+    hidden, order, ends, weight, codes, scales, out, rows, width, codes_step, scales_step,
+    KIND: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Programs (tile of sorted tokens, rows): the down projection of sorted place i, times its weight, at out[order[i]]."""
+    expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
+    if first >= end:
+        return
+    place = first + tl.arange(0, BM)
+    to = tl.load(order + place, mask=place < end, other=0)
+    block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
+    codes += expert.to(tl.int64) * codes_step
+    scales += expert.to(tl.int64) * scales_step
+    sums = tl.zeros([BM, BN], tl.float32)
+    for step in range(0, tl.cdiv(width, BK)):
+        k = step * BK + tl.arange(0, BK)
+        a = tl.load(hidden + place[:, None].to(tl.int64) * width + k[None, :], mask=(place < end)[:, None] & (k < width)[None, :], other=0.0)
+        b = weight_tile(codes, scales, block, rows, width, step, hidden.dtype.element_ty, KIND, GROUP, BN, BK)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    if WEIGHTED:
+        sums *= tl.load(weight + to, mask=place < end, other=0.0)[:, None]
+    column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
+    inside = (place < end)[:, None] & (column < rows)[None, :]
+    tl.store(out + to[:, None].to(tl.int64) * rows + column[None, :], sums.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_kernel(parts, shared, out, cols, TOP_K: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr):
+    """Programs (token, columns): out [tokens, cols] += the sum of the token's TOP_K rows of parts, and of shared."""
+    token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.load(out + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
+    for k in range(TOP_K):
+        total += tl.load(parts + (token * TOP_K + k) * cols + at, mask=at < cols, other=0.0).to(tl.float32)
+    if SHARED:
+        total += tl.load(shared + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
+    tl.store(out + token * cols + at, total.to(out.dtype.element_ty), mask=at < cols)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a model's router chooses: as kernels/experts.py's `route`."""
+
+    experts: int
+    top_k: int
+    groups: int
+    top_groups: int
+    normalise: bool
+    factor: float
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One layer's MLP: routed experts, shared ones, or (`router` None) a dense MLP in the place of the shared ones."""
+
+    norm: Tensor
+    eps: float
+    router: Tensor | None
+    routing: Routing
+    gate_up: Table | None
+    down: Table | None
+    shared_gate_up: Table | None
+    shared_down: Table | None
+
+
+NO_ROUTING = Routing(1, 0, 1, 1, False, 1.0)
+
+
+def router_logits(x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
+    """norm(x), and its router logits in fp32. x [tokens, hidden] -> [tokens, hidden], [tokens, experts]"""
+    assert feed.router is not None
+    count, cols = x.shape
+    experts = feed.routing.experts
+    normed, logits = torch.empty_like(x), x.new_empty(count, experts, dtype=torch.float32)
+    size, rows = triton.next_power_of_2(cols), 2 if count <= FEW else 16
+    router_kernel[(count, -(-experts // rows))](
+        x, feed.norm, feed.router, normed, logits, cols, experts, feed.eps, ROWS=rows, CHUNK=min(512, size), SIZE=size
+    )
+    return normed, logits
+
+
+def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The same as kernels/experts.py's `route`, the indices in int32."""
+    index = logits.new_empty(logits.shape[0], routing.top_k, dtype=torch.int32)
+    weight = logits.new_empty(logits.shape[0], routing.top_k)
+    choose_kernel[(logits.shape[0],)](
+        logits, index, weight, routing.experts, routing.factor, EXPERTS=triton.next_power_of_2(routing.experts), TOP_K=routing.top_k,
+        CHOICES=triton.next_power_of_2(routing.top_k), GROUPS=routing.groups, TOP_GROUPS=routing.top_groups, NORMALISE=routing.normalise,
+        num_warps=1,
+    )  # fmt: skip
+    return index, weight
+
+
+def run(x: Tensor, feed: Feed, first: int = 0) -> Tensor:
+    """x [tokens, hidden] += the layer's MLP of norm(x), in place; gives x. The experts here are `first` and those after it."""
+    assert x.is_contiguous()
+    return few(x, feed, first) if x.shape[0] <= FEW else many(x, feed, first)
+
+
+def few(x: Tensor, feed: Feed, first: int) -> Tensor:
+    count, cols = x.shape
+    routing, routed = feed.routing, feed.gate_up is not None
+    up, down = feed.gate_up or feed.shared_gate_up, feed.down or feed.shared_down
+    assert up is not None and down is not None
+    shared_up, shared_down = feed.shared_gate_up or up, feed.shared_down or down
+    inner, index, weight = x, x, x
+    if routed:
+        inner, logits = router_logits(x, feed)
+        index, weight = choose(logits, routing)
+    width, shared_width = up.rows // 2 if routed else 0, shared_up.rows // 2 if feed.shared_gate_up else 0
+    blocks = -(-(width or shared_width) // up.block_rows)
+    # The shared experts are one MLP: as many more slots as it is wider than a routed expert.
+    slots = routing.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
+    hidden = x.new_empty(count, routing.top_k * width + shared_width)
+    few_up_kernel[(blocks, slots, count)](
+        inner, feed.norm, index, up.codes, up.scales, shared_up.codes, shared_up.scales, hidden, cols, width, 2 * shared_width,
+        up.codes.stride(0), up.scales.stride(0), up.part_blocks, shared_up.part_blocks, blocks, first, up.codes.shape[0] if routed else 0,
+        feed.eps, KIND=up.kind, GROUP=up.group, ROWS=up.block_rows, CHUNK=up.chunk, SIZE=triton.next_power_of_2(cols), NORM=not routed,
+        TOP_K=routing.top_k, num_warps=8,
+    )  # fmt: skip
+    few_down_kernel[(-(-cols // down.block_rows), count)](
+        hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, index, weight, x, cols, width, shared_width,
+        down.codes.stride(0), down.scales.stride(0), first, down.codes.shape[0] if routed else 0, KIND=down.kind, GROUP=down.group,
+        ROWS=down.block_rows, CHUNK=down.chunk, TOP_K=routing.top_k, SHARED=shared_width > 0, num_warps=8,
+    )  # fmt: skip
+    return x
+
+
+def many(x: Tensor, feed: Feed, first: int) -> Tensor:
+    count, cols = x.shape
+    routing = feed.routing
+    parts = shared = x
+    if feed.gate_up is not None and feed.down is not None:
+        inner, logits = router_logits(x, feed)
+        index, weight = choose(logits, routing)
+        parts = grouped(inner, index - first, weight, feed.gate_up, feed.down)
+    else:
+        inner = rms_norm(x, feed.norm, feed.eps)
+    if feed.shared_gate_up is not None and feed.shared_down is not None:
+        shared = grouped(inner, x.new_zeros(count, 1, dtype=torch.int32), None, feed.shared_gate_up, feed.shared_down)
+    chunk = min(1024, triton.next_power_of_2(cols))
+    gather_kernel[(count, -(-cols // chunk))](
+        parts, shared, x, cols, TOP_K=routing.top_k, SHARED=feed.shared_gate_up is not None, CHUNK=chunk
+    )
+    return x
+
+
+def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:
+    """Every token's chosen experts, each output times its weight. x [n, hidden], index [n, k] -> [n * k, hidden]
+
+    One that is not here (below 0 or too high) gives zeros. A dense MLP is one expert, chosen by all.
+    """
+    count, cols = x.shape
+    top_k, width = index.shape[1], gate_up.rows // 2
+    here = gate_up.codes.shape[0] if weight is not None else 1
+    flat = index.flatten()
+    flat = torch.where((flat >= 0) & (flat < here), flat, here)
+    sorted_experts, order = flat.sort(stable=True)
+    size = triton.next_power_of_2(here)
+    ends = torch.searchsorted(sorted_experts, torch.arange(size, device=x.device, dtype=flat.dtype).clamp(max=here - 1), right=True, out_int32=True)
+    order = order.int()
+    bm, bn = tile_rows(count * top_k / here), 64
+    tiles = count * top_k // bm + here  # at most: every expert may have one that is not full
+    steps = (gate_up.codes.stride(0), gate_up.scales.stride(0), down.codes.stride(0), down.scales.stride(0)) if weight is not None else (0, 0, 0, 0)
+    warps = 4 if bm < 128 else 8
+    bk = gate_up.group if gate_up.kind != DENSE else 64
+    hidden = x.new_empty(count * top_k, width)
+    many_up_kernel[(tiles, -(-width // bn))](
+        x, order, ends, gate_up.codes, gate_up.scales, hidden, cols, width, steps[0], steps[1], gate_up.part_blocks, top_k,
+        KIND=gate_up.kind, GROUP=gate_up.group, EXPERTS=size, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    out = x.new_zeros(count * top_k, cols)
+    many_down_kernel[(tiles, -(-cols // bn))](
+        hidden, order, ends, weight if weight is not None else x, down.codes, down.scales, out, cols, width, steps[2], steps[3],
+        KIND=down.kind, GROUP=down.group, EXPERTS=size, BM=bm, BN=bn, BK=bk, WEIGHTED=weight is not None, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,332 @@
+"""Triton: products of rows with dense, 8-bit and 4-bit weights, as kernels/linear.py says in plain torch.
+
+A few rows go through a matrix-vector kernel, which reads the weights at the memory's pace; more go through tensor cores.
+Packed weights are read as they lie (kernels/quantized.py): sixteen rows interleaved, so that a tile of one block is one run
+of memory. Needs triton, which comes with torch's CUDA builds; with TRITON_INTERPRET=1 everything here runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv2cli.kernels.quantized import CODEBOOK, LANES, Quantized
+
+DENSE = 16  # the kind of weights that are not packed; packed ones go by their bits
+FEW = 4  # rows up to which weights are read once a row, through the second-level cache
+CHUNK_BYTES = 8192  # of weights that a program reads at a time
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LANES_OF_A_BLOCK = tl.constexpr(LANES)
+# The codebook as bytes, entry i in byte i: two numbers of 64 bits for shifting, four of 32 for `prmt`.
+BYTES = [int(value) & 255 for value in CODEBOOK]
+LOW_HALF = tl.constexpr(int.from_bytes(bytes(BYTES[:8]), "little", signed=True))
+HIGH_HALF = tl.constexpr(int.from_bytes(bytes(BYTES[8:]), "little", signed=True))
+SIGNS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: turns bytes c into c - 128
+WORDS = [int.from_bytes(bytes(BYTES[i : i + 4]), "little") for i in range(0, 16, 4)]
+# Eight 4-bit codes to eight numbers: `prmt` picks bytes by the low three bits of a nibble, from either half of the codebook;
+# a second one takes for each the half that its fourth bit names; two more sort low nibbles from high ones.
+UNPACK = tl.constexpr(f"""{{
+.reg .b32 pick, half, a, b, p, q;
+and.b32 pick, $2, 0x77777777;
+shr.b32 half, $2, 1;
+and.b32 half, half, 0x44444444;
+or.b32 half, half, 0x32103210;
+prmt.b32 a, {WORDS[0]}, {WORDS[1]}, pick;
+prmt.b32 b, {WORDS[2]}, {WORDS[3]}, pick;
+prmt.b32 p, a, b, half;
+shr.b32 pick, pick, 16;
+shr.b32 half, half, 16;
+prmt.b32 a, {WORDS[0]}, {WORDS[1]}, pick;
+prmt.b32 b, {WORDS[2]}, {WORDS[3]}, pick;
+prmt.b32 q, a, b, half;
+prmt.b32 $0, p, q, 0x6420;
+prmt.b32 $1, p, q, 0x7531;
+}}""")
+
+
+@triton.jit
+def entry(code):
+    """CODEBOOK[code] for codes 0 to 15, as its byte."""
+    half = tl.where(code < 8, LOW_HALF, HIGH_HALF)
+    return ((half >> ((code & 7).to(tl.int64) * 8)) & 255).to(tl.int32)
+
+
+@triton.jit
+def unpack(words):
+    """Words of eight 4-bit codes -> words of the four numbers that their low halves stand for, and their high halves."""
+    if INTERPRETED:
+        low, high = tl.zeros_like(words), tl.zeros_like(words)
+        for j in tl.static_range(4):
+            low |= entry((words >> (8 * j)) & 15) << (8 * j)
+            high |= entry((words >> (8 * j + 4)) & 15) << (8 * j)
+        return low, high
+    else:  # an else, because triton compiles what follows an `if` that returns, too
+        return tl.inline_asm_elementwise(UNPACK, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
+def number(word, j: tl.constexpr):
+    """Byte j of a word, as the signed number it is."""
+    return ((word << (24 - 8 * j)) >> 24).to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(x, cols, eps, SIZE: tl.constexpr):
+    """1 / rms of the row x [cols]."""
+    at = tl.arange(0, SIZE)
+    values = tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(values * values) / cols + eps)
+
+
+@triton.jit
+def scaled(x, norm, at, cols, NORM: tl.constexpr):
+    """x at some columns in fp32, zero outside, times the norm's weights; its 1 / rms comes at the end."""
+    values = tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32)
+    if NORM:
+        values *= tl.load(norm + at, mask=at < cols, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def nothing(KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Where `add_products` begins."""
+    if KIND == 16:
+        return tl.zeros([ROWS, CHUNK], tl.float32)
+    else:
+        return tl.zeros([CHUNK // GROUP, GROUP * KIND // 32, ROWS], tl.float32)
+
+
+@triton.jit
+def row_sums(products, KIND: tl.constexpr):
+    if KIND == 16:
+        return tl.sum(products, axis=1)
+    else:
+        return tl.sum(tl.sum(products, axis=1), axis=0)
+
+
+@triton.jit
+def four_products(word, x, norm, at, cols, NORM: tl.constexpr):
+    """The four numbers of each word [groups, words, rows] times x at columns `at` [groups, words] and the three after them."""
+    sums = number(word, 0) * scaled(x, norm, at, cols, NORM)[:, :, None]
+    for j in tl.static_range(1, 4):
+        sums += number(word, j) * scaled(x, norm, at + j, cols, NORM)[:, :, None]
+    return sums
+
+
+@triton.jit
+def add_products(
+    products, codes, scales, block, rows, cols, x, norm, start,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Columns start..start+CHUNK of the block's ROWS rows times x, added up as they lie; `row_sums` ends it.
+
+    Loads of x and of scales are smaller than the program has threads: the compiler then lays them out as the codes lie, and
+    nothing is exchanged between threads before the end.
+    """
+    if KIND == 16:
+        row, at = block * ROWS + tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
+        inside = (row < rows)[:, None] & (at < cols)[None, :]
+        weights = tl.load(codes + row[:, None].to(tl.int64) * cols + at[None, :], mask=inside, other=0.0)
+        return products + weights.to(tl.float32) * scaled(x, norm, at, cols, NORM)[None, :]
+    else:
+        words: tl.constexpr = GROUP * KIND // 32  # of one row and group
+        groups = tl.cdiv(cols, GROUP)
+        group, word, lane = start // GROUP + tl.arange(0, CHUNK // GROUP), tl.arange(0, words), tl.arange(0, ROWS)
+        at = group[:, None] * GROUP + word[None, :] * (32 // KIND)
+        inside = (group < groups)[:, None, None]
+        run = group[:, None] * words + word[None, :]
+        data = tl.load(
+            codes + block.to(tl.int64) * groups * (words * ROWS) + (run[:, :, None] * ROWS + lane[None, None, :]), mask=inside, other=0
+        )
+        scale = tl.load(scales + (block * groups + group)[:, None, None] * ROWS + lane[None, None, :], mask=inside, other=0.0)
+        if KIND == 8:
+            sums = four_products(data ^ SIGNS, x, norm, at, cols, NORM)
+        else:
+            low, high = unpack(data)
+            sums = four_products(low, x, norm, at, cols, NORM) + four_products(high, x, norm, at + 4, cols, NORM)
+        return products + sums * scale.to(tl.float32)
+
+
+@triton.jit
+def few_rows_kernel(
+    x, norm, codes, scales, more_codes, more_scales, residual, out, cols, rows, more_rows, blocks, eps,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
+    NORM: tl.constexpr, TWO: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """out [tokens, rows + more_rows] = (residual +) norm(x) [tokens, cols] times one matrix, or two of the same kind.
+
+    One program a token and block; tokens are neighbours, so that all but the first find the weights in the cache.
+    """
+    token, block = tl.program_id(0), tl.program_id(1)
+    x += token.to(tl.int64) * cols
+    wide = rows
+    offset = 0
+    if TWO:
+        wide = rows + more_rows
+        if block >= blocks:
+            codes, scales, block, offset, rows = more_codes, more_scales, block - blocks, rows, more_rows
+    products = nothing(KIND, GROUP, ROWS, CHUNK)
+    for start in range(0, cols, CHUNK):
+        products = add_products(products, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+    sums = row_sums(products, KIND)
+    if NORM:
+        sums *= inverse_rms(x, cols, eps, SIZE)
+    row = block * ROWS + tl.arange(0, ROWS)
+    at = token.to(tl.int64) * wide + offset + row
+    if ADD:
+        sums += tl.load(residual + at, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def four_numbers(word):
+    """Words -> their bytes as numbers, along two new last dimensions: byte 2 * b + a at [..., a, b]."""
+    return tl.join(tl.join(number(word, 0), number(word, 1)), tl.join(number(word, 2), number(word, 3)))
+
+
+@triton.jit
+def weight_tile(codes, scales, first_block, rows, cols, step, dtype, KIND: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """BK columns of BN rows from row 16 * first_block on, transposed, as `dtype`. [BK, BN]. Packed: BK is a group."""
+    if KIND == 16:
+        row, k = first_block * LANES_OF_A_BLOCK + tl.arange(0, BN), step * BK + tl.arange(0, BK)
+        inside = (k < cols)[:, None] & (row < rows)[None, :]
+        return tl.load(codes + row[None, :].to(tl.int64) * cols + k[:, None], mask=inside, other=0.0)
+    else:
+        words: tl.constexpr = GROUP * KIND // 32
+        block, lane = first_block + tl.arange(0, BN // LANES_OF_A_BLOCK), tl.arange(0, LANES_OF_A_BLOCK)
+        there = (block * LANES_OF_A_BLOCK < rows)[:, None]
+        place = (block * tl.cdiv(cols, GROUP) + step)[:, None]  # counted in groups of a block's rows
+        run = tl.arange(0, words * LANES_OF_A_BLOCK)
+        data = tl.load(codes + place.to(tl.int64) * (words * LANES_OF_A_BLOCK) + run[None, :], mask=there, other=0)
+        data = data.reshape(BN // LANES_OF_A_BLOCK, words, LANES_OF_A_BLOCK)
+        scale = tl.load(scales + place * LANES_OF_A_BLOCK + lane[None, :], mask=there, other=0.0).to(tl.float32)
+        if KIND == 8:
+            values = four_numbers(data ^ SIGNS) * scale[:, None, :, None, None]
+            return values.permute(1, 4, 3, 0, 2).reshape(BK, BN).to(dtype)
+        else:
+            low, high = unpack(data)
+            values = tl.join(four_numbers(low), four_numbers(high)) * scale[:, None, :, None, None, None]
+            return values.permute(1, 5, 4, 3, 0, 2).reshape(BK, BN).to(dtype)
+
+
+@triton.jit
+def many_rows_kernel(
+    x, codes, scales, residual, out, count, rows, cols,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """out [count, rows] = (residual +) x [count, cols] times a matrix, by tensor cores."""
+    row, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
+    sums = tl.zeros([BM, BN], tl.float32)
+    for step in range(0, tl.cdiv(cols, BK)):
+        k = step * BK + tl.arange(0, BK)
+        a = tl.load(x + row[:, None].to(tl.int64) * cols + k[None, :], mask=(row < count)[:, None] & (k < cols)[None, :], other=0.0)
+        b = weight_tile(codes, scales, block, rows, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
+    at = row[:, None].to(tl.int64) * rows + column[None, :]
+    inside = (row < count)[:, None] & (column < rows)[None, :]
+    if ADD:
+        sums += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, out, cols, eps, SIZE: tl.constexpr):
+    """One row a program. x and out [rows, cols]"""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    inside = at < cols
+    values = tl.load(x + row * cols + at, mask=inside, other=0.0).to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values) / cols + eps)
+    values = values.to(out.dtype.element_ty) * tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(out + row * cols + at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A weight [rows, cols], or a stack of them, as the kernels take it."""
+
+    codes: Tensor
+    scales: Tensor
+    kind: int
+    group: int
+    rows: int
+    cols: int
+
+    @property
+    def part_blocks(self) -> int:
+        """Blocks of LANES rows of the gate's half where gate and up are one matrix; rows of it where nothing is packed."""
+        return self.rows // 2 if self.kind == DENSE else -(-self.rows // 2 // LANES)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that one program of a matrix-vector kernel takes."""
+        return 8 if self.kind == DENSE else LANES
+
+    @property
+    def chunk(self) -> int:
+        """Columns that it takes at a time."""
+        item = self.codes.element_size() if self.kind == DENSE else 1  # 4-bit codes in chunks half as large: see add_products
+        return max(self.group, min(CHUNK_BYTES // item // self.block_rows, triton.next_power_of_2(self.cols)))
+
+
+def table(weight: Tensor | Quantized) -> Table:
+    rows, cols = weight.shape[-2:]
+    if isinstance(weight, Quantized):
+        return Table(weight.codes.view(torch.int32), weight.scales, weight.bits, weight.group, rows, cols)
+    return Table(weight, weight, DENSE, 16, rows, cols)
+
+
+def linear(
+    x: Tensor, weight: Table, more: Table | None = None, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """(residual +) rms_norm(x) times weight, and `more` beside it. x [tokens, cols] -> [tokens, rows of both]
+
+    `residual` may be overwritten by the result.
+    """
+    count, cols = x.shape
+    assert x.is_contiguous() and cols == weight.cols and (more is None or (more.kind, more.group, more.cols) == (weight.kind, weight.group, cols))
+    if count > FEW:
+        x = x if norm is None else rms_norm(x, norm, eps)
+        out = many_rows(x, weight, residual)
+        return out if more is None else torch.cat([out, many_rows(x, more, None)], dim=1)
+    other, block = more or weight, weight.block_rows
+    out = x.new_empty(count, weight.rows + (more.rows if more else 0)) if residual is None else residual
+    blocks = -(-weight.rows // block)
+    few_rows_kernel[(count, blocks + (-(-more.rows // block) if more else 0))](
+        x, x if norm is None else norm, weight.codes, weight.scales, other.codes, other.scales, out, out, cols, weight.rows, other.rows,
+        blocks, eps, KIND=weight.kind, GROUP=weight.group, ROWS=block, CHUNK=weight.chunk, SIZE=triton.next_power_of_2(cols),
+        NORM=norm is not None, TWO=more is not None, ADD=residual is not None, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def many_rows(x: Tensor, weight: Table, residual: Tensor | None) -> Tensor:
+    """The same for more rows. Dense weights go to the vendor's own matrix product."""
+    if weight.kind == DENSE:
+        return x @ weight.codes.T if residual is None else torch.addmm(residual, x, weight.codes.T, out=residual)
+    count = x.shape[0]
+    out = x.new_empty(count, weight.rows) if residual is None else residual
+    bm, bn = tile_rows(count), 64
+    many_rows_kernel[(-(-count // bm), -(-weight.rows // bn))](
+        x, weight.codes, weight.scales, out, out, count, weight.rows, weight.cols,
+        KIND=weight.kind, GROUP=weight.group, BM=bm, BN=bn, BK=weight.group, ADD=residual is not None, num_warps=4 if bm < 128 else 8,
+    )  # fmt: skip
+    return out
+
+
+def tile_rows(count: float) -> int:
+    """Rows of a tile for a product of so many: what a tensor core takes at least, and no more than there are."""
+    return max(16, min(128, triton.next_power_of_2(int(count))))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same as kernels/linear.py's. x [tokens, size]"""
+    out = torch.empty_like(x)
+    rms_norm_kernel[(x.shape[0],)](x, weight, out, x.shape[1], eps, SIZE=triton.next_power_of_2(x.shape[1]))
+    return out

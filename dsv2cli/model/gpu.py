@@ -1,0 +1,191 @@
+"""A model's layers through the Triton kernels, and a decode step as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsv2cli.kernels import gpu_attention, gpu_experts, gpu_linear
+from dsv2cli.kernels.gpu_linear import Table, table
+from dsv2cli.model.cache import LatentCache
+from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
+
+FEW = 8  # new tokens of a row up to which attention is absorbed; more are a prefill
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # rows for which graphs are made; steps between are filled up
+
+
+class GpuLayer:
+    """One layer in nine kernels for one token (ten with q_lora). The input is overwritten by the output."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        attention: Attention = layer.self_attn
+        config = attention.config
+        self.shape = gpu_attention.Shape(
+            attention.heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, attention.scale
+        )
+        self.low = config.q_lora_rank is not None
+        self.first_q = table((attention.q_a_proj if self.low else attention.q_proj).weight)
+        self.q_b = table(attention.q_b_proj.weight) if self.low else None
+        self.kv_a, self.o = table(attention.kv_a_proj_with_mqa.weight), table(attention.o_proj.weight)
+        self.mlp = feed_of(layer)
+
+    def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
+        return self.feed(self.attend(x, step, index))
+
+    def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
+        attention = self.layer.self_attn
+        if x.shape[1] > FEW or attention.path not in ("auto", "absorbed"):
+            return self.layer.attend(x, step, index)
+        assert step.cache is not None
+        flat, norm = x.flatten(0, 1), self.layer.input_layernorm
+        both = gpu_linear.linear(flat, self.first_q, self.kv_a, norm.weight, norm.eps)
+        q, kv = both.split([self.first_q.rows, self.kv_a.rows], dim=1)
+        if self.q_b is not None:
+            q = gpu_linear.linear(q.contiguous(), self.q_b, None, attention.q_a_layernorm.weight, attention.q_a_layernorm.eps)
+        positions, slots = step.tokens
+        out = gpu_attention.attend(
+            q, kv, attention.kv_a_layernorm.weight, attention.kv_b_proj.weight, step.rotary.flatten(0, 1), positions, slots,
+            step.cache.layers[index], self.shape,
+        )  # fmt: skip
+        return gpu_linear.linear(out, self.o, residual=flat).view_as(x)
+
+    def feed(self, x: Tensor) -> Tensor:
+        return gpu_experts.run(x.flatten(0, 1), self.mlp).view_as(x)
+
+
+def feed_of(layer: Layer) -> gpu_experts.Feed:
+    norm, mlp, config = layer.post_attention_layernorm, layer.mlp, layer.self_attn.config
+    if not isinstance(mlp, MoE):
+        assert isinstance(mlp, MLP)
+        return gpu_experts.Feed(
+            norm.weight, norm.eps, None, gpu_experts.NO_ROUTING, None, None, table(mlp.gate_up_proj), table(mlp.down_proj)
+        )
+    grouped, top_k = config.topk_method == "group_limited_greedy", config.num_experts_per_tok or 0
+    routing = gpu_experts.Routing(
+        config.n_routed_experts or 0, top_k, (config.n_group or 1) if grouped else 1, (config.topk_group or 1) if grouped else 1,
+        config.norm_topk_prob and top_k > 1, config.routed_scaling_factor,
+    )  # fmt: skip
+    shared = mlp.shared_experts
+    return gpu_experts.Feed(
+        norm.weight, norm.eps, mlp.gate.weight, routing, table(mlp.experts.gate_up_proj), table(mlp.experts.down_proj),
+        table(shared.gate_up_proj) if shared else None, table(shared.down_proj) if shared else None,
+    )  # fmt: skip
+
+
+def use_gpu_kernels(model: DeepseekV2) -> None:
+    """Run layers through the Triton kernels from now on.
+
+    A team's layers, which sum between their parts, and those whose experts lie in RAM run product by product; a product
+    that another kernel has already stays there.
+    """
+    apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
+    whole = not apart and model.team.size == 1
+    for module in model.modules():
+        if isinstance(module, Linear) and module.product is None:
+            if 0 not in module.weight.shape and module.weight.device == model.device and module.bias is None:
+                module.product = product(table(module.weight))
+        elif isinstance(module, Experts) and module.product is None and not whole:
+            if 0 not in module.down_proj.shape and module.down_proj.device == model.device:
+                module.product = weighted_sum(table(module.gate_up_proj), table(module.down_proj))
+        elif isinstance(module, MLP) and module.product is None and not whole:
+            if 0 not in module.down_proj.shape and module.down_proj.device == model.device:
+                module.product = every_token(table(module.gate_up_proj), table(module.down_proj))
+        elif isinstance(module, Layer) and whole:
+            module.fused = GpuLayer(module)
+
+
+def product(weight: Table) -> Callable[[Tensor], Tensor]:
+    return lambda x: gpu_linear.linear(x.flatten(0, -2).contiguous(), weight).unflatten(0, x.shape[:-1])
+
+
+def weighted_sum(gate_up: Table, down: Table) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda x, index, weight: (
+        gpu_experts.grouped(x, index.int(), weight.float().contiguous(), gate_up, down).view(*index.shape, -1).float().sum(1).type_as(x)
+    )
+
+
+def every_token(gate_up: Table, down: Table) -> Callable[[Tensor], Tensor]:
+    return lambda x: gpu_experts.grouped(x.contiguous(), x.new_zeros(x.shape[0], 1, dtype=torch.int32), None, gate_up, down)
+
+
+class DecodeStep:
+    """One forward pass by `seq` new tokens for each of `rows` rows of a cache, as a CUDA graph where there is CUDA.
+
+    What changes from step to step lies in three tensors on the GPU: ids [rows, seq], the place of each row's first new token
+    [rows], which moves on by itself, and the row's number in the cache [rows].
+    """
+
+    def __init__(self, model: DeepseekV2, cache: LatentCache, rows: int, seq: int, graph: bool) -> None:
+        device = model.device
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros(rows, seq, dtype=torch.long, device=device)
+        self.starts = torch.zeros(rows, dtype=torch.long, device=device)
+        self.slots = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.known: tuple[list[int], list[int]] | None = None  # starts and slots, as the GPU has them
+        self.graph: torch.cuda.CUDAGraph | None = None
+        model.rotary(self.starts[:, None], cache.capacity)
+        self.table = model.rotary.table  # a graph reads it where it is
+        self.logits = torch.empty(0)
+        if graph and device.type == "cuda":
+            self.capture()
+
+    def run(self) -> None:
+        seq = self.ids.shape[1]
+        positions = torch.where(self.starts[:, None] >= 0, self.starts[:, None] + torch.arange(seq, device=self.ids.device), -1)
+        step = Step(positions, self.table[positions], self.cache, self.cache.capacity, slots=self.slots)
+        self.logits = self.model.logits(self.model.run(self.ids, step))
+        self.starts += torch.where(self.starts >= 0, seq, 0)
+
+    def capture(self) -> None:
+        """Once without a graph, so that every kernel is compiled; both runs only write where nothing is yet."""
+        self.starts.fill_(-1)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+
+    def __call__(self, ids: Tensor, starts: list[int], slots: list[int]) -> Tensor:
+        """ids [up to rows, seq] on the GPU -> logits [same, seq, vocab], which the next call overwrites."""
+        count, rows = len(starts), self.ids.shape[0]
+        seq = self.ids.shape[1]
+        self.ids[:count].copy_(ids)
+        if (starts, slots) != self.known:
+            self.starts.copy_(torch.tensor([*starts, *[-1] * (rows - count)]))
+            self.slots.copy_(torch.tensor([*slots, *[0] * (rows - count)]))
+        self.known = [start + seq for start in starts], slots
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+        return self.logits[:count]
+
+
+class Decoder:
+    """Steps of few new tokens over one cache: through graphs where the model's kernels allow that, else as every forward pass."""
+
+    def __init__(self, model: DeepseekV2, cache: LatentCache) -> None:
+        self.model, self.cache = model, cache
+        self.steps: dict[tuple[int, int], DecodeStep] = {}
+        self.place = 0
+
+    def __call__(self, ids: Tensor, rows: list[int] | None = None) -> Tensor:
+        """ids [rows, seq] continue these rows of the cache, or all -> logits [rows, seq, vocab]; the cache's lengths follow."""
+        cache, seq = self.cache, ids.shape[1]
+        rows = list(range(len(cache.lengths))) if rows is None else rows
+        cache.reserve(max(cache.lengths[row] for row in rows) + seq)
+        if cache.layers[0].data_ptr() != self.place:  # it has grown and lies elsewhere
+            self.place, self.steps = cache.layers[0].data_ptr(), {}
+        size = next((size for size in ROWS if size >= len(rows)), len(rows))
+        if (size, seq) not in self.steps:
+            self.steps[size, seq] = DecodeStep(self.model, cache, size, seq, self.model.graphs)
+        logits = self.steps[size, seq](ids, [cache.lengths[row] for row in rows], rows)
+        for row in rows:
+            cache.lengths[row] += seq
+        return logits

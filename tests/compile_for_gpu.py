@@ -1,0 +1,104 @@
+"""Compile every Triton kernel that a function launches, for a GPU that need not be there, instead of launching it.
+
+Run as a program it compiles what a model's config needs and prints what each kernel takes: see `main`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from dsv2cli.checkpoint.weights import blueprint
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.gpu import Decoder, use_gpu_kernels
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class NoDriver:
+    """Answers what the compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+COMPILED: dict[str, object] = {}
+
+
+def compile_only(capability: int) -> None:
+    """From now on launching a kernel compiles it; outputs stay as they were."""
+    driver.set_active(NoDriver(capability))
+    launch = JITFunction.run
+
+    def run(self, *arguments, **options):
+        kernel = launch(self, *arguments, **options | {"warmup": True})
+        COMPILED[kernel.hash] = kernel
+        return kernel
+
+    JITFunction.run = run
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers a thread, bytes of stack (registers spilled), and bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    found = dict(item.split(":") for item in line.split() if ":" in item)
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": kernel.metadata.shared}
+
+
+def shortened(config, layers: int = 2):
+    """The config with its layers' kinds, and fewer of them."""
+    return dataclasses.replace(config, num_hidden_layers=layers, first_k_dense_replace=1, vocab_size=1024)
+
+
+def compile_steps(config, bits: int | None, sizes: list[int]) -> None:
+    """All that a decode step of so many rows, and a prefill, launch."""
+    model = blueprint(config, torch.bfloat16, bits=bits).to_empty(device="cpu").requires_grad_(False)
+    use_gpu_kernels(model)
+    model.stepwise = True
+    with torch.inference_mode():
+        for rows in sizes:
+            cache = model.new_cache(rows)
+            cache.reserve(4096)
+            Decoder(model, cache)(torch.zeros(rows, 1, dtype=torch.long))
+        model(torch.zeros(1, 256, dtype=torch.long), model.new_cache())
+
+
+def main() -> None:
+    """python tests/compile_for_gpu.py CONFIG BITS CAPABILITY: what each kernel takes, with BITS 16, 8 or 4, for sm_CAPABILITY."""
+    path, bits, capability = sys.argv[1:]
+    compile_only(int(capability))
+    compile_steps(shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else int(bits), [1, 64])
+    for kernel in COMPILED.values():
+        print(f"{kernel.metadata.name}: {kernel.metadata.num_warps} warps, {resources(kernel)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The Triton kernels against the plain torch that says what they compute: interpreted on a CPU, or as they are on a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DATA, ROOT, run_dsv2
+from test_native import close, quantize
+
+pytest.importorskip("triton")
+
+from dsv2cli.checkpoint.weights import load_model, random_model
+from dsv2cli.engine.batch import Job, run_batch
+from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill, speculate
+from dsv2cli.engine.sampling import SamplingParams, distribution, sample_rows
+from dsv2cli.kernels import attention, experts, gpu_attention, gpu_experts, gpu_linear
+from dsv2cli.kernels.gpu_linear import table
+from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
+from dsv2cli.kernels.quantized import CODEBOOK, Quantized
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.fused import use_kernels
+from dsv2cli.model.rope import rotate
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]  # interpreted tl.dot is wrong in bf16
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# Widths of V2 and V2-Lite, fewer rows; and odd ones.
+SHAPES = [(16, 2048), (20, 1408), (16, 5120), (24, 1536), (32, 512), (19, 50), (1, 7), (130, 96)]
+GREEDY = SamplingParams(temperature=0.0)
+OPTIONS = ("-m", str(DATA / "golden" / "v2"), "--prompt-ids", "5,6,7", "--ignore-eos", "-n", "2", "--temperature", "0", "--json")
+
+
+def weights(values, kind, dtype, parts=1, group=64):
+    """`values` [rows, cols] or [experts, rows, cols] as the kernels may find them: dense or packed."""
+    if kind == 16:
+        return values.to(DEVICE, dtype)
+    if values.dim() == 2:
+        return quantize(values, kind, parts, group).to(DEVICE)
+    out = Quantized(tuple(values.shape), kind, group, parts, torch.device("cpu"))
+    for e, matrix in enumerate(values):
+        one = quantize(matrix, kind, parts, group)
+        out.codes[e], out.scales[e] = one.codes, one.scales
+    return out.to(DEVICE)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_equals_the_plain_one(shape, dtype):
+    torch.manual_seed(0)
+    for kind, group in ((16, 0), (8, 64), (4, 32)):
+        weight, other = (weights(torch.randn(shape) * 0.1, kind, dtype, group=group) for _ in range(2))
+        norm = (torch.rand(shape[1]) + 0.5).to(DEVICE, dtype)
+        for count in (2, gpu_linear.FEW + 1):
+            x, residual = random(count, shape[1], dtype=dtype), random(count, shape[0], dtype=dtype)
+            normed = rms_norm(x, norm, 1e-6)
+            both = gpu_linear.linear(x, table(weight), table(other), norm=norm, eps=1e-6)
+            close(both, torch.cat([linear(normed, weight), linear(normed, other)], dim=1), ROUNDING[dtype])
+            close(gpu_linear.linear(x, table(weight), residual=residual.clone()), residual + linear(x, weight), ROUNDING[dtype])
+
+
+def run_ptx(text, word):
+    """What the few instructions of gpu_linear.UNPACK do, by the PTX manual: and, or, shr, prmt. Gives $0 and $1."""
+    registers = {"$2": word}
+
+    def value(name):
+        return registers[name] if name in registers else int(name, 0)
+
+    for name, to, arguments in re.findall(r"(\w+)\.b32 ([$\w]+), ([^;]+);", text):
+        a, b, *more = (value(argument.strip()) for argument in arguments.split(","))
+        if name == "prmt":
+            found = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+            picks = [more[0] >> (4 * i) & 15 for i in range(4)]
+            assert all(pick < 8 for pick in picks), "8 and more would spread a sign"
+            registers[to] = int.from_bytes(bytes(found[pick] for pick in picks), "little")
+        else:
+            registers[to] = {"and": a & b, "or": a | b, "shr": a >> b}[name]
+    return registers["$0"], registers["$1"]
+
+
+def test_the_gpus_own_instructions_unpack_every_code():
+    """The interpreter takes another road there, so these are read here."""
+    for word in [int.from_bytes(bytes([code | (15 - code) << 4] * 4), "little") for code in range(16)] + [0x76543210, 0xFEDCBA98, 0x1E2D3C4B]:
+        low, high = run_ptx(gpu_linear.UNPACK.value, word)
+        for j in range(4):
+            byte = word >> (8 * j) & 255
+            for got, code in ((low, byte & 15), (high, byte >> 4)):
+                assert (got >> (8 * j) & 255) == int(CODEBOOK[code]) & 255
+
+
+ROUTINGS = [(8, 2, 1, 1, False), (20, 3, 5, 2, False), (6, 2, 1, 1, True), (64, 6, 1, 1, False), (160, 6, 8, 3, False)]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_router_chooses_as_the_plain_one(routing):
+    torch.manual_seed(1)
+    logits = random(40, routing[0])
+    index, weight = gpu_experts.choose(logits, gpu_experts.Routing(*routing, 2.5))
+    wanted = experts.route(logits, routing[1], *routing[2:], 2.5)
+    assert torch.equal(index.long(), wanted[0])
+    torch.testing.assert_close(weight, wanted[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [16, 8, 4])
+@pytest.mark.parametrize(("routing", "hidden", "width", "shared"), [(ROUTINGS[0], 96, 40, 2), (ROUTINGS[1], 64, 64, 1), (ROUTINGS[2], 50, 24, 0)])
+def test_experts_equal_the_plain_ones(routing, hidden, width, shared, kind, dtype):
+    torch.manual_seed(2)
+    group = 32 if kind == 4 else 64
+    e, top_k, *rest = routing
+    norm, router = (torch.rand(hidden) + 0.5).to(DEVICE, dtype), random(e, hidden)
+    gate_up, down = weights(torch.randn(e, 2 * width, hidden) * 0.2, kind, dtype, 2, group), weights(torch.randn(e, hidden, width) * 0.2, kind, dtype, 1, group)
+    shared_gate_up = weights(torch.randn(2 * width * shared, hidden) * 0.2, kind, dtype, 2, group) if shared else None
+    shared_down = weights(torch.randn(hidden, width * shared) * 0.2, kind, dtype, 1, group) if shared else None
+    extra = (table(shared_gate_up), table(shared_down)) if shared else (None, None)
+    feed = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up), table(down), *extra)
+    dense = gpu_experts.Feed(norm, 1e-6, None, gpu_experts.NO_ROUTING, None, None, *extra)
+    for count in (2, gpu_experts.FEW + 3):
+        x = random(count, hidden, dtype=dtype)
+        inner = rms_norm(x, norm, 1e-6)
+        index, weight = experts.route(linear(inner.float(), router), top_k, *rest, 2.5)
+        routed, mlp = experts.run_experts(inner, index, weight, gate_up, down), gated_mlp(inner, shared_gate_up, shared_down) if shared else 0
+        close(gpu_experts.run(x.clone(), feed), x + routed + mlp, 2 * ROUNDING[dtype])
+        if shared:
+            close(gpu_experts.run(x.clone(), dense), x + mlp, 2 * ROUNDING[dtype])
+        if kind == 16:  # as one of several ranks, with experts 2 to 4
+            some = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up[2:5]), table(down[2:5]), None, None)
+            wanted = x + experts.run_experts(inner, index, weight, gate_up[2:5], down[2:5], first=2)
+            close(gpu_experts.run(x.clone(), some, first=2), wanted, 2 * ROUNDING[dtype])
+
+
+def test_scores_that_are_no_numbers_harm_nobody_else():
+    torch.manual_seed(3)
+    norm, router, gate_up, down = torch.ones(32, device=DEVICE), random(8, 32), random(8, 32, 32), random(8, 32, 16)
+    feed = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(8, 2, 1, 1, False, 1.0), table(gate_up), table(down), None, None)
+    for count in (3, gpu_experts.FEW + 1):
+        x = random(count, 32)
+        alone = gpu_experts.run(x.clone(), feed)
+        x[1] = float("nan")
+        assert torch.equal(gpu_experts.run(x, feed)[2:], alone[2:])
+
+
+# Heads, nope, rope, value, rank: tiny, V2-Lite's own, and odd.
+ATTENTIONS = [(4, 16, 8, 24, 32), (16, 128, 64, 128, 512), (5, 12, 6, 20, 50)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", ATTENTIONS)
+def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
+    """Rows of different lengths in other slots, one that is not there, two new tokens of one row; few tokens and more."""
+    heads, nope, rope, value, rank = sizes
+    torch.manual_seed(4)
+    shape = gpu_attention.Shape(heads, nope, rope, value, rank, (nope + rope) ** -0.5)
+    kv_b, kv_norm = random(heads * (nope + value), rank, dtype=dtype) * rank**-0.5, (torch.rand(rank) + 0.5).to(DEVICE, dtype)
+    for positions, slots in [([0], [0]), ([130, 3, -1, 70, 71], [2, 0, 0, 1, 1]), ([*range(40, 49)], [0] * 9)]:
+        count = len(positions)
+        cache = random(3, 160, rank + rope, dtype=dtype)
+        both = random(count, heads * (nope + rope) + rank + rope, dtype=dtype)
+        q, kv = both.split([heads * (nope + rope), rank + rope], dim=1)
+        angles = random(count, rope // 2)
+        rotary = torch.stack([angles.cos(), angles.sin()], dim=1)
+        plain = cache.clone()
+        k_rope = rotate(kv[:, None, None, rank:], rotary[:, None])[:, 0, 0]
+        rows = torch.cat([rms_norm(kv[:, :rank], kv_norm, 1e-6), k_rope], dim=1)
+        for i, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+            if position >= 0:
+                plain[slot, position] = rows[i]
+        got = gpu_attention.attend(
+            q, kv, kv_norm, kv_b, rotary, torch.tensor(positions, device=DEVICE).int(), torch.tensor(slots, device=DEVICE).int(), cache, shape
+        )
+        close(cache, plain, ROUNDING[dtype])
+        for i, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+            if position < 0:
+                continue
+            q_nope, q_rope = q[i].view(1, 1, heads, -1).split([nope, rope], dim=-1)
+            visible = plain[slot, None, : position + 1]
+            mask = attention.visible(torch.tensor([[position]], device=DEVICE), position + 1)
+            wanted = attention.attend(q_nope, rotate(q_rope, rotary[i, None, None]), visible, kv_b.view(heads, -1, rank), mask, shape.scale, "reference")
+            close(got[i], wanted.flatten(), 3 * ROUNDING[dtype])
+
+
+def both_ways(work, model):
+    """What `work` makes of a model on the plain path, and through the kernels."""
+    plain = work(model)
+    use_kernels(model, None, triton=True, graphs=True)
+    return plain, work(model)
+
+
+def smallest(bits=None):
+    """Random weights; q_lora, grouped routing, one dense layer and one of experts."""
+    raw = json.loads((DATA / "golden" / "v2" / "config.json").read_text()) | {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "first_k_dense_replace": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "vocab_size": 48,
+    }  # fmt: skip
+    torch.manual_seed(6)
+    return random_model(DeepseekV2Config.from_dict(raw), DEVICE, torch.float32, bits)
+
+
+@pytest.mark.parametrize("make", [lambda: load_model(DATA / "golden" / "v2", DEVICE, torch.float32), smallest, lambda: smallest(8), lambda: smallest(4)])
+@torch.inference_mode()
+def test_a_whole_model_gives_the_plain_paths_logits(make):
+    def logits(model):
+        cache = model.new_cache(2)
+        first = prefill(model, [[1, 2, 3], [*range(20)]], cache)
+        decode = decoder(model, cache)
+        return torch.stack([first, *(decode(torch.full((2, 1), 9 + i, device=DEVICE))[:, 0].clone() for i in range(2))])
+
+    plain, fast = both_ways(logits, make())
+    close(fast, plain, 1e-5)
+
+
+@torch.inference_mode()
+def test_generating_ahead_of_the_reader_gives_the_same_tokens_and_ends_where_it_should():
+    def tokens(model):
+        eos = frozenset([int(model.logits(model(torch.tensor([[7, 8]], device=DEVICE), model.new_cache()))[0, -1].argmax())])
+        out = []
+        for prompts, request in (
+            ([[5, 6, 7]], Request(GREEDY, 4)),
+            ([[7, 8], [9]], Request(GREEDY, 3, eos)),
+            ([[7, 8]], Request(SamplingParams(temperature=0.7, top_k=5), 3, seed=3, logprobs=2)),
+        ):
+            cache = model.new_cache(len(prompts))
+            steps = list(generate_batch(model, prompts, request, cache))
+            out.append([[token and token.id for token in step] for step in steps])
+            again = [*prompts[0], *(step[0].id for step in steps if step[0] is not None)]
+            assert cache.lengths[0] >= len(prompts[0]) + len(steps) - 1
+            # What is said to be in the cache is there: going on from it is going on from the text.
+            if len(prompts) == 1:
+                length = min(cache.lengths[0], len(again) - 1)
+                cache.truncate(length)
+                close(prefill(model, [again[length:]], cache), prefill(model, [again], model.new_cache()), 1e-4)
+        return out
+
+    plain, fast = both_ways(tokens, smallest())
+    assert plain == fast
+    assert fast[1][0][0] is not None and all(step[0] is None for step in fast[1][1:])
+
+
+@torch.inference_mode()
+def test_a_batch_whose_rows_end_at_different_times_and_drafts_give_the_same_tokens():
+    def tokens(model):
+        jobs = [Job([5, 6, 7], Request(GREEDY, 3)), Job([9], Request(GREEDY, 1)), Job([3, 4], Request(GREEDY, 2))]
+        batch = [job.result.token_ids for job in run_batch(model, None, jobs, 2)]
+        cache, prompt = model.new_cache(), [1, 2, 3, 1, 2]
+        drafted = speculate(model, [prompt], Request(GREEDY, 3), cache, prefill(model, [prompt], cache))
+        return batch, [token.id for (token,) in drafted]
+
+    plain, fast = both_ways(tokens, smallest())
+    assert plain == fast
+
+
+def test_rows_are_sampled_from_the_distribution():
+    """A chi-squared test at one in a thousand, and each row by its own seed."""
+    torch.manual_seed(5)
+    params, logits = SamplingParams(temperature=0.8, top_k=6), random(1, 12).expand(4000, 12)
+    generators = [torch.Generator(DEVICE).manual_seed(seed) for seed in range(4000)]
+    chosen = sample_rows(logits, params, generators)
+    wanted = 4000 * distribution(logits[0], params)
+    counts = chosen.bincount(minlength=12).float()
+    possible = wanted > 0
+    assert counts[~possible].sum() == 0
+    assert ((counts - wanted)[possible].pow(2) / wanted[possible]).sum() < 20.5  # 5 degrees of freedom
+    assert torch.equal(chosen[:3], sample_rows(logits[:3], params, [torch.Generator(DEVICE).manual_seed(seed) for seed in range(3)]))
+
+
+def test_the_command_line_runs_them_and_says_so():
+    fast, plain = run_dsv2("complete", *OPTIONS, "--kernels", "triton"), run_dsv2("complete", *OPTIONS, "--kernels", "off")
+    assert fast.returncode == 0, fast.stderr
+    keys = re.compile(r'"token_ids": \[[^]]*\]')
+    assert keys.search(fast.stdout)[0] == keys.search(plain.stdout)[0]
+    shown = run_dsv2("complete", *OPTIONS, "--kernels", "triton-eager", "--dry-run")
+    assert '"kernels": "triton"' in shown.stdout
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
+def test_without_a_gpu_they_are_refused():
+    done = run_dsv2("complete", *OPTIONS, "--kernels", "triton", TRITON_INTERPRET="0")
+    assert (done.returncode, "the model is on cpu" in done.stderr) == (2, True)
+    assert run_dsv2("quantize", str(DATA / "golden" / "v2"), "out", "--to", "int8", "--kernels", "triton").returncode == 2
+
+
+@pytest.mark.parametrize(("config", "bits", "capability"), [("DeepSeek-V2-Lite", "4", "90"), ("DeepSeek-V2-Lite", "16", "80"), ("DeepSeek-V2-Chat", "8", "90")])
+def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, capability):
+    """Interpreted kernels may still not compile: so they are compiled, for the shapes of both families, with no GPU at hand."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "tests/compile_for_gpu.py", f"tests/data/configs/{config}", bits, capability]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = {line.split(":")[0].strip() for line in done.stdout.splitlines()}
+    assert {"few_up_kernel", "few_down_kernel", "many_up_kernel", "many_down_kernel", "attend_kernel", "prepare_kernel", "router_kernel"} <= kernels
+    assert "'stack': 0" in done.stdout and not re.search(r"'stack': [^0]", done.stdout), done.stdout

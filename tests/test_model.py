@@ -74,11 +74,22 @@ def test_absorbed_and_expanded_attention_equal_the_reference(batch, seq, past):
     cached, kv_b_proj = torch.randn(batch, past + seq, rank + rope), torch.randn(heads, nope + value, rank)
     mask = attention.visible((past + torch.arange(seq)).expand(batch, seq), past + seq)
     wanted, *others = [
-        attention.attend(q_nope, q_rope, cached, kv_b_proj, mask, 0.2, path) for path in ("reference", "absorbed", "expanded", "auto")
+        attention.attend(q_nope, q_rope, cached, kv_b_proj, lambda: mask, 0.2, path) for path in ("reference", "absorbed", "expanded", "auto")
     ]
     assert wanted.shape == (batch, seq, heads, value)
     for other in others:
         close(other, wanted)
+
+
+@pytest.mark.parametrize(("start", "piece"), [(1, 4), (12, 4), (13, 5), (7, 100)])
+def test_attention_in_pieces_merged_by_their_sums_equals_attention_in_one(start, piece):
+    torch.manual_seed(0)
+    batch, seq, heads, nope, rope, value, rank = 2, 6, 3, 24, 16, 20, 32
+    q_nope, q_rope = torch.randn(batch, seq, heads, nope), torch.randn(batch, seq, heads, rope)
+    cached, kv_b_proj = torch.randn(batch, start + seq, rank + rope), torch.randn(heads, nope + value, rank)
+    mask = attention.visible((start + torch.arange(seq)).expand(batch, seq), start + seq)
+    wanted = attention.attend_expanded(q_nope, q_rope, cached, kv_b_proj, mask, 0.2)
+    close(attention.attend_in_pieces(q_nope, q_rope, cached, kv_b_proj, start, 0.2, piece), wanted)
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "count"), [(1, 3, 8), (2, 1, 4), (17, 6, 8), (5, 2, 64)])

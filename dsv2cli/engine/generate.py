@@ -18,7 +18,8 @@ from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
 
 DRAFT = 7  # tokens drafted at most: with the new one they are eight rows, which cost a CPU little more than one
-PREFILL_CHUNK = 512  # tokens a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory
+PREFILL_CHUNK = 512  # tokens of each row in a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory
+GPU_PREFILL_TOKENS = 4096  # of all rows together, on a GPU
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def prefill(model: DeepseekV2, prompts: list[list[int]], cache: LatentCache) -> 
         ids[row, : len(prompt)] = torch.tensor(prompt)
     ids = ids.to(model.device)
     last = torch.empty(len(prompts), model.config.hidden_size, device=model.device, dtype=model.dtype)
-    for start in range(0, longest, PREFILL_CHUNK):
-        chunk = ids[:, start : start + PREFILL_CHUNK]
+    size = PREFILL_CHUNK if model.device.type == "cpu" else max(32, GPU_PREFILL_TOKENS // len(prompts))
+    for start in range(0, longest, size):
+        chunk = ids[:, start : start + size]
         # Rows keep in step while padding runs, so that every chunk starts at one place; lengths are set at the end.
         cache.lengths = [length + start for length in base]
         hidden = model(chunk, cache)

@@ -189,9 +189,10 @@ class Attention(nn.Module):
             rotate(q_rope, step.rotary),
             cached,
             self.kv_b_proj.weight.unflatten(0, (self.heads, config.qk_nope_head_dim + config.v_head_dim)),
-            step.mask,
+            lambda: step.mask,
             self.scale,
             self.path,
+            step.start,
         )
         return self.merge(out.flatten(-2))
 

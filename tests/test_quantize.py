@@ -11,6 +11,7 @@ import torch
 from conftest import CPU, DATA, run_dsv2
 from safetensors import safe_open
 
+from dsv2cli.checkpoint import weights
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.quantize import quantize_checkpoint
 from dsv2cli.checkpoint.tokenizer import Tokenizer
@@ -18,6 +19,7 @@ from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.demo.train import held_out_rows
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import load
+from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import use_kernels
 
 V2 = DATA / "golden" / "v2"
@@ -53,6 +55,22 @@ def test_it_is_mapped_and_not_read(packed):
     codes = model.model.layers[1].mlp.experts.gate_up_proj.codes
     assert codes.untyped_storage().nbytes() > codes.nbytes  # a part of the file, not a tensor of its own
     assert all(w.codes.data_ptr() % 64 == 0 for w in model.modules() if hasattr(w, "codes"))
+
+
+def test_read_instead_of_mapped_it_is_the_same(packed):
+    """As for a GPU; in another number format only what is not packed changes."""
+    config = DeepseekV2Config.load(packed)
+    mapped = weights.state_of(load_model(packed, CPU, torch.bfloat16))
+    read = weights.state_of(weights.read_packed(packed, config, CPU, torch.bfloat16))
+    assert mapped.keys() == read.keys()
+    assert all(torch.equal(tensor, read[name]) and tensor.dtype == read[name].dtype for name, tensor in mapped.items())
+
+
+def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
+    whole = weights.state_of(load_model(V2, CPU, bits=4))
+    monkeypatch.setattr(weights, "SLAB", 2)
+    parts = weights.state_of(load_model(V2, CPU, bits=4))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(packed):

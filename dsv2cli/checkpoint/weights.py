@@ -35,6 +35,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAPPED = DTYPES | {"U8": torch.uint8}
 READERS = 4
 STAGING_BYTES = 32 * 2**20
+SLAB = 128  # blocks of rows that are packed at a time
 INDEX = "model.safetensors.index.json"
 # Rotary tables that old exports carry along; the numbers follow from the config.
 IGNORED = "rotary_emb.inv_freq"
@@ -90,29 +91,26 @@ def load_model(
             raise UsageError(f"{folder} is packed in int{config.packed.bits}", fix="leave --quantize out")
         if apart is not None:
             raise UsageError(f"{folder} is packed whole", why="with --experts cpu only the experts are", fix="--quantize with the original")
-        return map_packed(folder, config, device, dtype, team)
+        if device.type == "cpu" or team.size > 1:
+            return map_packed(folder, config, device, dtype, team)
+        return read_packed(folder, config, device, dtype, progress)
     stored = list_tensors(folder)
-    start = device if apart is None else torch.device("meta")
-    model = empty_model(config, start, dtype or getattr(torch, config.torch_dtype), team, None if bits is None else GROUP)
-    if bits is not None:
-        make_quantized(model, bits, only_experts=apart is not None)
-    if apart is not None:
-        set_apart(model, device, apart)
-    pairs = match(model, stored, folder)
-    try:
-        read_all(pairs, progress, kernels)
-    except OSError as error:
-        raise Dsv2Error(f"Reading {folder} failed", why=str(error), fix="check the disk, then run again") from None
+    model = blueprint(config, dtype, team, bits, only_experts=apart is not None)
+    give_memory(model, device, apart)
+    read_all(match(model, stored, folder), progress, kernels)
     return model.eval().requires_grad_(False)
 
 
-def set_apart(model: DeepseekV2, device: torch.device, stay: int) -> None:
-    """Give a model on meta its memory: routed experts in RAM, but for the first `stay` layers', and all else on `device`."""
-    moes = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+def give_memory(model: DeepseekV2, device: torch.device, apart: int | None = None) -> None:
+    """Uninitialised, for a model on meta: on `device`, but with `apart` routed experts in RAM after the first so many layers'.
+
+    Raises Dsv2Error where there is too little.
+    """
     in_ram = set()
-    for moe in moes[stay:]:
-        moe.apart = True
-        in_ram |= set(moe.experts.modules())
+    if apart is not None:
+        for moe in [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)][apart:]:
+            moe.apart = True
+            in_ram |= set(moe.experts.modules())
     try:
         for module in model.modules():
             module.to_empty(device=torch.device("cpu") if module in in_ram else device, recurse=False)
@@ -143,6 +141,17 @@ def map_packed(
     model.load_state_dict(state, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval().requires_grad_(False)
+
+
+def read_packed(
+    folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, progress: Progress | None = None
+) -> DeepseekV2:
+    """The same for a GPU, where nothing can be mapped: read by several threads, as load_model reads."""
+    stored, model = packed_tensors(blueprint(config), folder), blueprint(config, dtype)
+    give_memory(model, device)
+    places = state_of(model)
+    read_all([(tensor, places[tensor.name].data) for tensor in stored], progress)
     return model.eval().requires_grad_(False)
 
 
@@ -225,15 +234,7 @@ def random_model(
 ) -> DeepseekV2:
     """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
     model = blueprint(config, dtype, team, bits, only_experts=apart is not None)
-    try:
-        if apart is not None:
-            set_apart(model, device, apart)
-        else:
-            model.to_empty(device=device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise no_room(model, device, error) from None
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    give_memory(model, device, apart)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
@@ -290,6 +291,10 @@ class Packing:
     part: int
 
     @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[-2] // self.weight.parts, self.weight.shape[-1]
 
@@ -298,9 +303,10 @@ class Packing:
         if kernels is not None and codes.device.type == "cpu":
             kernels.pack(tensor, self.weight.bits, self.weight.group, codes, scales)
             return
-        packed = pack_reference(tensor, self.weight.bits, self.weight.group)
-        codes.copy_(packed[0])
-        scales.copy_(packed[1])
+        for block in range(0, codes.shape[0], SLAB):  # the search takes many times the memory of what it looks at
+            rows = tensor[block * LANES : (block + SLAB) * LANES]
+            packed = pack_reference(rows, self.weight.bits, self.weight.group)
+            codes[block : block + SLAB], scales[block : block + SLAB] = packed
 
 
 def packings(module: nn.Module, prefix: str = "") -> dict[str, Packing]:
@@ -496,16 +502,18 @@ def read_piece(
 def read_all(
     pairs: list[tuple[Stored, Tensor | Packing]], progress: Progress | None, kernels: Kernels | None = None
 ) -> None:
-    """Read with several threads; a read that fails ends the others and is raised here."""
+    """Read with several threads; a read that fails ends the others and is raised here, as Dsv2Error."""
     total, done, lock = sum(tensor.length for tensor, _ in pairs), 0, threading.Lock()
     staging = threading.local()
+    # From memory that stays where it is a GPU fetches by itself; what is packed there is read there, one matrix a thread.
+    pinned = any(place.device.type == "cuda" for _, place in pairs)
 
     def read(pair: tuple[Stored, Tensor | Packing]) -> None:
         nonlocal done
         tensor, place = pair
-        into = place if isinstance(place, Tensor) else torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+        into = place if isinstance(place, Tensor) else torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=place.device)
         if not hasattr(staging, "buffer"):
-            staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+            staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned)
         for count in read_tensor(tensor, into, staging.buffer):
             with lock:
                 done += count
@@ -519,14 +527,16 @@ def read_all(
         try:
             for future in futures:
                 future.result()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, OSError):
+                raise Dsv2Error(f"Reading {pairs[0][0].file.parent} failed", why=str(error), fix="check the disk, then run again") from None
             raise
 
 
 def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]:
     """Fill `place` piece by piece; yields the bytes read. Straight in where type and device agree."""
-    dtype, flat = DTYPES[tensor.dtype], place.view(-1)
+    dtype, flat = MAPPED[tensor.dtype], place.view(-1)
     direct = place.dtype == dtype and place.device.type == "cpu"
     per_piece = STAGING_BYTES // dtype.itemsize
     with tensor.file.open("rb", buffering=0) as stream:

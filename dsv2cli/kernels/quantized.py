@@ -94,7 +94,7 @@ def pack_reference(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tenso
 
 def search(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """For each group the scale (bf16) and codes with the least squared error among SHRINKS, each scale refitted."""
-    values = torch.tensor(CODEBOOK)
+    values = torch.tensor(CODEBOOK, device=x.device)
     middles = (values[1:] + values[:-1]) / 2
 
     def encode(scaled: Tensor) -> Tensor:

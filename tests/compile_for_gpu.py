@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from dsv2cli.checkpoint.weights import blueprint
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.gpu import Decoder, use_gpu_kernels
+from dsv2cli.model.gpu import decode, use_gpu_kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -87,7 +87,7 @@ def compile_steps(config, bits: int | None, sizes: list[int]) -> None:
         for rows in sizes:
             cache = model.new_cache(rows)
             cache.reserve(4096)
-            Decoder(model, cache)(torch.zeros(rows, 1, dtype=torch.long))
+            decode(model, cache, torch.zeros(rows, 1, dtype=torch.long))
         model(torch.zeros(1, 256, dtype=torch.long), model.new_cache())
 
 

@@ -46,7 +46,7 @@ def test_every_combination_is_measured():
 def test_depth_is_in_the_cache_and_not_in_the_prompt(v2):
     """After each measurement the cache holds what came before, so that repetitions are alike."""
     engine = Ours(v2)
-    engine.fill(random_prompts(v2, 2, 12, seed=0))
+    engine.fill(random_prompts(v2, 2, 12, seed=0), 40)
     before = [layer.clone() for layer in engine.cache.layers]
     for _ in range(2):
         first, gaps = engine.measure(random_prompts(v2, 2, 3, seed=1), 5)

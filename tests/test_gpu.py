@@ -280,6 +280,20 @@ def test_the_command_line_runs_them_and_says_so():
     assert '"kernels": "triton"' in shown.stdout
 
 
+def test_the_script_for_the_table_of_a_gpu_runs(tmp_path):
+    """On the CPU, with a tiny model and the plain path: what it writes, not how fast that is."""
+    command = [sys.executable, "tests/gpu_table.py", str(tmp_path / "table"), str(DATA / "golden" / "v2"), "--device", "cpu", "--kernels", "off"]
+    command += ["--formats", "bfloat16,int4", "--batch", "1,2", "--context", "16", "--prefill", "20", "--generate", "3", "-r", "1", "--against", "transformers", "--profile"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "table.json").read_text())["runs"]
+    measured = [(run["format"], run["engine"], run["batch"], run["prompt_tokens"]) for run in runs if "engine" in run]
+    ours = [(format, "dsv2", batch, tokens) for format in ("bfloat16", "int4") for batch, tokens in ((1, 16), (2, 16), (1, 20))]
+    assert sorted(measured) == sorted([*ours, ("bfloat16", "transformers", 1, 16), ("bfloat16", "transformers", 1, 20)])
+    assert [run["profile"].keys() for run in runs if "profile" in run] == [{"prefill", "decode"}] * 4
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 4 + len(measured)
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_without_a_gpu_they_are_refused():
     done = run_dsv2("complete", *OPTIONS, "--kernels", "triton", TRITON_INTERPRET="0")

@@ -24,8 +24,8 @@ from dsv2cli.model import size
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2, Layer, MoE, Step
 
-READ_BYTES = 2**28  # far more than a cache holds
-GEMM_SIZE = 1024
+READ_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than a cache holds, and long enough to be measured
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 GREEDY = Request(SamplingParams(temperature=0.0))
 
 
@@ -101,8 +101,8 @@ class Machine:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> None:
         self.device, self.kernels = device, kernels
-        self.data = torch.ones(READ_BYTES // 8, dtype=torch.int64, device=device)
-        self.square = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype, device=device)
+        self.data = torch.ones(READ_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+        self.square = torch.ones(GEMM_SIZE[device.type], GEMM_SIZE[device.type], dtype=dtype, device=device)
 
     def seconds(self, work: Callable[[], object]) -> float:
         synchronize(self.device)
@@ -113,10 +113,10 @@ class Machine:
 
     def read_bytes_per_second(self) -> float:
         kernels = self.kernels
-        return READ_BYTES / self.seconds(lambda: self.data.sum() if kernels is None else kernels.read(self.data))
+        return self.data.nbytes / self.seconds(lambda: self.data.sum() if kernels is None else kernels.read(self.data))
 
     def gemm_flops_per_second(self) -> float:
-        return 2 * GEMM_SIZE**3 / self.seconds(lambda: self.square @ self.square)
+        return 2 * self.square.shape[0] ** 3 / self.seconds(lambda: self.square @ self.square)
 
 
 def random_prompts(model: DeepseekV2, batch: int, length: int, seed: int) -> list[list[int]]:
@@ -133,16 +133,16 @@ class Ours:
         self.model = model
         self.cache = model.new_cache()
 
-    def fill(self, prompts: list[list[int]]) -> None:
-        """Put what comes before the prompts into a new cache."""
+    def fill(self, prompts: list[list[int]], room: int) -> None:
+        """Put what comes before the prompts into a new cache with room for so many tokens a row, so that it need not grow later."""
         self.cache = self.model.new_cache(len(prompts))
+        self.cache.reserve(room)
         if prompts[0]:
             prefill(self.model, prompts, self.cache)
 
     def measure(self, prompts: list[list[int]], generate: int) -> tuple[float, list[float]]:
         """Seconds to the first token, and between the tokens from there on; the cache is then as it was."""
         before = self.cache.lengths[0]
-        self.cache.reserve(before + len(prompts[0]) + generate)
         synchronize(self.model.device)
         times = [time.perf_counter()]
         logits = prefill(self.model, prompts, self.cache)
@@ -163,7 +163,7 @@ class Theirs:
         self.argument = "cache" if "cache" in inspect.signature(type(twin).forward).parameters else "past_key_values"
 
     @torch.inference_mode()
-    def fill(self, prompts: list[list[int]]) -> None:
+    def fill(self, prompts: list[list[int]], room: int) -> None:
         self.cache = None
         if prompts[0]:
             _, self.cache = self.step(self.tensor(prompts), None)
@@ -226,7 +226,7 @@ def run(
     engines: list[Ours | Theirs] = [Ours(model), *([Theirs(twin)] if twin is not None else [])]
     timings = [Timing(engine.name, work) for engine in engines]
     for engine in engines:
-        engine.fill(random_prompts(model, work.batch, work.depth, seed=repetitions + 1))
+        engine.fill(random_prompts(model, work.batch, work.depth, seed=repetitions + 1), work.depth + work.prompt + work.generate)
     machine = Machine(model.device, model.dtype, kernels)
     for repetition in range(-1, repetitions):
         reading, multiplying = machine.read_bytes_per_second(), machine.gemm_flops_per_second()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -147,9 +148,9 @@ def decoder(model: DeepseekV2, cache: LatentCache) -> Callable[..., Tensor]:
     The cache's lengths follow; the next pass may overwrite the logits.
     """
     if model.stepwise:
-        from dsv2cli.model.gpu import Decoder  # needs triton
+        from dsv2cli.model.gpu import decode  # needs triton
 
-        return Decoder(model, cache)
+        return functools.partial(decode, model, cache)
 
     def step(ids: Tensor, rows: list[int] | None = None) -> Tensor:
         if rows is None:

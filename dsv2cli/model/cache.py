@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class LatentCache:
     def __init__(self, config: DeepseekV2Config, batch: int, devices: list[torch.device], dtype: torch.dtype) -> None:
         """Each layer's on the device that computes it."""
         self.lengths = [0] * batch
+        self.steps: dict[tuple[int, int], Callable[..., Tensor]] = {}  # made for where the layers lie now
         self.layers = [
             torch.empty(batch, 0, config.cached_dim, device=device, dtype=dtype)  # [batch, capacity, latent + rope]
             for device in devices
@@ -38,6 +40,7 @@ class LatentCache:
 
     def grow(self, capacity: int) -> None:
         """Make room for exactly `capacity` tokens a row, keeping what is there."""
+        self.steps = {}
         for i, old in enumerate(self.layers):
             self.layers[i] = old.new_zeros(old.shape[0], capacity, old.shape[2])
             self.layers[i][:, : old.shape[1]] = old
@@ -49,15 +52,21 @@ class LatentCache:
         else:
             self.layers[layer].scatter_(1, positions[..., None].expand_as(rows), rows)
 
+    def alias(self) -> LatentCache:
+        """Another cache with the same rows in the same memory."""
+        other = copy.copy(self)
+        other.steps = {}
+        return other
+
     def row(self, index: int) -> LatentCache:
         """One row as an empty cache of its own that shares this one's memory; this one must have room already."""
-        row = copy.copy(self)
+        row = self.alias()
         row.lengths, row.layers = [0], [layer[index : index + 1] for layer in self.layers]
         return row
 
     def repeated(self, count: int) -> LatentCache:
         """`count` rows, each a copy of the one row here."""
-        many = copy.copy(self)
+        many = self.alias()
         many.lengths, many.layers = self.lengths * count, [layer.repeat(count, 1, 1) for layer in self.layers]
         return many
 

@@ -120,7 +120,7 @@ class DecodeStep:
 
     def __init__(self, model: DeepseekV2, cache: LatentCache, rows: int, seq: int, graph: bool) -> None:
         device = model.device
-        self.model, self.cache = model, cache
+        self.model, self.cache = model, cache.alias()  # not the cache itself, which holds this
         self.ids = torch.zeros(rows, seq, dtype=torch.long, device=device)
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)
         self.slots = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -167,25 +167,19 @@ class DecodeStep:
         return self.logits[:count]
 
 
-class Decoder:
-    """Steps of few new tokens over one cache: through graphs where the model's kernels allow that, else as every forward pass."""
+def decode(model: DeepseekV2, cache: LatentCache, ids: Tensor, rows: list[int] | None = None) -> Tensor:
+    """ids [rows, seq] continue these rows of the cache, or all -> logits [rows, seq, vocab]; the cache's lengths follow.
 
-    def __init__(self, model: DeepseekV2, cache: LatentCache) -> None:
-        self.model, self.cache = model, cache
-        self.steps: dict[tuple[int, int], DecodeStep] = {}
-        self.place = 0
-
-    def __call__(self, ids: Tensor, rows: list[int] | None = None) -> Tensor:
-        """ids [rows, seq] continue these rows of the cache, or all -> logits [rows, seq, vocab]; the cache's lengths follow."""
-        cache, seq = self.cache, ids.shape[1]
-        rows = list(range(len(cache.lengths))) if rows is None else rows
-        cache.reserve(max(cache.lengths[row] for row in rows) + seq)
-        if cache.layers[0].data_ptr() != self.place:  # it has grown and lies elsewhere
-            self.place, self.steps = cache.layers[0].data_ptr(), {}
-        size = next((size for size in ROWS if size >= len(rows)), len(rows))
-        if (size, seq) not in self.steps:
-            self.steps[size, seq] = DecodeStep(self.model, cache, size, seq, self.model.graphs)
-        logits = self.steps[size, seq](ids, [cache.lengths[row] for row in rows], rows)
-        for row in rows:
-            cache.lengths[row] += seq
-        return logits
+    The cache keeps the steps that were made for it, so that a graph serves many answers.
+    """
+    seq = ids.shape[1]
+    rows = list(range(len(cache.lengths))) if rows is None else rows
+    starts = [cache.lengths[row] for row in rows]
+    cache.reserve(max(starts) + seq)
+    size = next((size for size in ROWS if size >= len(rows)), len(rows))
+    if (size, seq) not in cache.steps:
+        cache.steps[size, seq] = DecodeStep(model, cache, size, seq, model.graphs)
+    logits = cache.steps[size, seq](ids, starts, rows)
+    for row in rows:
+        cache.lengths[row] += seq
+    return logits

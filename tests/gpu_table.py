@@ -1,0 +1,115 @@
+"""Measure a model on a GPU over batch sizes, contexts and formats, and write one JSON and one Markdown file.
+
+    python tests/gpu_table.py OUT CONFIG [--formats bfloat16,int8,int4] [--batch 1,8,32,128] [--context 64,4096,32768]
+                              [--prefill 4096] [--generate 64] [-r 3] [--against transformers] [--device cuda]
+
+Weights are random, made on the device from CONFIG alone. Every row's ceilings (reading memory, torch's matrix product) are
+measured just before it. What does not fit into the memory is left out, and said. The tables of the issue:
+
+    python tests/gpu_table.py v2-lite tests/data/configs/DeepSeek-V2-Lite --against transformers
+    python tests/gpu_table.py v2 tests/data/configs/DeepSeek-V2-Chat --formats int4
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dsv2cli.cli import options as opt
+from dsv2cli.cli.bench import ranged, shares
+from dsv2cli.device import device_name, peak_memory_bytes
+from dsv2cli.engine import benchmark
+from dsv2cli.model import size
+
+SPARE = 0.9  # of the memory: activations, and what else runs there
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def works(options: argparse.Namespace) -> Iterator[benchmark.Work]:
+    for context in options.context:
+        for batch in options.batch:
+            prompt = min(64, context)
+            yield benchmark.Work(prompt, options.generate, context - prompt, batch)
+    for length in options.prefill:
+        yield benchmark.Work(length, 2)
+
+
+def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
+    """One row a piece of work."""
+    quantize = opt.Quantize(format) if format in size.PACKED_BITS else opt.Quantize.none
+    dtype = opt.Dtype.bfloat16 if format in size.PACKED_BITS else opt.Dtype(format)
+    opened = opt.open_model(None, opt.Compute(options.device, dtype, quantize=quantize, kernels=opt.KernelsChoice(options.kernels)), options.config)
+    model = opened.model
+    memory = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else None
+    twin = benchmark.transformers_twin(model, opened.folder) if options.against and quantize is opt.Quantize.none else None
+    for work in works(options):
+        tokens = work.batch * (work.depth + work.prompt + work.generate)
+        needed = size.weights_bytes(model.config, format, "bfloat16") + tokens * size.kv_bytes_per_token(model.config, "bfloat16")
+        facts = {"format": format, "kernels": opened.plan.path} | work.as_json()
+        if memory is not None and needed > SPARE * memory:
+            yield facts | {"left_out": f"weights and cache take {needed / 1e9:.0f} GB"}
+            continue
+        beside = twin if work.batch == 1 and work.depth + work.prompt <= 4096 else None
+        for timing in benchmark.run(model, work, options.repetitions, beside, kernels=opened.plan.kernels):
+            yield facts | timing.as_json() | shares(model, timing) | {"peak_memory_bytes": peak_memory_bytes(model.device)}
+        if options.profile and work.batch == 1:
+            yield facts | {"profile": benchmark.profile(model, work)}
+
+
+def markdown(facts: dict) -> str:
+    columns = ["format", "engine", "batch", "context", "decode tok/s", "of reading", "prefill tok/s", "of GEMM", "GB/s", "TFLOP/s"]
+    lines = [f"{facts['model']} on {facts['device']}, torch {facts['torch']}: `{facts['command']}`", ""]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for run in facts["runs"]:
+        if "profile" in run:
+            continue
+        start = [run["format"], run.get("engine", "dsv2"), run["batch"], run["depth"] + run["prompt_tokens"]]
+        if "left_out" in run:
+            lines.append(f"| {' | '.join(map(str, start))} | left out: {run['left_out']} |")
+            continue
+        decode = ranged(run["decode_tokens_per_second"]) if run["generated_tokens"] > 2 else ""
+        share = f"{run['decode_share_of_bandwidth']:.0%}" if "decode_share_of_bandwidth" in run and decode else ""
+        ceilings = [f"{run['read_bytes_per_second']['median'] / 1e9:.0f}", f"{run['gemm_flops_per_second']['median'] / 1e12:.3g}"]
+        row = [*start, decode, share, ranged(run["prefill_tokens_per_second"]), f"{run['prefill_share_of_gemm']:.0%}", *ceilings]
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="OUT.json and OUT.md are written, anew after every row")
+    parser.add_argument("config")
+    parser.add_argument("--formats", default="bfloat16,int8,int4")
+    parser.add_argument("--batch", type=numbers, default=[1, 8, 32, 128])
+    parser.add_argument("--context", type=numbers, default=[64, 4096, 32768])
+    parser.add_argument("--prefill", type=numbers, default=[4096])
+    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("-r", "--repetitions", type=int, default=3)
+    parser.add_argument("--against", choices=["transformers"])
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    facts = {"model": Path(options.config).name, "device": "", "torch": torch.__version__, "command": f"python {' '.join(sys.argv)}", "runs": []}
+    for format in options.formats.split(","):
+        for run in measure(options, format):
+            facts["device"] = device_name(torch.device(options.device))
+            facts["runs"].append(run)
+            Path(f"{options.out}.json").write_text(json.dumps(facts, indent=1) + "\n")
+            Path(f"{options.out}.md").write_text(markdown(facts))
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(Path(f"{options.out}.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,7 @@ class NoDriver:
 
 
 COMPILED: dict[str, object] = {}
+LAUNCHED: list[str] = []
 
 
 def compile_only(capability: int) -> None:
@@ -57,6 +58,7 @@ def compile_only(capability: int) -> None:
     def run(self, *arguments, **options):
         kernel = launch(self, *arguments, **options | {"warmup": True})
         COMPILED[kernel.hash] = kernel
+        LAUNCHED.append(kernel.metadata.name)
         return kernel
 
     JITFunction.run = run
@@ -96,6 +98,9 @@ def main() -> None:
     path, bits, capability = sys.argv[1:]
     compile_only(int(capability))
     compile_steps(shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else int(bits), [1, 64])
+    # The first step: a dense layer, and one of experts up to the head's own launch.
+    layer = LAUNCHED[LAUNCHED.index("few_down_kernel") + 1 :]
+    print(f"one token: {layer.index('few_down_kernel') + 1} launches a layer")
     for kernel in COMPILED.values():
         print(f"{kernel.metadata.name}: {kernel.metadata.num_warps} warps, {resources(kernel)}")
 

@@ -96,6 +96,11 @@ def test_the_gpus_own_instructions_unpack_every_code():
                 assert (got >> (8 * j) & 255) == int(CODEBOOK[code]) & 255
 
 
+def added(x, feed, first=0):
+    out = x.clone()
+    return gpu_experts.run(out, feed, out, first)
+
+
 ROUTINGS = [(8, 2, 1, 1, False), (20, 3, 5, 2, False), (6, 2, 1, 1, True), (64, 6, 1, 1, False), (160, 6, 8, 3, False)]
 
 
@@ -128,13 +133,13 @@ def test_experts_equal_the_plain_ones(routing, hidden, width, shared, kind, dtyp
         inner = rms_norm(x, norm, 1e-6)
         index, weight = experts.route(linear(inner.float(), router), top_k, *rest, 2.5)
         routed, mlp = experts.run_experts(inner, index, weight, gate_up, down), gated_mlp(inner, shared_gate_up, shared_down) if shared else 0
-        close(gpu_experts.run(x.clone(), feed), x + routed + mlp, 2 * ROUNDING[dtype])
+        close(added(x, feed), x + routed + mlp, 2 * ROUNDING[dtype])
         if shared:
-            close(gpu_experts.run(x.clone(), dense), x + mlp, 2 * ROUNDING[dtype])
+            close(added(x, dense), x + mlp, 2 * ROUNDING[dtype])
         if kind == 16:  # as one of several ranks, with experts 2 to 4
             some = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up[2:5]), table(down[2:5]), None, None)
             wanted = x + experts.run_experts(inner, index, weight, gate_up[2:5], down[2:5], first=2)
-            close(gpu_experts.run(x.clone(), some, first=2), wanted, 2 * ROUNDING[dtype])
+            close(added(x, some, 2), wanted, 2 * ROUNDING[dtype])
 
 
 def test_scores_that_are_no_numbers_harm_nobody_else():
@@ -143,9 +148,9 @@ def test_scores_that_are_no_numbers_harm_nobody_else():
     feed = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(8, 2, 1, 1, False, 1.0), table(gate_up), table(down), None, None)
     for count in (3, gpu_experts.FEW + 1):
         x = random(count, 32)
-        alone = gpu_experts.run(x.clone(), feed)
+        alone = added(x, feed)
         x[1] = float("nan")
-        assert torch.equal(gpu_experts.run(x, feed)[2:], alone[2:])
+        assert torch.equal(added(x, feed)[2:], alone[2:])
 
 
 # Heads, nope, rope, value, rank: tiny, V2-Lite's own, and odd.

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from dsv2cli.checkpoint.quantize import quantize_checkpoint
 from dsv2cli.checkpoint.weights import destinations, empty_model, load_model, random_model, weights_bytes
 from dsv2cli.cli.options import Plan, ranks_needed, refuse_what_does_not_fit
-from dsv2cli.engine.generate import Request, generate_batch
+from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.errors import UsageError
 from dsv2cli.kernels import native
@@ -163,6 +163,39 @@ def test_ranks_on_a_cpu_use_its_kernels(bits, tmp_path):
     mp.spawn(compare_fast, args=(2, free_port(), bits, str(folder), str(tmp_path / "out")), nprocs=2)
     together, alone = json.loads((tmp_path / "out").read_text())
     assert together < 1.5 * alone + 0.01
+
+
+def compare_triton(rank, size, port, bits, out):
+    """As compare, through the interpreted Triton kernels: prefill, and steps of which the leader tells; against plain torch."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    model = load_model(Path(V2), CPU, bits=bits, team=Team(rank, size))
+    use_kernels(model, None, triton=True)
+    if rank > 0:
+        follow(model)
+    else:
+        alone, prompt = load_model(Path(V2), CPU, bits=bits), [5, 6, 7]
+        with torch.inference_mode():
+            texts = [[row[0].id for row in generate_batch(one, [prompt], Request(SamplingParams(0.0), 3), one.new_cache())] for one in (model, alone)]
+            rows = []
+            for one in (model, alone):
+                cache = one.new_cache(2)
+                prefill(one, [prompt, [8]], cache)
+                rows.append(decoder(one, cache)(torch.tensor([[9]]), [1])[0, 0].clone())
+        model.stop()
+        Path(out).write_text(json.dumps([model.stepwise, texts, float((rows[0] - rows[1]).abs().max())]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_ranks_decode_together_in_steps_of_their_kernels(bits, tmp_path):
+    pytest.importorskip("triton")
+    mp.spawn(compare_triton, args=(2, free_port(), bits, str(tmp_path / "out")), nprocs=2)
+    stepwise, (together, alone), distance = json.loads((tmp_path / "out").read_text())
+    assert together == alone and distance < 1e-3
+    assert stepwise == (bits is None), "packed, the small heads are all one rank's, and products go one by one"
 
 
 def free_port():

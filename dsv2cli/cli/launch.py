@@ -20,6 +20,7 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import Store
 
     from dsv2cli.team import Team
@@ -39,15 +40,17 @@ def torchrun_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and LAUNCHED not in os.environ else 1
 
 
-def connect(store: Store, rank: int, size: int, cuda: bool) -> Team:
+def connect(store: Store, rank: int, size: int, device: torch.device, one_shot: bool) -> Team:
+    """`one_shot`: sum through memory that all GPUs see, where there is such a thing."""
     import torch.distributed as dist
 
-    from dsv2cli.team import Team
+    from dsv2cli.team import Team, shared_memory
 
     if LAUNCHED in os.environ or torchrun_size() == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # all are on this machine
+    cuda = device.type == "cuda"
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-    return Team(rank, size)
+    return Team(rank, size, shared_memory(rank, device) if cuda and one_shot else None)
 
 
 class Crew:
@@ -126,7 +129,7 @@ def restore(settings: Any) -> None:
         termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, settings)
 
 
-def gather(size: int, orders: dict[str, Any], cuda: bool) -> Team:
+def gather(size: int, orders: dict[str, Any], device: torch.device, one_shot: bool) -> Team:
     """The team of `size` with this process as its leader. `orders` tell the others what to load. Raises Dsv2Error."""
     import torch.distributed as dist
 
@@ -137,7 +140,7 @@ def gather(size: int, orders: dict[str, Any], cuda: bool) -> Team:
             store, rank = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False), 0
             Crew(size, store.port)
         store.set(ORDERS, json.dumps(orders))
-        return connect(store, rank, size, cuda)
+        return connect(store, rank, size, device, one_shot)
     except (RuntimeError, OSError) as error:
         raise Dsv2Error(f"{size} processes could not be brought together", why=str(error).splitlines()[0], fix="fewer --gpus") from None
 

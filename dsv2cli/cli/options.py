@@ -238,7 +238,7 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
         why = refusal(config, device if apart is None else torch.device("cpu"), dtype)
         library = None if why else library
     triton, no_triton = pick_triton(compute.kernels, config, device)
-    graphs = triton and device.type == "cuda" and ranks == 1 and apart is None and compute.kernels is not KernelsChoice.triton_eager
+    graphs = triton and device.type == "cuda" and apart is None and compute.kernels is not KernelsChoice.triton_eager
     names = [library.path] if library is not None else []
     names += ["triton with CUDA graphs" if graphs else "triton"] if triton else []
     why = no_triton if device.type == "cuda" else "" if triton else why
@@ -370,7 +370,7 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
     team = ALONE
     if plan.ranks > 1:
         orders = {"model": name, "random_weights": random_weights, "compute": compute.as_json()}
-        team = launch.gather(plan.ranks, orders, plan.device.type == "cuda")
+        team = launch.gather(plan.ranks, orders, plan.device, plan.triton)
     model = load(found, plan, compute, random_weights is not None, team)
     return Opened(**vars(found), model=model, plan=plan, load_seconds=time.perf_counter() - began)
 

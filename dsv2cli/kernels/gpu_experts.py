@@ -305,15 +305,21 @@ def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     return index, weight
 
 
-def run(x: Tensor, feed: Feed, first: int = 0) -> Tensor:
-    """x [tokens, hidden] += the layer's MLP of norm(x), in place; gives x. The experts here are `first` and those after it."""
-    assert x.is_contiguous()
-    return few(x, feed, first) if x.shape[0] <= FEW else many(x, feed, first)
+def run(x: Tensor, feed: Feed, out: Tensor, first: int = 0) -> Tensor:
+    """out += the layer's MLP of norm(x), in place, and may be x itself. Both [tokens, hidden]
+
+    The experts here are `first` and those after it; of what a rank has nothing, nothing is added.
+    """
+    assert x.is_contiguous() and out.is_contiguous()
+    if feed.gate_up is None and feed.shared_gate_up is None:
+        return out
+    return few(x, feed, out, first) if x.shape[0] <= FEW else many(x, feed, out, first)
 
 
-def few(x: Tensor, feed: Feed, first: int) -> Tensor:
+def few(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     count, cols = x.shape
-    routing, routed = feed.routing, feed.gate_up is not None
+    routed = feed.gate_up is not None
+    routing = feed.routing if routed else NO_ROUTING
     up, down = feed.gate_up or feed.shared_gate_up, feed.down or feed.shared_down
     assert up is not None and down is not None
     shared_up, shared_down = feed.shared_gate_up or up, feed.shared_down or down
@@ -333,16 +339,16 @@ def few(x: Tensor, feed: Feed, first: int) -> Tensor:
         TOP_K=routing.top_k, num_warps=8,
     )  # fmt: skip
     few_down_kernel[(-(-cols // down.block_rows), count)](
-        hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, index, weight, x, cols, width, shared_width,
+        hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, index, weight, out, cols, width, shared_width,
         down.codes.stride(0), down.scales.stride(0), first, down.codes.shape[0] if routed else 0, KIND=down.kind, GROUP=down.group,
         ROWS=down.block_rows, CHUNK=down.chunk, TOP_K=routing.top_k, SHARED=shared_width > 0, num_warps=8,
     )  # fmt: skip
-    return x
+    return out
 
 
-def many(x: Tensor, feed: Feed, first: int) -> Tensor:
+def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     count, cols = x.shape
-    routing = feed.routing
+    routing = feed.routing if feed.gate_up is not None else NO_ROUTING
     parts = shared = x
     if feed.gate_up is not None and feed.down is not None:
         inner, logits = router_logits(x, feed)
@@ -354,9 +360,9 @@ def many(x: Tensor, feed: Feed, first: int) -> Tensor:
         shared = grouped(inner, x.new_zeros(count, 1, dtype=torch.int32), None, feed.shared_gate_up, feed.shared_down)
     chunk = min(1024, triton.next_power_of_2(cols))
     gather_kernel[(count, -(-cols // chunk))](
-        parts, shared, x, cols, TOP_K=routing.top_k, SHARED=feed.shared_gate_up is not None, CHUNK=chunk
+        parts, shared, out, cols, TOP_K=routing.top_k, SHARED=feed.shared_gate_up is not None, CHUNK=chunk
     )
-    return x
+    return out
 
 
 def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:

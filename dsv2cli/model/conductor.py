@@ -23,7 +23,7 @@ from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import DeepseekV2
 
-STOP, FORWARD, LOGITS, REPEAT, FILL, FORGET, NEW = range(7)
+STOP, FORWARD, LOGITS, REPEAT, FILL, FORGET, NEW, DECODE = range(8)
 NAMING = 3.0  # seconds
 INLINE = 256  # numbers in one message; what is longer follows in a second one
 
@@ -134,6 +134,13 @@ class Leader(DeepseekV2):
             self.tell(FORWARD, cache.number, cache.index, cache.capacity, batch, seq, *cache.lengths, *input_ids.flatten().tolist())
             return super().forward(input_ids, cache, new_tokens)
 
+    @contextmanager
+    def together(self, cache: LatentCache, seq: int, rows: list[int]) -> Iterator[None]:
+        assert isinstance(cache, LeaderCache) and cache.index < 0
+        with whole():
+            self.tell(DECODE, cache.number, cache.capacity, seq, len(rows), *rows, *(cache.lengths[row] for row in rows))
+            yield
+
     def logits(self, hidden: Tensor) -> Tensor:
         with whole():
             self.tell(LOGITS, *hidden.shape)
@@ -171,8 +178,22 @@ def follow(model: DeepseekV2) -> None:
             hidden = torch.empty(numbers, dtype=model.dtype, device=model.device)
             dist.broadcast(hidden, 0)
             model.logits(hidden)
+        elif what == DECODE:
+            decode_step(model, caches, numbers)
         else:
             step(model, caches, numbers)
+
+
+def decode_step(model: DeepseekV2, caches: dict[int, LatentCache], numbers: list[int]) -> None:
+    from dsv2cli.model.gpu import decode  # needs triton
+
+    number, capacity, seq, count, *rest = numbers
+    cache, rows = caches[number], rest[:count]
+    if cache.capacity < capacity:
+        cache.grow(capacity)
+    for row, length in zip(rows, rest[count:], strict=True):
+        cache.lengths[row] = length
+    decode(model, cache, torch.zeros(count, seq, dtype=torch.long, device=model.device), rows)  # the leader's ids follow
 
 
 def step(model: DeepseekV2, caches: dict[int, LatentCache], numbers: list[int]) -> None:

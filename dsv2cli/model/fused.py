@@ -150,8 +150,7 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False
     if triton:
         from dsv2cli.model.gpu import use_gpu_kernels
 
-        use_gpu_kernels(model)
-        model.stepwise, model.graphs = whole, whole and graphs
+        use_gpu_kernels(model, graphs)
 
 
 def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP, only_experts: bool = False) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dsv2cli.kernels import gpu_attention, gpu_experts, gpu_linear
 from dsv2cli.kernels.gpu_linear import Table, table
+from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
 
@@ -31,6 +33,7 @@ class GpuLayer:
         self.q_b = table(attention.q_b_proj.weight) if self.low else None
         self.kv_a, self.o = table(attention.kv_a_proj_with_mqa.weight), table(attention.o_proj.weight)
         self.mlp = feed_of(layer)
+        self.first = layer.mlp.first if isinstance(layer.mlp, MoE) else 0
 
     def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
         return self.feed(self.attend(x, step, index))
@@ -50,10 +53,15 @@ class GpuLayer:
             q, kv, attention.kv_a_layernorm.weight, attention.kv_b_proj.weight, step.rotary.flatten(0, 1), positions, slots,
             step.cache.layers[index], self.shape,
         )  # fmt: skip
+        if attention.team.size > 1:
+            return x + attention.team.sum(gpu_linear.linear(out, self.o)).view_as(x)
         return gpu_linear.linear(out, self.o, residual=flat).view_as(x)
 
     def feed(self, x: Tensor) -> Tensor:
-        return gpu_experts.run(x.flatten(0, 1), self.mlp).view_as(x)
+        flat, team = x.flatten(0, 1), self.layer.self_attn.team
+        if team.size > 1:
+            return x + team.sum(gpu_experts.run(flat, self.mlp, torch.zeros_like(flat), self.first)).view_as(x)
+        return gpu_experts.run(flat, self.mlp, flat).view_as(x)
 
 
 def feed_of(layer: Layer) -> gpu_experts.Feed:
@@ -61,7 +69,7 @@ def feed_of(layer: Layer) -> gpu_experts.Feed:
     if not isinstance(mlp, MoE):
         assert isinstance(mlp, MLP)
         return gpu_experts.Feed(
-            norm.weight, norm.eps, None, gpu_experts.NO_ROUTING, None, None, table(mlp.gate_up_proj), table(mlp.down_proj)
+            norm.weight, norm.eps, None, gpu_experts.NO_ROUTING, None, None, part(mlp.gate_up_proj), part(mlp.down_proj)
         )
     grouped, top_k = config.topk_method == "group_limited_greedy", config.num_experts_per_tok or 0
     routing = gpu_experts.Routing(
@@ -70,19 +78,25 @@ def feed_of(layer: Layer) -> gpu_experts.Feed:
     )  # fmt: skip
     shared = mlp.shared_experts
     return gpu_experts.Feed(
-        norm.weight, norm.eps, mlp.gate.weight, routing, table(mlp.experts.gate_up_proj), table(mlp.experts.down_proj),
-        table(shared.gate_up_proj) if shared else None, table(shared.down_proj) if shared else None,
+        norm.weight, norm.eps, mlp.gate.weight, routing, part(mlp.experts.gate_up_proj), part(mlp.experts.down_proj),
+        part(shared.gate_up_proj) if shared else None, part(shared.down_proj) if shared else None,
     )  # fmt: skip
 
 
-def use_gpu_kernels(model: DeepseekV2) -> None:
+def part(weight: Tensor | Quantized) -> Table | None:
+    """None where a rank of a team holds nothing of it."""
+    return None if 0 in weight.shape else table(weight)
+
+
+def use_gpu_kernels(model: DeepseekV2, graphs: bool = False) -> None:
     """Run layers through the Triton kernels from now on.
 
-    A team's layers, which sum between their parts, and those whose experts lie in RAM run product by product; a product
+    Layers whose experts lie in RAM run product by product, and so do those of a team in which a rank has no head; a product
     that another kernel has already stays there.
     """
     apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
-    whole = not apart and model.team.size == 1
+    whole = not apart and model.heads_everywhere
+    model.stepwise, model.graphs = whole, whole and graphs
     for module in model.modules():
         if isinstance(module, Linear) and module.product is None:
             if 0 not in module.weight.shape and module.weight.device == model.device and module.bias is None:
@@ -133,10 +147,12 @@ class DecodeStep:
             self.capture()
 
     def run(self) -> None:
-        seq = self.ids.shape[1]
+        seq, team = self.ids.shape[1], self.model.team
+        if team.size > 1:
+            dist.broadcast(self.ids, 0)
         positions = torch.where(self.starts[:, None] >= 0, self.starts[:, None] + torch.arange(seq, device=self.ids.device), -1)
         step = Step(positions, self.table[positions], self.cache, self.cache.capacity, slots=self.slots)
-        self.logits = self.model.logits(self.model.run(self.ids, step))
+        self.logits = DeepseekV2.logits(self.model, self.model.run(self.ids, step))  # a leader's own would tell the others
         self.starts += torch.where(self.starts >= 0, seq, 0)
 
     def capture(self) -> None:
@@ -177,9 +193,10 @@ def decode(model: DeepseekV2, cache: LatentCache, ids: Tensor, rows: list[int] |
     starts = [cache.lengths[row] for row in rows]
     cache.reserve(max(starts) + seq)
     size = next((size for size in ROWS if size >= len(rows)), len(rows))
-    if (size, seq) not in cache.steps:
-        cache.steps[size, seq] = DecodeStep(model, cache, size, seq, model.graphs)
-    logits = cache.steps[size, seq](ids, starts, rows)
+    with model.together(cache, seq, rows):
+        if (size, seq) not in cache.steps:
+            cache.steps[size, seq] = DecodeStep(model, cache, size, seq, model.graphs)
+        logits = cache.steps[size, seq](ids, starts, rows)
     for row in rows:
         cache.lengths[row] += seq
     return logits

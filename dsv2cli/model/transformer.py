@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -294,7 +295,9 @@ class DeepseekV2(nn.Module):
         self.share = share
         self.model = Decoder(config, share, team)
         self.lm_head = Linear(config.hidden_size, len(share.vocab))
-        self.vocab_widths = [len(share_of(config, rank, team.size, group).vocab) for rank in range(team.size)]
+        shares = [share_of(config, rank, team.size, group) for rank in range(team.size)]
+        self.vocab_widths = [len(share.vocab) for share in shares]
+        self.heads_everywhere = all(share.heads for share in shares)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
@@ -326,6 +329,10 @@ class DeepseekV2(nn.Module):
 
     def new_cache(self, batch: int = 1) -> LatentCache:
         return LatentCache(self.config, batch, self.devices, self.dtype)
+
+    def together(self, cache: LatentCache, seq: int, rows: list[int]) -> AbstractContextManager[None]:
+        """What a step of `seq` tokens for some rows is made in: a team's leader tells the others to make it, too."""
+        return nullcontext()
 
     def forward(self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None) -> Tensor:
         """input_ids [batch, seq] -> hidden states after the last norm [batch, seq, hidden].

@@ -58,6 +58,7 @@ class Team:
     rank: int = 0
     size: int = 1
     shared: SharedMemory | None = None
+    sequences: bool = False  # whether each attends for sequences of its own, with all heads, instead of for all with some heads
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, in all of them. May reuse x."""
@@ -68,15 +69,15 @@ class Team:
             dist.all_reduce(x)
         return x
 
-    def join(self, x: Tensor, widths: list[int]) -> Tensor:
-        """Every rank's columns side by side, in all of them; rank i has widths[i]. x [rows, own] -> [rows, sum of widths]"""
+    def join(self, x: Tensor, sizes: list[int], dim: int) -> Tensor:
+        """Every rank's part side by side along `dim` (0 or 1), in all of them; rank i has sizes[i] there. x [rows, columns]"""
         if self.size == 1:
             return x
-        padded = x.new_zeros(x.shape[0], max(widths))
-        padded[:, : x.shape[1]] = x
-        parts = [torch.empty_like(padded) for _ in widths]
+        padded = x.new_zeros((max(sizes), x.shape[1]) if dim == 0 else (x.shape[0], max(sizes)))
+        padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+        parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+        return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
 
 
 ALONE = Team()

@@ -69,6 +69,7 @@ def bench(
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
     quantize: opt.QuantizeOption = opt.Quantize.none,
     gpus: opt.GpusOption = None,
+    split_attention: opt.SplitAttentionOption = opt.SplitAttention.heads,
     placement: opt.PlacementOption = None,
     max_memory: opt.MaxMemoryOption = None,
     offload_folder: opt.OffloadFolderOption = None,
@@ -88,7 +89,7 @@ def bench(
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     if plot and output is not Output.table:
         raise UsageError("--plot goes with the table", fix="--svg FILE.svg, or leave --format out")
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts), random_weights)
+    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts, split_attention), random_weights)
 
     from dsv2cli.checkpoint.weights import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes

@@ -72,6 +72,7 @@ def complete(
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
     quantize: opt.QuantizeOption = opt.Quantize.none,
     gpus: opt.GpusOption = None,
+    split_attention: opt.SplitAttentionOption = opt.SplitAttention.heads,
     placement: opt.PlacementOption = None,
     max_memory: opt.MaxMemoryOption = None,
     offload_folder: opt.OffloadFolderOption = None,
@@ -97,9 +98,11 @@ def complete(
         raise UsageError("Both --regex and --json-schema are given", fix="leave one of them out")
     if source in ("--batch", "--jsonl") and (samples > 1 or speculate or dry_run or echo or fail_on_length):
         raise UsageError(f"{source} goes without --samples, --speculate, --dry-run, --echo and --fail-on-length")
+    if split_attention is opt.SplitAttention.sequences and source not in ("--batch", "--jsonl") and not dry_run:
+        raise UsageError("--split-attention sequences is for --batch", why="one sequence can be attended to by one rank alone", fix="leave it out")
     if speculate and samples > 1:
         raise UsageError("--speculate is for one answer at a time", fix="leave --samples out")
-    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts)
+    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts, split_attention)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
     text = ui.read_stdin() + (prompt or "") if source == "a text" else None
 
@@ -225,9 +228,10 @@ def show_plan(
         "device": str(plan.device),
         "weights": plan.format,
         "ranks": plan.ranks,
+        "split_attention": compute.split_attention.value,
         "places": plan.places,
         "experts": None if plan.apart is None else opt.apart_line(config, plan),
-        "weights_bytes_by_rank": size.bytes_by_rank(config, plan.format, dtype, plan.ranks),
+        "weights_bytes_by_rank": size.bytes_by_rank(config, plan.format, dtype, plan.ranks, plan.sequences),
         "cache_bytes": length * size.kv_bytes_per_token(config, dtype),
         "attention": compute.attention.value,
         "kernels": plan.path,

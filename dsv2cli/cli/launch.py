@@ -40,8 +40,8 @@ def torchrun_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and LAUNCHED not in os.environ else 1
 
 
-def connect(store: Store, rank: int, size: int, device: torch.device, one_shot: bool) -> Team:
-    """`one_shot`: sum through memory that all GPUs see, where there is such a thing."""
+def connect(store: Store, rank: int, size: int, device: torch.device, one_shot: bool, sequences: bool) -> Team:
+    """`one_shot`: sum through memory that all GPUs see, where there is such a thing; `sequences` as for Team."""
     import torch.distributed as dist
 
     from dsv2cli.team import Team, shared_memory
@@ -50,7 +50,7 @@ def connect(store: Store, rank: int, size: int, device: torch.device, one_shot: 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # all are on this machine
     cuda = device.type == "cuda"
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-    return Team(rank, size, shared_memory(rank, device) if cuda and one_shot else None)
+    return Team(rank, size, shared_memory(rank, device) if cuda and one_shot else None, sequences)
 
 
 class Crew:
@@ -129,7 +129,7 @@ def restore(settings: Any) -> None:
         termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, settings)
 
 
-def gather(size: int, orders: dict[str, Any], device: torch.device, one_shot: bool) -> Team:
+def gather(size: int, orders: dict[str, Any], device: torch.device, one_shot: bool, sequences: bool) -> Team:
     """The team of `size` with this process as its leader. `orders` tell the others what to load. Raises Dsv2Error."""
     import torch.distributed as dist
 
@@ -140,7 +140,7 @@ def gather(size: int, orders: dict[str, Any], device: torch.device, one_shot: bo
             store, rank = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False), 0
             Crew(size, store.port)
         store.set(ORDERS, json.dumps(orders))
-        return connect(store, rank, size, device, one_shot)
+        return connect(store, rank, size, device, one_shot, sequences)
     except (RuntimeError, OSError) as error:
         raise Dsv2Error(f"{size} processes could not be brought together", why=str(error).splitlines()[0], fix="fewer --gpus") from None
 

@@ -51,6 +51,10 @@ class Quantize(str, Enum):
     none, int8, int4 = "none", "int8", "int4"
 
 
+class SplitAttention(str, Enum):
+    heads, sequences = "heads", "sequences"
+
+
 CURSOR = "<CURSOR>"  # where a file is to be filled in
 
 # Steps of so small a model are shorter than waking a second thread, and on a busy machine they would wait for it.
@@ -79,6 +83,7 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Def
 AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
 KernelsOption = Annotated[KernelsChoice, typer.Option(help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs), C++ on a CPU, not for tiny models; off: plain torch.")]
 GpusOption = Annotated[int | None, typer.Option(min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes.")]
+SplitAttentionOption = Annotated[SplitAttention, typer.Option(help="How --gpus share attention: some heads of every sequence each, or, for batches, some sequences each.")]
 PlacementOption = Annotated[str | None, typer.Option(metavar="auto|FILE.json", help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.")]
 MaxMemoryOption = Annotated[str | None, typer.Option(metavar="0=75GB,cpu=200GB", help="Memory that --placement auto may fill on each device; the rest goes to disk.")]
 ExpertsOption = Annotated[Experts, typer.Option(help="cpu: keep routed experts in RAM and compute them there, as many as the GPU has no room for.")]
@@ -115,6 +120,11 @@ class Compute:
     max_memory: str | None = None
     offload_folder: Path | None = None
     experts: Experts = Experts.auto
+    split_attention: SplitAttention = SplitAttention.heads
+
+    @property
+    def sequences(self) -> bool:
+        return self.split_attention is SplitAttention.sequences
 
     @property
     def bits(self) -> int | None:
@@ -126,7 +136,7 @@ class Compute:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Compute:
-        kinds = {"experts": Experts, "dtype": Dtype, "attention": AttentionPath, "kernels": KernelsChoice, "quantize": Quantize}
+        kinds = {"experts": Experts, "dtype": Dtype, "attention": AttentionPath, "kernels": KernelsChoice, "quantize": Quantize, "split_attention": SplitAttention}
         return cls(**{key: kinds[key](value) if key in kinds else value for key, value in values.items()})
 
 
@@ -187,6 +197,7 @@ class Plan:
     apart: int | None = None  # with the routed experts in RAM: in how many layers they are not
     triton: bool = False  # whether the Triton kernels run what lies on the GPU
     graphs: bool = False  # and whole decode steps as CUDA graphs
+    sequences: bool = False  # whether each rank attends for sequences of its own
 
 
 @dataclass
@@ -225,6 +236,8 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     small = weights_bytes(config, "bfloat16") < SMALL_MODEL_BYTES
     format = format_of(config, compute, dtype)
     ranks = count_ranks(config, compute, device, format, str(dtype).removeprefix("torch."))
+    if compute.sequences and ranks == 1:
+        raise UsageError("--split-attention sequences is for several ranks", fix="--gpus N with it, or leave it out")
     if device.type == "cuda" and ranks > 1:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -242,7 +255,7 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     names = [library.path] if library is not None else []
     names += ["triton with CUDA graphs" if graphs else "triton"] if triton else []
     why = no_triton if device.type == "cuda" else "" if triton else why
-    plan = Plan(device, dtype, format, library, " and ".join(names) or "plain torch", why, ranks, apart=apart, triton=triton, graphs=graphs)
+    plan = Plan(device, dtype, format, library, " and ".join(names) or "plain torch", why, ranks, apart=apart, triton=triton, graphs=graphs, sequences=compute.sequences)
     if device.type == "cuda" and apart is None:
         refuse_what_does_not_fit(config, plan, gpu_memories())
     return plan
@@ -298,12 +311,12 @@ def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) ->
     return compute.quantize.value
 
 
-def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: list[int]) -> int:
+def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: list[int], sequences: bool = False) -> int:
     """The fewest GPUs whose memories [bytes each] hold the weights with a tenth to spare, or all of them."""
     from dsv2cli.model.size import bytes_by_rank
 
     for count in range(1, len(memories)):
-        if all(need < 0.9 * has for need, has in zip(bytes_by_rank(config, format, dtype, count), memories, strict=False)):
+        if all(need < 0.9 * has for need, has in zip(bytes_by_rank(config, format, dtype, count, sequences), memories, strict=False)):
             return count
     return len(memories)
 
@@ -313,11 +326,11 @@ def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: lis
     from dsv2cli.model.size import PACKED_BITS, bytes_by_rank
 
     dtype = str(plan.dtype).removeprefix("torch.")
-    most = max(bytes_by_rank(config, plan.format, dtype, plan.ranks))
+    most = max(bytes_by_rank(config, plan.format, dtype, plan.ranks, plan.sequences))
     if most <= min(memories):
         return
     tries = [(ranks, format) for format in (plan.format, *PACKED_BITS) for ranks in range(plan.ranks, max(8, len(memories)) + 1)]
-    fits = [(ranks, format) for ranks, format in tries if max(bytes_by_rank(config, format, dtype, ranks)) < 0.9 * min(memories)]
+    fits = [(ranks, format) for ranks, format in tries if max(bytes_by_rank(config, format, dtype, ranks, plan.sequences)) < 0.9 * min(memories)]
     fits.sort(key=lambda plan: (plan[0] > len(memories), tries.index(plan)))
     nearest = fits[0] if fits else None
     fix = "a smaller checkpoint"
@@ -341,7 +354,7 @@ def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device
 
     ranks = compute.gpus or 1
     if compute.gpus is None and device.type == "cuda" and compute.device in ("auto", "cuda"):
-        ranks = ranks_needed(config, format, dtype, gpu_memories())
+        ranks = ranks_needed(config, format, dtype, gpu_memories(), compute.sequences)
     if (there := launch.torchrun_size()) > 1:
         if compute.gpus not in (None, there):
             raise UsageError(f"--gpus {compute.gpus} under torchrun", why=f"it has started {there} processes", fix="leave --gpus out")
@@ -370,7 +383,7 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
     team = ALONE
     if plan.ranks > 1:
         orders = {"model": name, "random_weights": random_weights, "compute": compute.as_json()}
-        team = launch.gather(plan.ranks, orders, plan.device, plan.triton)
+        team = launch.gather(plan.ranks, orders, plan.device, plan.triton, plan.sequences)
     model = load(found, plan, compute, random_weights is not None, team)
     return Opened(**vars(found), model=model, plan=plan, load_seconds=time.perf_counter() - began)
 

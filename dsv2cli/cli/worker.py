@@ -36,7 +36,7 @@ def work() -> None:
     compute = opt.Compute.from_json(orders["compute"])
     found = opt.find(name, random_weights)
     plan = opt.make_plan(found.config, compute, int(os.environ.get("LOCAL_RANK", rank)))
-    team = launch.connect(store, rank, size, plan.device, plan.triton)
+    team = launch.connect(store, rank, size, plan.device, plan.triton, plan.sequences)
     model = opt.load(found, plan, compute, random_weights is not None, team)
 
     from dsv2cli.model.conductor import follow

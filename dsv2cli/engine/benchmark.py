@@ -266,7 +266,7 @@ class TimedLayer:
 
     def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
         x = self.watch.time("attention", lambda: self.inner.attend(x, step, index))
-        return self.watch.time(self.mlp, lambda: self.inner.feed(x))
+        return self.watch.time(self.mlp, lambda: self.inner.feed(x, step))
 
 
 def timed_step(model: DeepseekV2, logits: Tensor, cache: LatentCache, watch: Stopwatch) -> Tensor:

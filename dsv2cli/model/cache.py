@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.share import split
 
 GRANULE = 256  # capacity grows in steps of this many tokens
 
@@ -19,14 +20,22 @@ class LatentCache:
     `lengths` counts the valid slots of each row; slots beyond are rewritten before any query may see them.
     """
 
-    def __init__(self, config: DeepseekV2Config, batch: int, devices: list[torch.device], dtype: torch.dtype) -> None:
-        """Each layer's on the device that computes it."""
+    def __init__(
+        self, config: DeepseekV2Config, batch: int, devices: list[torch.device], dtype: torch.dtype, rank: int = 0, size: int = 1
+    ) -> None:
+        """Each layer's on the device that computes it. Of `size` ranks that attend for sequences of their own, `rank` has its rows."""
         self.lengths = [0] * batch
+        self.rank, self.parts = rank, [split(batch, 1, other, size) for other in range(size)]  # the rows of each rank
         self.steps: dict[tuple[int, int], Callable[..., Tensor]] = {}  # made for where the layers lie now
         self.layers = [
-            torch.empty(batch, 0, config.cached_dim, device=device, dtype=dtype)  # [batch, capacity, latent + rope]
+            torch.empty(len(self.own), 0, config.cached_dim, device=device, dtype=dtype)  # [batch, capacity, latent + rope]
             for device in devices
         ]
+
+    @property
+    def own(self) -> range:
+        """The rows whose latents are here."""
+        return self.parts[self.rank]
 
     @property
     def capacity(self) -> int:
@@ -61,12 +70,16 @@ class LatentCache:
     def row(self, index: int) -> LatentCache:
         """One row as an empty cache of its own that shares this one's memory; this one must have room already."""
         row = self.alias()
-        row.lengths, row.layers = [0], [layer[index : index + 1] for layer in self.layers]
+        row.parts = [range(int(index in part)) for part in self.parts]
+        first = index - self.own.start if index in self.own else len(self.own)
+        row.lengths, row.layers = [0], [layer[first : first + 1] for layer in self.layers]
         return row
 
     def repeated(self, count: int) -> LatentCache:
         """`count` rows, each a copy of the one row here."""
+        assert len(self.parts) == 1, "another rank may have it"
         many = self.alias()
+        many.parts = [range(count)]
         many.lengths, many.layers = self.lengths * count, [layer.repeat(count, 1, 1) for layer in self.layers]
         return many
 

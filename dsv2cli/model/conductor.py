@@ -124,7 +124,7 @@ class Leader(DeepseekV2):
         number = self.next_number()
         with whole():
             self.tell(NEW, number, batch)
-        return LeaderCache(self, number, self.config, batch, self.devices, self.dtype)
+        return LeaderCache(self, number, self.config, batch, self.devices, self.dtype, *self.row_shares)
 
     def forward(self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None) -> Tensor:
         assert isinstance(cache, LeaderCache), "ranks step together only with a cache"

@@ -26,7 +26,7 @@ class FusedLayer:
         self.attention_part, self.mlp_part = attention_part(layer), mlp_part(layer)
 
     def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
-        return self.feed(self.attend(x, step, index))
+        return self.feed(self.attend(x, step, index), step)
 
     def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
         assert step.cache is not None
@@ -41,7 +41,7 @@ class FusedLayer:
         self.kernels.attention(self.attention_part, flat, step.rotary.contiguous(), lengths, addresses)
         return flat.view_as(x)
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed(self, x: Tensor, step: Step) -> Tensor:
         flat = x.flatten(0, 1).contiguous()
         self.kernels.mlp(self.mlp_part, flat)
         return flat.view_as(x)

@@ -36,7 +36,7 @@ class GpuLayer:
         self.first = layer.mlp.first if isinstance(layer.mlp, MoE) else 0
 
     def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
-        return self.feed(self.attend(x, step, index))
+        return self.feed(self.attend(x, step, index), step)
 
     def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
         attention = self.layer.self_attn
@@ -57,7 +57,7 @@ class GpuLayer:
             return x + attention.team.sum(gpu_linear.linear(out, self.o)).view_as(x)
         return gpu_linear.linear(out, self.o, residual=flat).view_as(x)
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed(self, x: Tensor, step: Step) -> Tensor:
         flat, team = x.flatten(0, 1), self.layer.self_attn.team
         if team.size > 1:
             return x + team.sum(gpu_experts.run(flat, self.mlp, torch.zeros_like(flat), self.first)).view_as(x)
@@ -91,11 +91,11 @@ def part(weight: Tensor | Quantized) -> Table | None:
 def use_gpu_kernels(model: DeepseekV2, graphs: bool = False) -> None:
     """Run layers through the Triton kernels from now on.
 
-    Layers whose experts lie in RAM run product by product, and so do those of a team in which a rank has no head; a product
-    that another kernel has already stays there.
+    Layers whose experts lie in RAM run product by product, and so do those of a team in which a rank has no head, or in which
+    each has sequences of its own; a product that another kernel has already stays there.
     """
     apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
-    whole = not apart and model.heads_everywhere
+    whole = not apart and model.heads_everywhere and not model.team.sequences
     model.stepwise, model.graphs = whole, whole and graphs
     for module in model.modules():
         if isinstance(module, Linear) and module.product is None:

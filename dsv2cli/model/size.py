@@ -106,12 +106,12 @@ def weights_bytes(
     return sum(part.bytes for part in parts(config, format, dtype, group, share))
 
 
-def bytes_by_rank(config: DeepseekV2Config, format: str, dtype: str, size: int) -> list[int]:
-    """What the weights of each rank of a team take."""
+def bytes_by_rank(config: DeepseekV2Config, format: str, dtype: str, size: int, sequences: bool = False) -> list[int]:
+    """What the weights of each rank of a team take; `sequences` as for share_of."""
     group = None
     if format in PACKED_BITS:
         group = config.packed.group if config.packed is not None else GROUP
-    return [weights_bytes(config, format, dtype, share=share_of(config, rank, size, group)) for rank in range(size)]
+    return [weights_bytes(config, format, dtype, share=share_of(config, rank, size, group, sequences)) for rank in range(size)]
 
 
 def own_format(config: DeepseekV2Config) -> str:

@@ -212,34 +212,46 @@ class Layer(nn.Module):
     def __init__(self, config: DeepseekV2Config, layer: int, share: Share, team: Team) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, len(share.heads), team)
+        self.self_attn = Attention(config, len(share.heads), ALONE if team.sequences else team)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.team = team
         self.mlp = MoE(config, share, team) if config.is_moe(layer) else MLP(config, len(share.dense), team)
         self.fused: Callable[[Tensor, Step, int], Tensor] | None = None  # the whole layer by kernels, where in use
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         if self.fused is not None and step.cache is not None:
             return self.fused(x, step, layer)
-        return self.feed(self.attend(x, step, layer))
+        return self.feed(self.attend(x, step, layer), step)
 
     def attend(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        if not len(x):  # none of the sequences is this rank's
+            return x
         return x + self.self_attn(self.input_layernorm(x), step, layer)
 
-    def feed(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def feed(self, x: Tensor, step: Step) -> Tensor:
+        normed = self.post_attention_layernorm(x)
+        if step.counts is None:
+            return x + self.mlp(normed)
+        # All ranks' tokens pass through each rank's experts, and come back summed.
+        every = self.team.join(normed.flatten(0, 1), step.counts, dim=0)
+        first = sum(step.counts[: self.team.rank])
+        return x + self.mlp(every[None])[0, first : first + x.shape[0] * x.shape[1]].view_as(x)
 
 
 class Step:
     """What all layers share in one forward pass: where the new tokens stand, their rotation, and what each may see.
 
     positions [batch, seq], rotary [batch, seq, 2, rope / 2]; all positions are below `length`. `start` is where the rows' new
-    tokens begin, if that is one place for all; slots [batch] are the rows of the cache, if they are not its rows in order.
+    tokens begin, if that is one place for all; slots [batch] are the rows of the cache, if they are not its rows in order;
+    counts are the new tokens of each rank, where ranks attend for sequences of their own, and the rest is about this rank's.
     """
 
     def __init__(
-        self, positions: Tensor, rotary: Tensor, cache: LatentCache | None, length: int, start: int | None = None, slots: Tensor | None = None
+        self, positions: Tensor, rotary: Tensor, cache: LatentCache | None, length: int, start: int | None = None, slots: Tensor | None = None,
+        counts: list[int] | None = None,
     ) -> None:  # fmt: skip
         self.positions, self.rotary, self.cache, self.length, self.start, self.slots = positions, rotary, cache, length, start, slots
+        self.counts = counts
         self.others: dict[torch.device, Step] = {}
 
     @functools.cached_property
@@ -291,11 +303,11 @@ class DeepseekV2(nn.Module):
         self.config, self.team = config, team
         self.main: torch.device | None = None
         self.layer_devices: list[torch.device] = []
-        share = share_of(config, team.rank, team.size, group)
+        share = share_of(config, team.rank, team.size, group, team.sequences)
         self.share = share
         self.model = Decoder(config, share, team)
         self.lm_head = Linear(config.hidden_size, len(share.vocab))
-        shares = [share_of(config, rank, team.size, group) for rank in range(team.size)]
+        shares = [share_of(config, rank, team.size, group, team.sequences) for rank in range(team.size)]
         self.vocab_widths = [len(share.vocab) for share in shares]
         self.heads_everywhere = all(share.heads for share in shares)
         if config.tie_word_embeddings:
@@ -328,7 +340,12 @@ class DeepseekV2(nn.Module):
             layer.self_attn.path = path  # type: ignore[union-attr,assignment]
 
     def new_cache(self, batch: int = 1) -> LatentCache:
-        return LatentCache(self.config, batch, self.devices, self.dtype)
+        return LatentCache(self.config, batch, self.devices, self.dtype, *self.row_shares)
+
+    @property
+    def row_shares(self) -> tuple[int, int]:
+        """Which part of a cache's rows is here: this rank among how many."""
+        return (self.team.rank, self.team.size) if self.team.sequences else (0, 1)
 
     def together(self, cache: LatentCache, seq: int, rows: list[int]) -> AbstractContextManager[None]:
         """What a step of `seq` tokens for some rows is made in: a team's leader tells the others to make it, too."""
@@ -344,10 +361,14 @@ class DeepseekV2(nn.Module):
         batch, seq = input_ids.shape
         starts = cache.lengths if cache is not None else [0] * batch
         length = max(starts) + seq
+        counts = None
         if cache is not None:
             cache.reserve(length)
-        positions = torch.tensor(starts, device=input_ids.device)[:, None] + torch.arange(seq, device=input_ids.device)
-        step = Step(positions, self.rotary(positions, length), cache, length, starts[0] if len(set(starts)) == 1 else None)
+            starts = [starts[row] for row in cache.own]
+            counts = [len(part) * seq for part in cache.parts] if self.team.sequences else None
+        positions = torch.tensor(starts, dtype=torch.long, device=input_ids.device)[:, None] + torch.arange(seq, device=input_ids.device)
+        start = starts[0] if len(set(starts)) == 1 else None
+        step = Step(positions, self.rotary(positions, length), cache, length, start, counts=counts)
         hidden = self.run(input_ids, step)
         if cache is not None:
             cache.lengths = [old + new for old, new in zip(cache.lengths, new_tokens or [seq] * batch, strict=True)]
@@ -356,12 +377,16 @@ class DeepseekV2(nn.Module):
     def run(self, input_ids: Tensor, step: Step) -> Tensor:
         """The same, with all that depends on where the tokens stand worked out already."""
         x = self.model.embed_tokens(input_ids)
+        if step.counts is not None and step.cache is not None:
+            x = x[step.cache.own.start : step.cache.own.stop]
         for i, layer in enumerate(self.model.layers):
             x = layer(x, step, i)
+        if step.counts is not None:
+            x = self.team.join(x.flatten(0, 1), step.counts, dim=0).view(*input_ids.shape, -1)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> scores [..., vocab] in fp32."""
         if self.team.size == 1:
             return self.lm_head(hidden).float().to(self.device)
-        return self.team.join(self.lm_head(hidden).float().flatten(0, -2), self.vocab_widths).unflatten(0, hidden.shape[:-1])
+        return self.team.join(self.lm_head(hidden).float().flatten(0, -2), self.vocab_widths, dim=1).unflatten(0, hidden.shape[:-1])

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from dsv2cli.checkpoint.quantize import quantize_checkpoint
 from dsv2cli.checkpoint.weights import destinations, empty_model, load_model, random_model, weights_bytes
 from dsv2cli.cli.options import Plan, ranks_needed, refuse_what_does_not_fit
+from dsv2cli.engine.batch import Job, run_batch
 from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.errors import UsageError
@@ -32,6 +33,7 @@ from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized, use_kernels
 from dsv2cli.model.share import share_of, split
 from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
+from dsv2cli.model.transformer import DeepseekV2
 from dsv2cli.team import Team
 
 V2 = str(DATA / "golden" / "v2")
@@ -196,6 +198,69 @@ def test_ranks_decode_together_in_steps_of_their_kernels(bits, tmp_path):
     stepwise, (together, alone), distance = json.loads((tmp_path / "out").read_text())
     assert together == alone and distance < 1e-3
     assert stepwise == (bits is None), "packed, the small heads are all one rank's, and products go one by one"
+
+
+def compare_sequences(rank, size, port, bits, folders, out):
+    """As compare, for a batch of which each rank attends to some rows, in which rows end and others begin."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    results = {}
+    for folder in folders:
+        model = load_model(folder, CPU, bits=bits, team=Team(rank, size, sequences=True))
+        if rank > 0:
+            follow(model)
+            continue
+        alone = load_model(folder, CPU, bits=bits)
+        prompts = [list(range(1, 20)), [5, 6], [7], list(range(3, 30))]
+        with torch.inference_mode():
+            texts, scores = [], []
+            for one in (model, alone):
+                cache = one.new_cache(len(prompts))
+                scores.append(torch.stack([prefill(one, prompts, cache), one.logits(one(torch.tensor([[9]] * 4), cache)[:, -1])]))
+                jobs = [Job(prompt, Request(SamplingParams(0.0), 2 + i)) for i, prompt in enumerate(prompts)]
+                texts.append([job.result.token_ids for job in run_batch(one, None, jobs, 3)])
+        model.stop()
+        results[folder.name] = float((scores[0] - scores[1]).abs().max()), texts[0] == texts[1]
+    if rank == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("size", "bits"), [(2, None), (3, 8)])
+def test_ranks_with_sequences_of_their_own_say_what_one_says(size, bits, tmp_path):
+    out = tmp_path / "out.json"
+    mp.spawn(compare_sequences, args=(size, free_port(), bits, golden_folders(), str(out)), nprocs=size)
+    results = json.loads(out.read_text())
+    assert len(results) == len(golden_folders())
+    for name, (distance, same) in results.items():
+        assert distance < 1e-3 and same, (name, distance, same)
+
+
+def test_a_rank_keeps_the_latents_of_its_own_sequences_only():
+    for size, batch in ((2, 5), (3, 2)):
+        caches = [load_model(Path(V2), CPU, team=Team(rank, size, sequences=True)) for rank in range(size)]
+        rows = [DeepseekV2.new_cache(model, batch).own for model in caches]
+        assert [row for part in rows for row in part] == list(range(batch))
+        assert all(len(DeepseekV2.new_cache(model, batch).layers[0]) == len(part) for model, part in zip(caches, rows, strict=True))
+
+
+def test_sequences_of_their_own_are_for_batches_and_for_several_ranks(tmp_path):
+    alone = run_dsv2("complete", "hello", "--device", "cpu", "--gpus", "2", "--split-attention", "sequences")
+    assert alone.returncode == 2 and "is for --batch" in alone.stderr
+    one = run_dsv2("bench", "--device", "cpu", "--split-attention", "sequences")
+    assert one.returncode == 2 and "is for several ranks" in one.stderr
+    (tmp_path / "in").write_text('{"prompt_ids": [1, 2]}\n{"prompt_ids": [3]}\n')
+    texts = []
+    for options in ((), (*TEAM, "--split-attention", "sequences")):
+        done = run_dsv2("complete", "-m", V2, "--batch", str(tmp_path / "in"), "--output", str(tmp_path / f"out{len(options)}"), *GREEDY, "-n", "5", *options)
+        assert done.returncode == 0, done.stderr
+        texts.append([json.loads(line)["token_ids"] for line in (tmp_path / f"out{len(options)}").read_text().splitlines()])
+    assert texts[0] == texts[1]
+    plan = json.loads(run_dsv2("complete", "-m", V2, "--prompt-ids", "1", *TEAM, "--split-attention", "sequences", "--dry-run", "--json").stdout)
+    split_heads = json.loads(run_dsv2("complete", "-m", V2, "--prompt-ids", "1", *TEAM, "--dry-run", "--json").stdout)
+    assert plan["split_attention"] == "sequences" and sum(plan["weights_bytes_by_rank"]) > sum(split_heads["weights_bytes_by_rank"])
 
 
 def free_port():

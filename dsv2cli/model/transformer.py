@@ -359,15 +359,13 @@ class DeepseekV2(nn.Module):
         - Without a cache nothing is kept, which is what training wants.
         """
         batch, seq = input_ids.shape
-        starts = cache.lengths if cache is not None else [0] * batch
-        length = max(starts) + seq
-        counts = None
+        starts, counts = [0] * batch, None
         if cache is not None:
-            cache.reserve(length)
-            starts = [starts[row] for row in cache.own]
+            cache.reserve(max(cache.lengths) + seq)
+            starts = [cache.lengths[row] for row in cache.own]
             counts = [len(part) * seq for part in cache.parts] if self.team.sequences else None
         positions = torch.tensor(starts, dtype=torch.long, device=input_ids.device)[:, None] + torch.arange(seq, device=input_ids.device)
-        start = starts[0] if len(set(starts)) == 1 else None
+        start, length = starts[0] if len(set(starts)) == 1 else None, max(starts, default=0) + seq
         step = Step(positions, self.rotary(positions, length), cache, length, start, counts=counts)
         hidden = self.run(input_ids, step)
         if cache is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -169,3 +170,23 @@ def test_it_needs_no_torch():
 def test_what_is_no_model_is_refused_in_a_sentence(model, code, words):
     done = run_dsv2("info", model)
     assert done.returncode == code and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_busiest_rank_reads_what_counting_all_cases_says():
+    config = DeepseekV2Config.load(CHAT)  # 6 experts of at most 3 groups, and a group a rank
+    cases = list(itertools.product(range(3), repeat=6))
+    wanted = sum(max(case.count(rank) for rank in range(3)) for case in cases) / len(cases) / 6
+    assert size.busiest_share(config, 8) == pytest.approx(wanted)
+    assert size.busiest_share(config, 1) == pytest.approx(1)
+    lite = DeepseekV2Config.load(LITE)
+    assert 1 / 6 < size.busiest_share(lite, 8) < size.busiest_share(lite, 2) < 1
+
+
+def test_a_prediction_is_for_gpus_that_hold_the_model_and_says_that_it_is_one():
+    arguments = ("info", str(CHAT), "--gpus", "8x80GB,24GB", "--bandwidth", "3350")
+    facts = json.loads(run_dsv2(*arguments, "--json").stdout)
+    rates = facts["predicted_tokens_per_second"]
+    assert rates.keys() == {f"8 x GPU 80 GB, {format}" for format in ("bfloat16", "int8", "int4")}
+    one = size.predicted_step_seconds(DeepseekV2Config.load(CHAT), "int4", "bfloat16", 1, 3.35e12)
+    assert 1 / one < facts["decode_ceiling_tokens_per_second"]["int4"] < rates["8 x GPU 80 GB, int4"]
+    assert run_dsv2(*arguments).stdout.count("predicted at a short context, not measured") == 3

@@ -49,6 +49,11 @@ def info(
         facts["decode_ceiling_tokens_per_second"] = {
             format: size.decode_ceiling(config, format, dtype_name, bandwidth * GB, facts["ceiling_context"]) for format in facts["formats"]
         }
+        facts["predicted_tokens_per_second"] = {
+            f"{place['label']}, {place['format']}": 1 / size.predicted_step_seconds(config, place["format"], dtype_name, place["count"], bandwidth * GB)
+            for place in facts["fits"]
+            if gpus is not None and place["fits"]
+        }
     if json:
         ui.write_json(facts)
         return
@@ -170,8 +175,10 @@ def show(facts: dict[str, Any], here: bool) -> None:
         console.print(f"nothing fits here: {least} needs {readable(formats[least]['weights_bytes'])} and some room")
     for format, rate in facts.get("decode_ceiling_tokens_per_second", {}).items():
         console.print(
-            f"{format}: at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}, if reading were the only cost"
+            f"{format}: at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}, if reading one such memory were the only cost"
         )
+    for place, rate in facts.get("predicted_tokens_per_second", {}).items():
+        console.print(f"{ui.harmless(place)}: some {rate:,.0f} tokens a second predicted at a short context, not measured")
 
 
 def rooms(facts: dict[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -151,3 +152,43 @@ def decode_ceiling(config: DeepseekV2Config, format: str, dtype: str, bytes_per_
     """Tokens a second at batch 1 if reading each needed weight and the cache once were the only cost."""
     weights = sum(part.read_bytes for part in parts(config, format, dtype))
     return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype))
+
+
+# What a step on GPUs is made of beside reading. From what others have published, not measured by us: the part of the memory's
+# bandwidth that a good kernel reaches, starting one within a CUDA graph, and a small sum over the GPUs of one machine.
+REACHED = 0.85
+LAUNCH_SECONDS = 1.3e-6
+SUM_SECONDS = 8e-6
+LAUNCHES = 10  # kernels a layer at one token, with q_lora
+SUMS = 2  # a layer
+
+
+def busiest_share(config: DeepseekV2Config, ranks: int) -> float:
+    """Of the routed experts that one token reads, how much the rank that has most of them reads, on average over even routing.
+
+    Where a rank holds whole groups of a group-limited router, a token's experts are in `topk_group` groups at most.
+    """
+    top_k = config.num_experts_per_tok or 0
+    grouped = config.topk_method == "group_limited_greedy" and (config.n_group or 1) % ranks == 0
+    bins = min(ranks, config.topk_group or 1) if grouped else ranks
+
+    def at_most(most: int) -> float:
+        """The chance that no rank has more than `most`: of k things in b bins, k! / b^k times a coefficient of (sum of x^i / i!)^b."""
+        one = [1 / math.factorial(i) if i <= most else 0.0 for i in range(top_k + 1)]
+        power = [1.0] + [0.0] * top_k
+        for _ in range(bins):
+            power = [sum(power[i] * one[n - i] for i in range(n + 1)) for n in range(top_k + 1)]
+        return power[top_k] * math.factorial(top_k) / bins**top_k
+
+    return sum(1 - at_most(most) for most in range(top_k)) / top_k
+
+
+def predicted_step_seconds(config: DeepseekV2Config, format: str, dtype: str, ranks: int, bytes_per_second: float) -> float:
+    """One token at batch 1 and a short context on `ranks` GPUs that share the model: a prediction, not a measurement."""
+    read = {part.name: part.read_bytes for part in parts(config, format, dtype)}
+    alone = sum(read.get(name, 0) for name in ("router", "norms"))  # on every rank
+    routed = read.get("routed experts", 0) * (busiest_share(config, ranks) if ranks > 1 else 1)
+    split = sum(read.values()) - alone - read.get("routed experts", 0)
+    layers = config.num_hidden_layers
+    moving = (alone + routed + split / ranks) / (REACHED * bytes_per_second)
+    return moving + layers * (LAUNCHES * LAUNCH_SECONDS + (SUMS * SUM_SECONDS if ranks > 1 else 0))

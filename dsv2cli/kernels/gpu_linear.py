@@ -133,7 +133,8 @@ def add_products(
         row, at = block * ROWS + tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
         inside = (row < rows)[:, None] & (at < cols)[None, :]
         weights = tl.load(codes + row[:, None].to(tl.int64) * cols + at[None, :], mask=inside, other=0.0)
-        return products + weights.to(tl.float32) * scaled(x, norm, at, cols, NORM)[None, :]
+        every = at[None, :] + tl.zeros([ROWS, 1], tl.int32)  # x once for each row: that is how the weights are laid out, a row a warp
+        return products + weights.to(tl.float32) * scaled(x, norm, every, cols, NORM)
     else:
         words: tl.constexpr = GROUP * KIND // 32  # of one row and group
         groups = tl.cdiv(cols, GROUP)

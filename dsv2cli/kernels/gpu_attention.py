@@ -17,6 +17,8 @@ from torch import Tensor
 
 TOKENS_AT_A_TIME = 32  # of the cache
 HEADS_AT_A_TIME = 16  # a tensor core takes no fewer
+MOST_SPLITS = 128
+FEW = 8  # tokens up to which each reads kv_b_proj by itself
 
 
 @triton.jit
@@ -65,6 +67,12 @@ def prepare_kernel(
 
 
 @triton.jit
+def split_size(length, SPLITS: tl.constexpr, BT: tl.constexpr):
+    """Tokens of the cache in each split but the last: whole tiles, and as few as make do."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BT), 1) * BT
+
+
+@triton.jit
 def attend_kernel(
     q_latent, q_rope, cache, positions, slots, mixed, log_sums, cache_stride, scale,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, SPLITS: tl.constexpr,
@@ -72,18 +80,16 @@ def attend_kernel(
 ):  # fmt: skip
     """Programs (token, heads, split): softmax over the split's part of the cache; a latent read once is key and value.
 
-    mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; the latter -inf for an empty split,
-    whose `mixed` is not written.
+    mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; nothing is written for an empty split.
     """
     token, split = tl.program_id(0), tl.program_id(2)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
     length = tl.load(positions + token) + 1
-    each = tl.cdiv(tl.cdiv(length, SPLITS), BT) * BT
+    each = split_size(length, SPLITS, BT)
     start = split * each
     end = tl.minimum(start + each, length)
     to = (token * SPLITS + split) * HEADS + head
     if start >= end:
-        tl.store(log_sums + to, tl.full([BH], float("-inf"), tl.float32), mask=head < HEADS)
         return
     c, r = tl.arange(0, RANK_SIZE), tl.arange(0, ROPE_SIZE)
     row = token * HEADS + head[:, None]
@@ -113,26 +119,28 @@ def attend_kernel(
 
 @triton.jit
 def merge_kernel(
-    mixed, log_sums, kv_b, out,
+    mixed, log_sums, positions, kv_b, out,
     HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_SIZE: tl.constexpr, RANK_SIZE: tl.constexpr, TILE: tl.constexpr, LEAD_OUT: tl.constexpr,
+    SPLITS_SIZE: tl.constexpr, BT: tl.constexpr, RANK_SIZE: tl.constexpr, TILE: tl.constexpr, LEAD_OUT: tl.constexpr,
 ):  # fmt: skip
     """Programs (token, head, tile): the splits' means, weighted by their sums; with LEAD_OUT times W_uv, tile by tile.
 
     out [tokens, heads, value], or [tokens, heads, rank] without LEAD_OUT.
     """
     token, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(positions + token) + 1
+    used = tl.cdiv(length, split_size(length, SPLITS, BT))
     split, c = tl.arange(0, SPLITS_SIZE), tl.arange(0, RANK_SIZE)
-    logs = tl.load(log_sums + (token * SPLITS + split) * HEADS + head, mask=split < SPLITS, other=float("-inf"))
+    logs = tl.load(log_sums + (token * SPLITS + split) * HEADS + head, mask=split < used, other=float("-inf"))
     most = tl.maximum(tl.max(logs), -1e30)  # a token that is not there has only empty splits, and gets zeros
     total = tl.maximum(tl.sum(tl.exp(logs - most)), 1e-30)
     latent = tl.zeros([RANK_SIZE], tl.float32)
-    for s in range(SPLITS):
-        at = (token * SPLITS + s) * HEADS + head
-        log = tl.load(log_sums + at)
-        there = tl.where(log > float("-inf"), RANK, 0)  # of an empty split nothing was written
-        values = tl.load(mixed + at.to(tl.int64) * RANK + c, mask=c < there, other=0.0)
-        latent += values * (tl.exp(log - most) / total)
+    for first in range(0, used, 8):
+        some = first + tl.arange(0, 8)
+        at = (token * SPLITS + some) * HEADS + head
+        shares = tl.exp(tl.load(log_sums + at, mask=some < used, other=float("-inf")) - most) / total
+        values = tl.load(mixed + at[:, None].to(tl.int64) * RANK + c[None, :], mask=(some < used)[:, None] & (c < RANK)[None, :], other=0.0)
+        latent += tl.sum(values * shares[:, None], axis=0)
     if LEAD_OUT:
         v = tile * TILE + tl.arange(0, TILE)
         inside = (v < VALUE)[:, None] & (c < RANK)[None, :]
@@ -164,7 +172,7 @@ def processors(device: torch.device) -> int:
 
 def count_splits(programs: int, capacity: int, device: torch.device) -> int:
     """Into how many parts each token's cache is cut: two programs for each multiprocessor, none with less than one tile."""
-    return max(1, min(2 * processors(device) // programs, capacity // TOKENS_AT_A_TIME, 64))
+    return max(1, min(2 * processors(device) // programs, capacity // TOKENS_AT_A_TIME, MOST_SPLITS))
 
 
 def attend(
@@ -177,7 +185,7 @@ def attend(
     Rows of q and kv may lie in one tensor. All tokens at once: those of one slot must be neighbours in position.
     """
     assert rotary.is_contiguous() and positions.is_contiguous() and slots.is_contiguous() and cache[0].is_contiguous()
-    count, few = q.shape[0], q.shape[0] <= 8
+    count, few = q.shape[0], q.shape[0] <= FEW
     size = triton.next_power_of_2
     rank_size = max(16, size(shape.rank))
     q_rope = q.new_empty(count, shape.heads, shape.rope)
@@ -205,8 +213,8 @@ def attend(
     out = q.new_empty(count, shape.heads, shape.value if few else shape.rank)
     tile = min(32, size(shape.value))
     merge_kernel[(count, shape.heads, -(-shape.value // tile) if few else 1)](
-        mixed, log_sums, kv_b, out, HEADS=shape.heads, NOPE=shape.nope, VALUE=shape.value, RANK=shape.rank, SPLITS=splits,
-        SPLITS_SIZE=size(splits), RANK_SIZE=rank_size, TILE=tile, LEAD_OUT=few,
+        mixed, log_sums, positions, kv_b, out, HEADS=shape.heads, NOPE=shape.nope, VALUE=shape.value, RANK=shape.rank, SPLITS=splits,
+        SPLITS_SIZE=size(splits), BT=TOKENS_AT_A_TIME, RANK_SIZE=rank_size, TILE=tile, LEAD_OUT=few,
     )  # fmt: skip
     if not few:
         out = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)

@@ -164,7 +164,7 @@ class DecodeStep:
             self.run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread asks after its work meanwhile
             self.run()
 
     def __call__(self, ids: Tensor, starts: list[int], slots: list[int]) -> Tensor:

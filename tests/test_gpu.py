@@ -344,6 +344,6 @@ def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, c
     assert done.returncode == 0, done.stderr
     kernels = {line.split(":")[0].strip() for line in done.stdout.splitlines()}
     launches = int(re.search(r"one token: (\d+) launches a layer", done.stdout)[1])
-    assert launches == (10 if config.endswith("Chat") else 9), "the issue allows 12"
+    assert launches == (11 if config.endswith("Chat") else 10), "the issue allows 12"
     assert {"few_up_kernel", "few_down_kernel", "many_up_kernel", "many_down_kernel", "attend_kernel", "prepare_kernel", "router_kernel"} <= kernels
     assert "'stack': 0" in done.stdout and not re.search(r"'stack': [^0]", done.stdout), done.stdout

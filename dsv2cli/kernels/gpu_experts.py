@@ -1,7 +1,7 @@
 """Triton: the router, and experts for few tokens and for many, as kernels/experts.py says in plain torch.
 
 For few tokens every token's experts are read by matrix-vector kernels, with the shared experts in further slots: one kernel
-for gate, up and SiLU, one for down and the weighted sum. For many, tokens are sorted by expert, and tiles of them go through
+for gate, up and SiLU, one for down and the weights, one for the sum. For many, tokens are sorted by expert, and tiles of them go through
 tensor cores. Nothing here waits for the GPU: how many tokens an expert has is known to the GPU alone.
 """
 
@@ -134,34 +134,37 @@ def few_up_kernel(
 
 @triton.jit
 def few_down_kernel(
-    hidden, codes, scales, shared_codes, shared_scales, index, weight, out, rows, width, shared_width, codes_step, scales_step, first, here,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+    hidden, codes, scales, shared_codes, shared_scales, index, weight, parts, rows, width, shared_width, piece, codes_step, scales_step,
+    first, here, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """Programs (block, token): out [tokens, rows] += the weighted sum of all slots' down projections, rounded once."""
-    block, token = tl.program_id(0), tl.program_id(1)
+    """Programs (block, slot, token): parts [tokens, slots, rows] in fp32, each slot's down projection times its weight.
+
+    Slots from TOP_K on are the shared MLP's, each for `piece` of its columns. `gather_kernel` adds them up, always in one order.
+    """
+    block, slot, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     hidden += token.to(tl.int64) * (TOP_K * width + shared_width)
-    total = tl.zeros([ROWS], tl.float32)
-    for slot in range(TOP_K):
+    start = 0
+    end = width
+    factor = 1.0
+    if slot < TOP_K:
         expert = tl.load(index + token * TOP_K + slot) - first
-        if (expert >= 0) & (expert < here):
-            products = nothing(KIND, GROUP, ROWS, CHUNK)
-            for start in range(0, width, CHUNK):
-                products = add_products(
-                    products, codes + expert.to(tl.int64) * codes_step, scales + expert.to(tl.int64) * scales_step, block, rows, width,
-                    hidden + slot * width, hidden, start, KIND, GROUP, ROWS, CHUNK, False,
-                )  # fmt: skip
-            total += row_sums(products, KIND) * tl.load(weight + token * TOP_K + slot)
-    if SHARED:
-        products = nothing(KIND, GROUP, ROWS, CHUNK)
-        for start in range(0, shared_width, CHUNK):
-            products = add_products(
-                products, shared_codes, shared_scales, block, rows, shared_width, hidden + TOP_K * width, hidden, start, KIND, GROUP, ROWS,
-                CHUNK, False,
-            )  # fmt: skip
-        total += row_sums(products, KIND)
+        factor = tl.load(weight + token * TOP_K + slot).to(tl.float32)
+        codes += tl.maximum(expert, 0).to(tl.int64) * codes_step
+        scales += tl.maximum(expert, 0).to(tl.int64) * scales_step
+        hidden += slot * width
+        if (expert < 0) | (expert >= here):
+            end = 0  # another rank's
+    else:
+        hidden += TOP_K * width
+        codes, scales, width = shared_codes, shared_scales, shared_width
+        start = (slot - TOP_K) * piece
+        end = tl.minimum(start + piece, shared_width)
+    products = nothing(KIND, GROUP, ROWS, CHUNK)
+    for at in range(start, end, CHUNK):
+        products = add_products(products, codes, scales, block, rows, width, hidden, hidden, at, KIND, GROUP, ROWS, CHUNK, False)
+    sums = tl.where(end > start, row_sums(products, KIND) * factor, 0.0)
     row = block * ROWS + tl.arange(0, ROWS)
-    at = out + token.to(tl.int64) * rows + row
-    tl.store(at, (tl.load(at, mask=row < rows, other=0.0).to(tl.float32) + total).to(out.dtype.element_ty), mask=row < rows)
+    tl.store(parts + (token * tl.num_programs(1) + slot).to(tl.int64) * rows + row, sums, mask=row < rows)
 
 
 @triton.jit
@@ -240,12 +243,12 @@ def many_down_kernel(
 
 
 @triton.jit
-def gather_kernel(parts, shared, out, cols, TOP_K: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr):
-    """Programs (token, columns): out [tokens, cols] += the sum of the token's TOP_K rows of parts, and of shared."""
+def gather_kernel(parts, shared, out, cols, PARTS: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr):
+    """Programs (token, columns): out [tokens, cols] += the sum of the token's PARTS rows of parts, and of shared."""
     token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(out + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
-    for k in range(TOP_K):
-        total += tl.load(parts + (token * TOP_K + k) * cols + at, mask=at < cols, other=0.0).to(tl.float32)
+    for k in range(PARTS):
+        total += tl.load(parts + (token * PARTS + k) * cols + at, mask=at < cols, other=0.0).to(tl.float32)
     if SHARED:
         total += tl.load(shared + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
     tl.store(out + token * cols + at, total.to(out.dtype.element_ty), mask=at < cols)
@@ -328,41 +331,51 @@ def few(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
         inner, logits = router_logits(x, feed)
         index, weight = choose(logits, routing)
     width, shared_width = up.rows // 2 if routed else 0, shared_up.rows // 2 if feed.shared_gate_up else 0
-    blocks = -(-(width or shared_width) // up.block_rows)
+    blocks = -(-(width or shared_width) // up.block_rows)  # of one half
     # The shared experts are one MLP: as many more slots as it is wider than a routed expert.
     slots = routing.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
     hidden = x.new_empty(count, routing.top_k * width + shared_width)
     few_up_kernel[(blocks, slots, count)](
         inner, feed.norm, index, up.codes, up.scales, shared_up.codes, shared_up.scales, hidden, cols, width, 2 * shared_width,
         up.codes.stride(0), up.scales.stride(0), up.part_blocks, shared_up.part_blocks, blocks, first, up.codes.shape[0] if routed else 0,
-        feed.eps, KIND=up.kind, GROUP=up.group, ROWS=up.block_rows, CHUNK=up.chunk, SIZE=triton.next_power_of_2(cols), NORM=not routed,
+        feed.eps, KIND=up.kind, GROUP=up.group, ROWS=up.block_rows, CHUNK=up.chunk(8), SIZE=triton.next_power_of_2(cols), NORM=not routed,
         TOP_K=routing.top_k, num_warps=8,
     )  # fmt: skip
-    few_down_kernel[(-(-cols // down.block_rows), count)](
-        hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, index, weight, out, cols, width, shared_width,
+    blocks, warps = down.blocks(), 8
+    chunk = down.chunk(warps)
+    piece = -(-min(shared_width, width or 2048) // chunk) * chunk if shared_width else chunk
+    slots = routing.top_k + -(-shared_width // piece)
+    parts = x.new_empty(count, slots, cols, dtype=torch.float32)
+    few_down_kernel[(blocks, slots, count)](
+        hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, index, weight, parts, cols, width, shared_width, piece,
         down.codes.stride(0), down.scales.stride(0), first, down.codes.shape[0] if routed else 0, KIND=down.kind, GROUP=down.group,
-        ROWS=down.block_rows, CHUNK=down.chunk, TOP_K=routing.top_k, SHARED=shared_width > 0, num_warps=8,
+        ROWS=down.block_rows, CHUNK=chunk, TOP_K=routing.top_k, num_warps=warps,
     )  # fmt: skip
+    return gather(parts, None, out)
+
+
+def gather(parts: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
+    """out [tokens, cols] += the sum of parts [tokens, any, cols] and of shared."""
+    count, cols = out.shape
+    chunk = min(1024, triton.next_power_of_2(cols))
+    gather_kernel[(count, -(-cols // chunk))](
+        parts, out if shared is None else shared, out, cols, PARTS=parts.shape[1], SHARED=shared is not None, CHUNK=chunk
+    )
     return out
 
 
 def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
-    count, cols = x.shape
-    routing = feed.routing if feed.gate_up is not None else NO_ROUTING
-    parts = shared = x
+    count = x.shape[0]
+    parts, shared = x.new_empty(count, 0, x.shape[1]), None
     if feed.gate_up is not None and feed.down is not None:
         inner, logits = router_logits(x, feed)
-        index, weight = choose(logits, routing)
-        parts = grouped(inner, index - first, weight, feed.gate_up, feed.down)
+        index, weight = choose(logits, feed.routing)
+        parts = grouped(inner, index - first, weight, feed.gate_up, feed.down).unflatten(0, (count, -1))
     else:
         inner = rms_norm(x, feed.norm, feed.eps)
     if feed.shared_gate_up is not None and feed.shared_down is not None:
         shared = grouped(inner, x.new_zeros(count, 1, dtype=torch.int32), None, feed.shared_gate_up, feed.shared_down)
-    chunk = min(1024, triton.next_power_of_2(cols))
-    gather_kernel[(count, -(-cols // chunk))](
-        parts, shared, out, cols, TOP_K=routing.top_k, SHARED=feed.shared_gate_up is not None, CHUNK=chunk
-    )
-    return out
+    return gather(parts, shared, out)
 
 
 def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:

@@ -19,7 +19,8 @@ from dsv2cli.kernels.quantized import CODEBOOK, LANES, Quantized
 
 DENSE = 16  # the kind of weights that are not packed; packed ones go by their bits
 FEW = 4  # rows up to which weights are read once a row, through the second-level cache
-CHUNK_BYTES = 8192  # of weights that a program reads at a time
+BYTES_A_WARP = 1024  # of weights, that it reads at a time
+FULL = 256  # programs from which all multiprocessors have several; fewer programs are made larger
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LANES_OF_A_BLOCK = tl.constexpr(LANES)
@@ -269,11 +270,14 @@ class Table:
         """Rows that one program of a matrix-vector kernel takes."""
         return 8 if self.kind == DENSE else LANES
 
-    @property
-    def chunk(self) -> int:
-        """Columns that it takes at a time."""
+    def blocks(self) -> int:
+        """Programs of a matrix-vector kernel."""
+        return -(-self.rows // self.block_rows)
+
+    def chunk(self, warps: int) -> int:
+        """Columns that one takes at a time, so that each thread of so many warps has a few loads under way."""
         item = self.codes.element_size() if self.kind == DENSE else 1  # 4-bit codes in chunks half as large: see add_products
-        return max(self.group, min(CHUNK_BYTES // item // self.block_rows, triton.next_power_of_2(self.cols)))
+        return max(self.group, min(BYTES_A_WARP * warps // item // self.block_rows, triton.next_power_of_2(self.cols)))
 
 
 def table(weight: Tensor | Quantized) -> Table:
@@ -296,13 +300,15 @@ def linear(
         x = x if norm is None else rms_norm(x, norm, eps)
         out = many_rows(x, weight, residual)
         return out if more is None else torch.cat([out, many_rows(x, more, None)], dim=1)
-    other, block = more or weight, weight.block_rows
+    other = more or weight
+    blocks = weight.blocks()
+    every = blocks + (more.blocks() if more else 0)
+    warps = 8 if every >= FULL else 16
     out = x.new_empty(count, weight.rows + (more.rows if more else 0)) if residual is None else residual
-    blocks = -(-weight.rows // block)
-    few_rows_kernel[(count, blocks + (-(-more.rows // block) if more else 0))](
+    few_rows_kernel[(count, every)](
         x, x if norm is None else norm, weight.codes, weight.scales, other.codes, other.scales, out, out, cols, weight.rows, other.rows,
-        blocks, eps, KIND=weight.kind, GROUP=weight.group, ROWS=block, CHUNK=weight.chunk, SIZE=triton.next_power_of_2(cols),
-        NORM=norm is not None, TWO=more is not None, ADD=residual is not None, num_warps=8,
+        blocks, eps, KIND=weight.kind, GROUP=weight.group, ROWS=weight.block_rows, CHUNK=weight.chunk(warps), SIZE=triton.next_power_of_2(cols),
+        NORM=norm is not None, TWO=more is not None, ADD=residual is not None, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -19,7 +19,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # rows for which graphs are made
 
 
 class GpuLayer:
-    """One layer in nine kernels for one token (ten with q_lora). The input is overwritten by the output."""
+    """One layer in ten kernels for one token (eleven with q_lora). The input is overwritten by the output."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer

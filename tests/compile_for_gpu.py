@@ -84,7 +84,6 @@ def compile_steps(config, bits: int | None, sizes: list[int]) -> None:
     """All that a decode step of so many rows, and a prefill, launch."""
     model = blueprint(config, torch.bfloat16, bits=bits).to_empty(device="cpu").requires_grad_(False)
     use_gpu_kernels(model)
-    model.stepwise = True
     with torch.inference_mode():
         for rows in sizes:
             cache = model.new_cache(rows)

@@ -127,7 +127,7 @@ def attend(
     """
     seq, length = q_nope.shape[1], cached.shape[1]
     if path == "expanded" or (path == "auto" and expanding_pays(seq, length, kv_b_proj, q_rope.shape[-1])):
-        if start:
+        if start and (start >= PIECE or cached.device.type != "cpu"):  # a CPU is as fast with a mask, and a GPU is not
             return attend_in_pieces(q_nope, q_rope, cached, kv_b_proj, start, scale)
         return attend_expanded(q_nope, q_rope, cached, kv_b_proj, None if seq == length else mask(), scale)
     w_uk, w_uv = kv_b_proj.split([q_nope.shape[-1], kv_b_proj.shape[1] - q_nope.shape[-1]], dim=1)

@@ -146,7 +146,7 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False
             module.product = kernels.linear(module.weight) if kernels is not None and fits else None
         elif isinstance(module, Layer):
             module.fused = FusedLayer(kernels, module) if kernels is not None and whole else None
-    model.stepwise = model.graphs = False
+    model.steps = model.graphs = False
     if triton:
         from dsv2cli.model.gpu import use_gpu_kernels
 

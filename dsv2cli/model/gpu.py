@@ -96,7 +96,7 @@ def use_gpu_kernels(model: DeepseekV2, graphs: bool = False) -> None:
     """
     apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
     whole = not apart and model.heads_everywhere and not model.team.sequences
-    model.stepwise, model.graphs = whole, whole and graphs
+    model.steps, model.graphs = whole, whole and graphs
     for module in model.modules():
         if isinstance(module, Linear) and module.product is None:
             if 0 not in module.weight.shape and module.weight.device == model.device and module.bias is None:
@@ -117,7 +117,7 @@ def product(weight: Table) -> Callable[[Tensor], Tensor]:
 
 def weighted_sum(gate_up: Table, down: Table) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, index, weight: (
-        gpu_experts.grouped(x, index.int(), weight.float().contiguous(), gate_up, down).view(*index.shape, -1).float().sum(1).type_as(x)
+        gpu_experts.grouped(x.contiguous(), index.int(), weight.float().contiguous(), gate_up, down).view(*index.shape, -1).float().sum(1).type_as(x)
     )
 
 
@@ -189,6 +189,7 @@ def decode(model: DeepseekV2, cache: LatentCache, ids: Tensor, rows: list[int] |
     The cache keeps the steps that were made for it, so that a graph serves many answers.
     """
     seq = ids.shape[1]
+    assert seq <= FEW
     rows = list(range(len(cache.lengths))) if rows is None else rows
     starts = [cache.lengths[row] for row in rows]
     cache.reserve(max(starts) + seq)

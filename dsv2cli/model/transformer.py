@@ -313,8 +313,8 @@ class DeepseekV2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
-        self.stepwise = False  # whether layers run through kernels that decode in DecodeSteps, and those as CUDA graphs
-        self.graphs = False
+        self.path = "auto"
+        self.steps, self.graphs = False, False  # whether layers run through kernels made for DecodeSteps, and those as CUDA graphs
 
     def run_on(self, main: torch.device, layers: list[torch.device]) -> None:
         """Say where layers are computed, where that is not where all the weights lie."""
@@ -333,9 +333,15 @@ class DeepseekV2(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether decoding goes in DecodeSteps: they know one attention path."""
+        return self.steps and self.path in ("auto", "absorbed")
+
     def use_attention(self, path: str) -> None:
         """Choose the attention path for all layers: one of ATTENTION_PATHS."""
         assert path in ATTENTION_PATHS, path
+        self.path = path
         for layer in self.model.layers:
             layer.self_attn.path = path  # type: ignore[union-attr,assignment]
 

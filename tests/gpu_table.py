@@ -22,24 +22,20 @@ from pathlib import Path
 import torch
 
 from dsv2cli.cli import options as opt
-from dsv2cli.cli.bench import ranged, shares
-from dsv2cli.device import device_name, peak_memory_bytes
+from dsv2cli.cli.bench import numbers, ranged, shares
+from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
 from dsv2cli.model import size
 
 SPARE = 0.9  # of the memory: activations, and what else runs there
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def works(options: argparse.Namespace) -> Iterator[benchmark.Work]:
-    for context in options.context:
-        for batch in options.batch:
+    for context in numbers("--context", options.context, 1):
+        for batch in numbers("--batch", options.batch, 1):
             prompt = min(64, context)
             yield benchmark.Work(prompt, options.generate, context - prompt, batch)
-    for length in options.prefill:
+    for length in numbers("--prefill", options.prefill, 1):
         yield benchmark.Work(length, 2)
 
 
@@ -49,7 +45,7 @@ def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
     dtype = opt.Dtype.bfloat16 if format in size.PACKED_BITS else opt.Dtype(format)
     opened = opt.open_model(None, opt.Compute(options.device, dtype, quantize=quantize, kernels=opt.KernelsChoice(options.kernels)), options.config)
     model = opened.model
-    memory = torch.cuda.get_device_properties(model.device).total_memory if model.device.type == "cuda" else None
+    memory = gpu_memories()[model.device.index or 0] if model.device.type == "cuda" else None
     twin = benchmark.transformers_twin(model, opened.folder) if options.against and quantize is opt.Quantize.none else None
     for work in works(options):
         tokens = work.batch * (work.depth + work.prompt + work.generate)
@@ -89,9 +85,9 @@ def main() -> None:
     parser.add_argument("out", help="OUT.json and OUT.md are written, anew after every row")
     parser.add_argument("config")
     parser.add_argument("--formats", default="bfloat16,int8,int4")
-    parser.add_argument("--batch", type=numbers, default=[1, 8, 32, 128])
-    parser.add_argument("--context", type=numbers, default=[64, 4096, 32768])
-    parser.add_argument("--prefill", type=numbers, default=[4096])
+    parser.add_argument("--batch", default="1,8,32,128")
+    parser.add_argument("--context", default="64,4096,32768")
+    parser.add_argument("--prefill", default="4096")
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("-r", "--repetitions", type=int, default=3)
     parser.add_argument("--against", choices=["transformers"])

@@ -50,12 +50,17 @@ def test_shares_are_whole_units_that_make_up_the_whole(total, unit, size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 2 * unit
 
 
-def compare(rank, size, port, bits, folders, out):
-    """A rank: the leader writes down how far its logits are from the golden ones (or one process's), and its greedy ids."""
+def join(rank, size, port):
+    """Make this process, which has been spawned, one rank of `size`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+
+def compare(rank, size, port, bits, folders, out):
+    """A rank: the leader writes down how far its logits are from the golden ones (or one process's), and its greedy ids."""
+    join(rank, size, port)
     results = {}
     for folder in folders:
         model = load_model(folder, CPU, bits=bits, team=Team(rank, size))
@@ -105,10 +110,7 @@ def test_ranks_together_say_what_one_says(size, bits, tmp_path):
 
 def compare_packed(rank, size, port, folder, out):
     """As compare, over a packed checkpoint: each rank maps its part of the files."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    join(rank, size, port)
     worst = {}
     for packed in sorted(Path(folder).iterdir()):
         model = load_model(packed, CPU, team=Team(rank, size))
@@ -136,10 +138,7 @@ def test_ranks_share_a_packed_checkpoint(size, bits, group, tmp_path):
 
 def compare_fast(rank, size, port, bits, folder, out):
     """As compare, in bf16 through the C++ kernels, against fp32."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    join(rank, size, port)
     kernels, _ = native.load()
     model = load_model(Path(folder), CPU, torch.bfloat16, bits=bits, kernels=kernels, team=Team(rank, size))
     use_kernels(model, kernels)
@@ -169,10 +168,7 @@ def test_ranks_on_a_cpu_use_its_kernels(bits, tmp_path):
 
 def compare_triton(rank, size, port, bits, out):
     """As compare, through the interpreted Triton kernels: prefill, and steps of which the leader tells; against plain torch."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    join(rank, size, port)
     model = load_model(Path(V2), CPU, bits=bits, team=Team(rank, size))
     use_kernels(model, None, triton=True)
     if rank > 0:
@@ -202,10 +198,7 @@ def test_ranks_decode_together_in_steps_of_their_kernels(bits, tmp_path):
 
 def compare_sequences(rank, size, port, bits, folders, out):
     """As compare, for a batch of which each rank attends to some rows, in which rows end and others begin."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    join(rank, size, port)
     results = {}
     for folder in folders:
         model = load_model(folder, CPU, bits=bits, team=Team(rank, size, sequences=True))
@@ -296,10 +289,7 @@ def test_each_ranks_bytes_are_those_of_the_plan(size, bits):
 
 def measure(rank, size, port, folder, out):
     """A rank writes down by how much loading its part and filling a cache makes the process grow."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    join(rank, size, port)
     warm = load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))
     memory = psutil.Process().memory_info
     for model in (warm, None):

@@ -97,6 +97,12 @@ def read_places(path: Path, names: list[str]) -> Places:
         raise UsageError(f"{path} is no placement", why=str(error), fix='a JSON object such as {"model": 0, "lm_head": "cpu"}') from None
 
 
+def main_device(places: Places) -> torch.device:
+    """Where ids go in and scores come out: the first GPU that holds something."""
+    numbers = [where for where in places.values() if isinstance(where, int)]
+    return torch.device("cuda", min(numbers)) if numbers else torch.device("cpu")
+
+
 def summary(places: Places) -> str:
     """In a few words: runs of layers with their place."""
     runs: list[tuple[Any, list[str]]] = []
@@ -122,8 +128,7 @@ def load_placed(
     if config.packed is not None:
         packed_tensors(model, folder)
         raise UsageError(f"{folder} is packed", why="its files are mapped as they lie, and the system pages them in", fix="leave --placement out")
-    numbers = {where for where in places.values() if isinstance(where, int)}
-    main = torch.device("cuda", min(numbers)) if numbers else torch.device("cpu")
+    main = main_device(places)
     on_disk: dict[str, Any] = {}
     try:
         offload = Path(tempfile.mkdtemp(prefix="dsv2-offload-", dir=scratch)) if "disk" in places.values() else None

@@ -266,8 +266,7 @@ def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.
 
     Raises UsageError where it has no room for the rest, or the model no experts.
     """
-    import torch
-
+    from dsv2cli.device import gpu_memories
     from dsv2cli.model import size
 
     if compute.placement or compute.max_memory or (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
@@ -280,7 +279,7 @@ def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.
     rest = sum(part.bytes for part in size.parts(config, name) if part.name != "routed experts")
     format = name if compute.quantize is Quantize.none else compute.quantize.value
     each = sum(part.bytes for part in size.parts(config, format, name) if part.name == "routed experts") // config.moe_layers
-    room = 0.9 * torch.cuda.get_device_properties(device).total_memory - 4096 * size.kv_bytes_per_token(config, name)
+    room = 0.9 * gpu_memories()[device.index or 0] - 4096 * size.kv_bytes_per_token(config, name)
     if rest > room:
         raise UsageError("The GPU is too small even without the experts", why=f"the rest takes {rest / 1e9:.1f} GB of its {room / 1e9:.1f} GB", fix="--device cpu --quantize int4")
     return min(config.moe_layers, int((room - rest) // each))
@@ -288,16 +287,12 @@ def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.
 
 def spread(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype, format: str) -> Plan:
     """Layers over devices, RAM and disk. Raises UsageError where the places make no sense."""
-    import torch
-
-    from dsv2cli.checkpoint.placement import place
+    from dsv2cli.checkpoint.placement import main_device, place
 
     if (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
         raise UsageError("--gpus and --placement do not go together", why="one splits each layer, the other puts whole layers in places", fix="leave one of them out")
     places = place(config, dtype, compute.bits, compute.placement or "auto", compute.max_memory)
-    numbers = [where for where in places.values() if isinstance(where, int)]
-    device = torch.device("cuda", min(numbers)) if numbers else torch.device("cpu")
-    return Plan(device, dtype, format, None, "plain torch", "layers are spread over devices", 1, places)
+    return Plan(main_device(places), dtype, format, None, "plain torch", "layers are spread over devices", 1, places)
 
 
 def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) -> str:

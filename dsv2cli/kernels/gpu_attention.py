@@ -15,10 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2cli.kernels.gpu_linear import store_normed
+
 TOKENS_AT_A_TIME = 32  # of the cache
 HEADS_AT_A_TIME = 16  # a tensor core takes no fewer
 MOST_SPLITS = 128
 FEW = 8  # tokens up to which each reads kv_b_proj by itself
+
+
+@triton.jit
+def store_turned(x, out, cos, sin, pair, turns):
+    """Neighbouring pairs of x turned by their angles, as model/rope.py's `rotate`."""
+    even = tl.load(x + 2 * pair, mask=turns, other=0.0).to(tl.float32)
+    odd = tl.load(x + 2 * pair + 1, mask=turns, other=0.0).to(tl.float32)
+    tl.store(out + 2 * pair, (even * cos - odd * sin).to(out.dtype.element_ty), mask=turns)
+    tl.store(out + 2 * pair + 1, (even * sin + odd * cos).to(out.dtype.element_ty), mask=turns)
 
 
 @triton.jit
@@ -40,11 +51,7 @@ def prepare_kernel(
     if head < HEADS:
         q += token.to(tl.int64) * q_stride + head * (NOPE + ROPE)
         if tile == 0:
-            even = tl.load(q + NOPE + 2 * pair, mask=turns, other=0.0).to(tl.float32)
-            odd = tl.load(q + NOPE + 2 * pair + 1, mask=turns, other=0.0).to(tl.float32)
-            to = q_rope + (token * HEADS + head) * ROPE + 2 * pair
-            tl.store(to, (even * cos - odd * sin).to(q_rope.dtype.element_ty), mask=turns)
-            tl.store(to + 1, (even * sin + odd * cos).to(q_rope.dtype.element_ty), mask=turns)
+            store_turned(q + NOPE, q_rope + (token * HEADS + head) * ROPE, cos, sin, pair, turns)
         if ABSORB:
             d, c = tl.arange(0, NOPE_SIZE), tile * TILE + tl.arange(0, TILE)
             inside = (d < NOPE)[:, None] & (c < RANK)[None, :]
@@ -55,15 +62,8 @@ def prepare_kernel(
     elif (tile == 0) & (position >= 0):
         kv += token.to(tl.int64) * kv_stride
         cache += tl.load(slots + token).to(tl.int64) * cache_stride + position.to(tl.int64) * (RANK + ROPE)
-        c = tl.arange(0, RANK_SIZE)
-        latent = tl.load(kv + c, mask=c < RANK, other=0.0).to(tl.float32)
-        latent *= tl.rsqrt(tl.sum(latent * latent) / RANK + eps)
-        normed = latent.to(cache.dtype.element_ty) * tl.load(kv_norm + c, mask=c < RANK, other=0.0)
-        tl.store(cache + c, normed.to(cache.dtype.element_ty), mask=c < RANK)
-        even = tl.load(kv + RANK + 2 * pair, mask=turns, other=0.0).to(tl.float32)
-        odd = tl.load(kv + RANK + 2 * pair + 1, mask=turns, other=0.0).to(tl.float32)
-        tl.store(cache + RANK + 2 * pair, (even * cos - odd * sin).to(cache.dtype.element_ty), mask=turns)
-        tl.store(cache + RANK + 2 * pair + 1, (even * sin + odd * cos).to(cache.dtype.element_ty), mask=turns)
+        store_normed(kv, kv_norm, cache, RANK, eps, RANK_SIZE)
+        store_turned(kv + RANK, cache + RANK, cos, sin, pair, turns)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Triton: the router, and experts for few tokens and for many, as kernels/experts.py says in plain torch.
 
 For few tokens every token's experts are read by matrix-vector kernels, with the shared experts in further slots: one kernel
-for gate, up and SiLU, one for down and the weights, one for the sum. For many, tokens are sorted by expert, and tiles of them go through
-tensor cores. Nothing here waits for the GPU: how many tokens an expert has is known to the GPU alone.
+for gate, up and SiLU, one for down and the weights, one for the sum. For many, tokens are sorted by expert, and tiles of them
+go through tensor cores. Nothing here waits for the GPU: how many tokens an expert has is known to the GPU alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dsv2cli.kernels.gpu_linear import (
     nothing,
     rms_norm,
     row_sums,
+    tile_products,
     tile_rows,
     weight_tile,
 )
@@ -229,12 +230,7 @@ def many_down_kernel(
     block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
     codes += expert.to(tl.int64) * codes_step
     scales += expert.to(tl.int64) * scales_step
-    sums = tl.zeros([BM, BN], tl.float32)
-    for step in range(0, tl.cdiv(width, BK)):
-        k = step * BK + tl.arange(0, BK)
-        a = tl.load(hidden + place[:, None].to(tl.int64) * width + k[None, :], mask=(place < end)[:, None] & (k < width)[None, :], other=0.0)
-        b = weight_tile(codes, scales, block, rows, width, step, hidden.dtype.element_ty, KIND, GROUP, BN, BK)
-        sums = tl.dot(a, b, sums, input_precision="ieee")
+    sums = tile_products(hidden, place, place < end, codes, scales, block, rows, width, KIND, GROUP, BM, BN, BK)
     if WEIGHTED:
         sums *= tl.load(weight + to, mask=place < end, other=0.0)[:, None]
     column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
@@ -374,8 +370,13 @@ def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     else:
         inner = rms_norm(x, feed.norm, feed.eps)
     if feed.shared_gate_up is not None and feed.shared_down is not None:
-        shared = grouped(inner, x.new_zeros(count, 1, dtype=torch.int32), None, feed.shared_gate_up, feed.shared_down)
+        shared = dense(inner, feed.shared_gate_up, feed.shared_down)
     return gather(parts, shared, out)
+
+
+def dense(x: Tensor, gate_up: Table, down: Table) -> Tensor:
+    """One MLP for all tokens. x [n, hidden] -> the same shape."""
+    return grouped(x, x.new_zeros(x.shape[0], 1, dtype=torch.int32), None, gate_up, down)
 
 
 def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:
@@ -394,17 +395,18 @@ def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, dow
     order = order.int()
     bm, bn = tile_rows(count * top_k / here), 64
     tiles = count * top_k // bm + here  # at most: every expert may have one that is not full
-    steps = (gate_up.codes.stride(0), gate_up.scales.stride(0), down.codes.stride(0), down.scales.stride(0)) if weight is not None else (0, 0, 0, 0)
     warps = 4 if bm < 128 else 8
     bk = gate_up.group if gate_up.kind != DENSE else 64
     hidden = x.new_empty(count * top_k, width)
     many_up_kernel[(tiles, -(-width // bn))](
-        x, order, ends, gate_up.codes, gate_up.scales, hidden, cols, width, steps[0], steps[1], gate_up.part_blocks, top_k,
+        x, order, ends, gate_up.codes, gate_up.scales, hidden, cols, width, gate_up.codes.stride(0),
+        gate_up.scales.stride(0), gate_up.part_blocks, top_k,
         KIND=gate_up.kind, GROUP=gate_up.group, EXPERTS=size, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=3,
     )  # fmt: skip
     out = x.new_zeros(count * top_k, cols)
     many_down_kernel[(tiles, -(-cols // bn))](
-        hidden, order, ends, weight if weight is not None else x, down.codes, down.scales, out, cols, width, steps[2], steps[3],
+        hidden, order, ends, weight if weight is not None else x, down.codes, down.scales, out, cols, width,
+        down.codes.stride(0), down.scales.stride(0),
         KIND=down.kind, GROUP=down.group, EXPERTS=size, BM=bm, BN=bn, BK=bk, WEIGHTED=weight is not None, num_warps=warps, num_stages=3,
     )  # fmt: skip
     return out

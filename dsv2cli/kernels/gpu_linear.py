@@ -218,18 +218,28 @@ def weight_tile(codes, scales, first_block, rows, cols, step, dtype, KIND: tl.co
 
 
 @triton.jit
+def tile_products(
+    x, row, there, codes, scales, first_block, rows, cols,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The rows `row` [BM] of x [any, cols], as far as they are there, times BN rows of a matrix. [BM, BN] in fp32"""
+    sums = tl.zeros([BM, BN], tl.float32)
+    for step in range(0, tl.cdiv(cols, BK)):
+        k = step * BK + tl.arange(0, BK)
+        a = tl.load(x + row[:, None].to(tl.int64) * cols + k[None, :], mask=there[:, None] & (k < cols)[None, :], other=0.0)
+        b = weight_tile(codes, scales, first_block, rows, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        sums = tl.dot(a, b, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def many_rows_kernel(
     x, codes, scales, residual, out, count, rows, cols,
     KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """out [count, rows] = (residual +) x [count, cols] times a matrix, by tensor cores."""
     row, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
-    sums = tl.zeros([BM, BN], tl.float32)
-    for step in range(0, tl.cdiv(cols, BK)):
-        k = step * BK + tl.arange(0, BK)
-        a = tl.load(x + row[:, None].to(tl.int64) * cols + k[None, :], mask=(row < count)[:, None] & (k < cols)[None, :], other=0.0)
-        b = weight_tile(codes, scales, block, rows, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
-        sums = tl.dot(a, b, sums, input_precision="ieee")
+    sums = tile_products(x, row, row < count, codes, scales, block, rows, cols, KIND, GROUP, BM, BN, BK)
     column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
     at = row[:, None].to(tl.int64) * rows + column[None, :]
     inside = (row < count)[:, None] & (column < rows)[None, :]
@@ -239,14 +249,20 @@ def many_rows_kernel(
 
 
 @triton.jit
+def store_normed(x, weight, out, cols, eps, SIZE: tl.constexpr):
+    """out = x / rms(x) * weight, rounded as kernels/linear.py does it. Rows of `cols` numbers, SIZE a power of two"""
+    at = tl.arange(0, SIZE)
+    values = tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values) / cols + eps)
+    values = values.to(out.dtype.element_ty) * tl.load(weight + at, mask=at < cols, other=0.0)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < cols)
+
+
+@triton.jit
 def rms_norm_kernel(x, weight, out, cols, eps, SIZE: tl.constexpr):
     """One row a program. x and out [rows, cols]"""
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    inside = at < cols
-    values = tl.load(x + row * cols + at, mask=inside, other=0.0).to(tl.float32)
-    values *= tl.rsqrt(tl.sum(values * values) / cols + eps)
-    values = values.to(out.dtype.element_ty) * tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + row * cols + at, values.to(out.dtype.element_ty), mask=inside)
+    start = tl.program_id(0).to(tl.int64) * cols
+    store_normed(x + start, weight, out + start, cols, eps, SIZE)
 
 
 @dataclass(frozen=True)
@@ -262,8 +278,8 @@ class Table:
 
     @property
     def part_blocks(self) -> int:
-        """Blocks of LANES rows of the gate's half where gate and up are one matrix; rows of it where nothing is packed."""
-        return self.rows // 2 if self.kind == DENSE else -(-self.rows // 2 // LANES)
+        """Blocks of the gate's half where gate and up are one packed matrix: each half is padded to whole ones."""
+        return -(-self.rows // 2 // LANES)
 
     @property
     def block_rows(self) -> int:

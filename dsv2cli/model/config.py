@@ -91,6 +91,11 @@ class DeepseekV2Config:
         )
 
     @property
+    def router_groups(self) -> tuple[int, int]:
+        """How many groups the routed experts are in, and how many of them a token may choose from; (1, 1) where there are none."""
+        return (self.n_group or 1, self.topk_group or 1) if self.topk_method == "group_limited_greedy" else (1, 1)
+
+    @property
     def moe_layers(self) -> int:
         return sum(self.is_moe(layer) for layer in range(self.num_hidden_layers))
 

@@ -75,7 +75,7 @@ def mlp_part(layer: Layer) -> MlpPart:
             norm.weight.data_ptr(), None, *map(matrix, dense),
             config.hidden_size, 0, config.intermediate_size, 0, 0, 0, 0, 0, norm.eps, 1.0,
         )  # fmt: skip
-    shared, grouped = mlp.shared_experts, config.topk_method == "group_limited_greedy"
+    shared = mlp.shared_experts
     weights = (
         mlp.experts.gate_up_proj, mlp.experts.down_proj,
         shared.gate_up_proj if shared else None, shared.down_proj if shared else None,
@@ -83,8 +83,8 @@ def mlp_part(layer: Layer) -> MlpPart:
     return MlpPart(
         norm.weight.data_ptr(), mlp.gate.weight.data_ptr(), *map(matrix, weights),
         config.hidden_size, config.moe_intermediate_size, config.moe_intermediate_size * (config.n_shared_experts or 0),
-        config.n_routed_experts or 0, config.num_experts_per_tok or 0, (config.n_group or 1) if grouped else 1,
-        (config.topk_group or 1) if grouped else 1, int(config.norm_topk_prob), norm.eps, config.routed_scaling_factor,
+        config.n_routed_experts or 0, config.num_experts_per_tok or 0, *config.router_groups,
+        int(config.norm_topk_prob), norm.eps, config.routed_scaling_factor,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False
 
     A team's layers, which sum between their parts, and experts that lie apart from the rest run product by product.
     """
-    apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
+    apart = model.experts_apart
     assert kernels is None or apart or not refusal(model.config, model.device, model.dtype)
     assert not triton or not triton_refusal(model.config, model.device)
     whole = not apart and model.team.size == 1

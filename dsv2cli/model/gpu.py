@@ -28,9 +28,9 @@ class GpuLayer:
         self.shape = gpu_attention.Shape(
             attention.heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, attention.scale
         )
-        self.low = config.q_lora_rank is not None
-        self.first_q = table((attention.q_a_proj if self.low else attention.q_proj).weight)
-        self.q_b = table(attention.q_b_proj.weight) if self.low else None
+        low = config.q_lora_rank is not None
+        self.first_q = table((attention.q_a_proj if low else attention.q_proj).weight)
+        self.q_b = table(attention.q_b_proj.weight) if low else None
         self.kv_a, self.o = table(attention.kv_a_proj_with_mqa.weight), table(attention.o_proj.weight)
         self.mlp = feed_of(layer)
         self.first = layer.mlp.first if isinstance(layer.mlp, MoE) else 0
@@ -71,11 +71,10 @@ def feed_of(layer: Layer) -> gpu_experts.Feed:
         return gpu_experts.Feed(
             norm.weight, norm.eps, None, gpu_experts.NO_ROUTING, None, None, part(mlp.gate_up_proj), part(mlp.down_proj)
         )
-    grouped, top_k = config.topk_method == "group_limited_greedy", config.num_experts_per_tok or 0
+    top_k = config.num_experts_per_tok or 0
     routing = gpu_experts.Routing(
-        config.n_routed_experts or 0, top_k, (config.n_group or 1) if grouped else 1, (config.topk_group or 1) if grouped else 1,
-        config.norm_topk_prob and top_k > 1, config.routed_scaling_factor,
-    )  # fmt: skip
+        config.n_routed_experts or 0, top_k, *config.router_groups, config.norm_topk_prob and top_k > 1, config.routed_scaling_factor
+    )
     shared = mlp.shared_experts
     return gpu_experts.Feed(
         norm.weight, norm.eps, mlp.gate.weight, routing, part(mlp.experts.gate_up_proj), part(mlp.experts.down_proj),
@@ -94,21 +93,21 @@ def use_gpu_kernels(model: DeepseekV2, graphs: bool = False) -> None:
     Layers whose experts lie in RAM run product by product, and so do those of a team in which a rank has no head, or in which
     each has sequences of its own; a product that another kernel has already stays there.
     """
-    apart = any(layer.mlp.apart for layer in model.model.layers if isinstance(layer.mlp, MoE))
-    whole = not apart and model.heads_everywhere and not model.team.sequences
+    whole = not model.experts_apart and model.heads_everywhere and not model.team.sequences
     model.steps, model.graphs = whole, whole and graphs
     for module in model.modules():
-        if isinstance(module, Linear) and module.product is None:
-            if 0 not in module.weight.shape and module.weight.device == model.device and module.bias is None:
-                module.product = product(table(module.weight))
-        elif isinstance(module, Experts) and module.product is None and not whole:
-            if 0 not in module.down_proj.shape and module.down_proj.device == model.device:
-                module.product = weighted_sum(table(module.gate_up_proj), table(module.down_proj))
-        elif isinstance(module, MLP) and module.product is None and not whole:
-            if 0 not in module.down_proj.shape and module.down_proj.device == model.device:
-                module.product = every_token(table(module.gate_up_proj), table(module.down_proj))
-        elif isinstance(module, Layer) and whole:
+        if isinstance(module, Layer) and whole:
             module.fused = GpuLayer(module)
+        elif isinstance(module, Linear) and module.product is None and module.bias is None and here(module.weight, model):
+            module.product = product(table(module.weight))
+        elif isinstance(module, Experts | MLP) and module.product is None and not whole and here(module.down_proj, model):
+            make = weighted_sum if isinstance(module, Experts) else every_token
+            module.product = make(table(module.gate_up_proj), table(module.down_proj))
+
+
+def here(weight: Tensor | Quantized, model: DeepseekV2) -> bool:
+    """Whether there is something of it, and on the device that computes."""
+    return 0 not in weight.shape and weight.device == model.device
 
 
 def product(weight: Table) -> Callable[[Tensor], Tensor]:
@@ -122,7 +121,7 @@ def weighted_sum(gate_up: Table, down: Table) -> Callable[[Tensor, Tensor, Tenso
 
 
 def every_token(gate_up: Table, down: Table) -> Callable[[Tensor], Tensor]:
-    return lambda x: gpu_experts.grouped(x.contiguous(), x.new_zeros(x.shape[0], 1, dtype=torch.int32), None, gate_up, down)
+    return lambda x: gpu_experts.dense(x.contiguous(), gate_up, down)
 
 
 class DecodeStep:

@@ -169,8 +169,8 @@ def busiest_share(config: DeepseekV2Config, ranks: int) -> float:
     Where a rank holds whole groups of a group-limited router, a token's experts are in `topk_group` groups at most.
     """
     top_k = config.num_experts_per_tok or 0
-    grouped = config.topk_method == "group_limited_greedy" and (config.n_group or 1) % ranks == 0
-    bins = min(ranks, config.topk_group or 1) if grouped else ranks
+    groups, top_groups = config.router_groups
+    bins = min(ranks, top_groups) if groups % ranks == 0 else ranks
 
     def at_most(most: int) -> float:
         """The chance that no rank has more than `most`: of k things in b bins, k! / b^k times a coefficient of (sum of x^i / i!)^b."""

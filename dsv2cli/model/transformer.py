@@ -114,12 +114,12 @@ class MoEGate(nn.Module):
         config = self.config
         with torch.autocast(x.device.type, enabled=False):  # training casts everything else down
             router_logits = linear(x.float(), self.weight)
-        grouped = config.topk_method == "group_limited_greedy"
+        n_group, topk_group = config.router_groups
         return experts.route(
             router_logits,
             top_k=config.num_experts_per_tok or 0,
-            n_group=(config.n_group or 1) if grouped else 1,
-            topk_group=(config.topk_group or 1) if grouped else 1,
+            n_group=n_group,
+            topk_group=topk_group,
             norm_topk_prob=config.norm_topk_prob,
             scaling_factor=config.routed_scaling_factor,
         )
@@ -332,6 +332,11 @@ class DeepseekV2(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.embed_tokens.weight.dtype
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether routed experts lie in RAM, or run as if they did."""
+        return any(layer.mlp.apart for layer in self.model.layers if isinstance(layer.mlp, MoE))
 
     @property
     def stepwise(self) -> bool:

@@ -179,15 +179,31 @@ static thread_local Arena arena;
 #define PARALLEL _Pragma("omp parallel num_threads(threads)")
 #define BARRIER _Pragma("omp barrier")
 
-// Jobs of one phase, taken by whoever is free: on a shared machine one core may be slower than the other.
+// The jobs of each phase. A thread has a share of consecutive ones, because memory gives most to a thread that reads one run of
+// addresses; who is done with them helps the next: on a shared machine one core may be slower than the other.
 struct Phases {
-  std::atomic<int> next[12] = {};
-  int take(int phase) { return next[phase].fetch_add(1, std::memory_order_relaxed); }
+  struct alignas(64) Counter {
+    std::atomic<int> next{0};
+  };
+  std::vector<Counter> counters;  // [12][threads]
+  explicit Phases(int threads) : counters((size_t)12 * threads) {}
+  int take(int phase, int count) {
+    const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+    for (int64_t turn = 0; turn < threads; turn++) {
+      const int64_t owner = (me + turn) % threads;
+      const int begin = (int)(count * owner / threads), end = (int)(count * (owner + 1) / threads);
+      std::atomic<int>& next = counters[phase * threads + owner].next;
+      if (begin + next.load(std::memory_order_relaxed) >= end) continue;
+      const int job = begin + next.fetch_add(1, std::memory_order_relaxed);
+      if (job < end) return job;
+    }
+    return count;
+  }
 };
-#define EACH(job, phase, count) for (int job; (job = phases.take(phase)) < (count);)
+#define EACH(job, phase, count) for (int job; (job = phases.take(phase, count)) < (count);)
 // The same with the number of the job that this thread does after it, so that its weights can be asked for in time.
 #define EACH_AHEAD(job, after, phase, count) \
-  for (int job = phases.take(phase), after; job < (count) && (after = phases.take(phase), true); job = after)
+  for (int job = phases.take(phase, count), after; job < (count) && (after = phases.take(phase, count), true); job = after)
 
 // Activations ready to be multiplied: bf16 rows, or int8 rows with a scale and minus 128 times the sum of each group.
 struct Rows {
@@ -391,7 +407,8 @@ static void multiply(const Matrix& w, int e, const int* first, int count, const 
 // ---- streams: consecutive rows of a matrix times one token --------------------------------------------------------
 // One token is bounded by memory, and memory gives most to a thread that reads one run of addresses. Weights are asked
 // for AHEAD bytes early; near the end of a run, what is asked for is the run that comes `next` (null: not known).
-constexpr int AHEAD = 2048;
+constexpr int AHEAD = 2048;       // bytes
+constexpr int SCALES_AHEAD = 512;  // scales, that is 1 KB
 
 INLINE const uint8_t* block_at(const Matrix& w, int e, int first) {
   const uint8_t* base = w.codes + e * w.codes_step;
@@ -420,7 +437,7 @@ static void stream_bf16(const uint16_t* w, int count, const uint16_t* x, int col
   }
 }
 
-// Two runs of blocks side by side: two sums are under way, and the activations are loaded once for both. R 1: one run.
+// R runs of blocks side by side: gate and up are two, which both go on in the next job; all else is one, for the same reason.
 template <int BITS, int R>
 static void stream_codes(const uint8_t* const* codes, const uint16_t* const* scales, int blocks, const Rows& x, int row,
                          float* const* out, const uint8_t* const* next) {
@@ -440,6 +457,7 @@ static void stream_codes(const uint8_t* const* codes, const uint16_t* const* sca
       I acc[R];
       for (int r = 0; r < R; r++) acc[r] = (I){} + zero[g];
       const int8_t* a = q + (size_t)g * group;
+      for (int r = 0; r < R; r++) __builtin_prefetch(s[r] + SCALES_AHEAD);
 #pragma GCC unroll 4
       for (int k = 0; k < group; k += 32 / BITS) {
         B w[R];
@@ -477,18 +495,10 @@ static void stream(const Matrix& w, int e, const int* first, int count, const Ro
   if (w.kind == INT8) stream_codes<8, R>(codes, scales, blocks_of(count), x, row, out, next);
   else stream_codes<4, R>(codes, scales, blocks_of(count), x, row, out, next);
 }
-// `count` <= WIDE rows in one job, as two runs where they are two whole blocks of codes.
-constexpr int WIDE = 2 * LANES;
-static void stream_job(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const uint8_t* next) {
-  if (w.kind != BF16 && count > LANES) {
-    const int both[2] = {first, first + LANES};
-    float* const outs[2] = {out, out + LANES};
-    const uint8_t* const nexts[2] = {next, next ? next + (block_at(w, e, LANES) - block_at(w, e, 0)) : nullptr};
-    stream<2>(w, e, both, LANES, x, row, outs, nexts);
-  } else {
-    stream<1>(w, e, &first, count, x, row, &out, &next);
-  }
+INLINE void stream(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const uint8_t* next) {
+  stream<1>(w, e, &first, count, x, row, &out, &next);
 }
+constexpr int WIDE = 2 * LANES;  // rows of a job
 
 // Jobs of WIDE rows of w times all n rows of x; `give(token, row, values, count)` takes the results.
 INLINE int jobs_of(const Matrix& w) { return (w.rows + WIDE - 1) / WIDE; }
@@ -497,7 +507,7 @@ template <class Give> static void product_job(const Matrix& w, int job, int afte
   float out[MOST * WIDE];
   int rows[MOST];
   if (n == 1) {
-    stream_job(w, 0, first[0], count, x, 0, out, after < jobs_of(w) ? block_at(w, 0, after * WIDE) : nullptr);
+    stream(w, 0, first[0], count, x, 0, out, after < jobs_of(w) ? block_at(w, 0, after * WIDE) : nullptr);
     give(0, first[0], out, count);
     return;
   }
@@ -547,7 +557,7 @@ extern "C" void dsv2_linear(const Matrix* w, const uint16_t* x, int n, void* out
   arena.reset(Rows::bytes(*w, n) + (size_t)threads * (w->cols + 64) * 4);
   in.claim(arena, *w, n);
   float* scratch = arena.take<float>((size_t)threads * (w->cols + 16));
-  Phases phases;
+  Phases phases(threads);
   PARALLEL {
     float* row = scratch + (size_t)omp_get_thread_num() * (w->cols + 16);
     EACH(t, 0, n) {
@@ -634,7 +644,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
   const int unit = any.kind == BF16 ? 64 : (routed ? p.down.group : p.shared_down.group);
   const int units = routed ? (p.width + unit - 1) / unit : 0, shared_units = (p.shared_width + unit - 1) / unit;
   int actives = 0;
-  Phases phases;
+  Phases phases(threads);
 
   // `unit` columns of silu(gate) * up for some tokens of one expert, rounded into h.
   auto gate_up = [&](const Matrix& w, int e, int width, int u, const int* from, const int* to, int count, Rows& h, const uint8_t* const* next) {
@@ -722,12 +732,14 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
       }
     }
     BARRIER
-    const int down_jobs = (p.hidden + WIDE - 1) / WIDE;
+    // For one token as many rows as leave each thread some eight jobs, in up to 128: the longer the runs, the better.
+    const int most = n > 1 ? WIDE : std::max(WIDE, std::min(4 * WIDE, p.hidden / (8 * threads) / WIDE * WIDE));
+    const int down_jobs = (p.hidden + most - 1) / most;
     EACH_AHEAD(job, after, 4, down_jobs) {
-      const int first[2] = {job * WIDE, job * WIDE + LANES}, count = std::min(WIDE, p.hidden - first[0]), blocks = blocks_of(count);
+      const int first[2] = {job * most, job * most + LANES}, count = std::min(most, p.hidden - first[0]), blocks = blocks_of(count);
       const int wide = blocks * LANES;
       const Matrix& start = routed ? p.down : p.shared_down;
-      const uint8_t* next_job = after < down_jobs ? block_at(start, routed ? active[0] : 0, after * WIDE) : nullptr;
+      const uint8_t* next_job = after < down_jobs ? block_at(start, routed ? active[0] : 0, after * most) : nullptr;
       float out[MOST * WIDE];
       memset(mine, 0, (size_t)n * wide * 4);
       for (int a = 0; a < actives; a++) {
@@ -735,7 +747,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
         const uint8_t* next = a + 1 < actives ? block_at(p.down, active[a + 1], first[0]) : shared ? block_at(p.shared_down, 0, first[0]) : next_job;
         for (int s = starts[e]; s < starts[e + 1]; s += MOST) {
           const int m = std::min(MOST, starts[e + 1] - s);
-          if (m == 1) stream_job(p.down, e, first[0], count, h_routed, order[s], out, next);
+          if (m == 1) stream(p.down, e, first[0], count, h_routed, order[s], out, next);
           else multiply(p.down, e, first, blocks, h_routed, order + s, m, out);
           for (int i = 0; i < m; i++) {
             const float factor = weight[order[s + i]];
@@ -746,7 +758,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
       }
       for (int t = 0; shared && t < n; t += MOST) {
         const int m = std::min(MOST, n - t);
-        if (m == 1) stream_job(p.shared_down, 0, first[0], count, h_shared, t, out, next_job);
+        if (m == 1) stream(p.shared_down, 0, first[0], count, h_shared, t, out, next_job);
         else multiply(p.shared_down, 0, first, blocks, h_shared, all + t, m, out);
         for (int i = 0; i < m; i++)
           for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * wide + l];
@@ -889,7 +901,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
   const bool low = p.q_a.kind != NONE;
   int longest = 0;
   for (int t = 0; t < n; t++) longest = std::max(longest, lengths[t]);
-  const int chunk = std::max(2 * BLOCK, (longest * n / (4 * threads) + BLOCK - 1) / BLOCK * BLOCK);
+  const int chunk = std::max(BLOCK / 2, (longest * n / (4 * threads) + BLOCK / 2 - 1) / (BLOCK / 2) * (BLOCK / 2));
   const int chunks = (longest + chunk - 1) / chunk;
   const size_t most_row = std::max({p.hidden, p.q_rank, heads * p.value, heads * head, p.rank}) + 64;
   const size_t floats = (size_t)n * (p.q_rank + (size_t)heads * (head + p.value) + width + 64) + threads * most_row +
@@ -915,7 +927,7 @@ extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const 
       for (int i = 0; i < count; i++) out[(size_t)t * rows + row + i] = rounded(values[i]);
     };
   };
-  Phases phases;
+  Phases phases(threads);
   PARALLEL {
     float* mine = scratch + omp_get_thread_num() * most_row;
     EACH(t, 0, n) {
@@ -1011,7 +1023,7 @@ extern "C" void dsv2_pack(const float* weights, int rows, int cols, int bits, in
   float values[16], middles[15];
   for (int i = 0; i < 16; i++) values[i] = (float)codebook[i] - 128.0f;
   for (int i = 0; i < 15; i++) middles[i] = (values[i] + values[i + 1]) / 2;
-  Phases phases;
+  Phases phases(threads);
   PARALLEL {
     std::vector<float> x(group), scaled(group);
     std::vector<int32_t> index(group);
@@ -1068,7 +1080,7 @@ extern "C" uint64_t dsv2_read(const uint8_t* data, int64_t count, int threads) {
   const int64_t piece = 1 << 18;
   const int pieces = (int)(count / piece);
   std::atomic<uint64_t> total{0};
-  Phases phases;
+  Phases phases(threads);
   PARALLEL {
     U acc[4] = {};
     EACH(job, 0, pieces) {

@@ -498,7 +498,8 @@ static void stream(const Matrix& w, int e, const int* first, int count, const Ro
 INLINE void stream(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const uint8_t* next) {
   stream<1>(w, e, &first, count, x, row, &out, &next);
 }
-constexpr int WIDE = 2 * LANES;  // rows of a job
+constexpr int WIDE = 2 * LANES;   // rows of a job
+constexpr int WIDEST = 4 * WIDE;  // at most, where one token passes through several matrices: the longer the runs, the better
 
 // Jobs of WIDE rows of w times all n rows of x; `give(token, row, values, count)` takes the results.
 INLINE int jobs_of(const Matrix& w) { return (w.rows + WIDE - 1) / WIDE; }
@@ -623,9 +624,10 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
   const bool routed = p.experts > 0, shared = p.shared_width > 0;
   const Matrix& any = routed ? p.gate_up : p.shared_gate_up;
   const int slots = routed ? n * p.top_k : 0, k = p.top_k;
+  const size_t scratch_size = std::max(n * WIDE, WIDEST);
   arena.reset(Rows::bytes(any, n) + (routed ? Rows::bytes(p.down, slots) : 0) + (shared ? Rows::bytes(p.shared_down, n) : 0) +
               (size_t)n * (p.hidden + 16) * 4 + (size_t)n * (p.experts + 16) * 4 + (size_t)slots * 24 + p.experts * 8 +
-              (size_t)threads * (n * 2 * LANES + MOST * 64 + 64) * 4 + 8192);
+              threads * scratch_size * 4 + 8192);
   Rows in, h_routed, h_shared;
   in.claim(arena, any, n);
   if (routed) h_routed.claim(arena, p.down, slots);
@@ -639,7 +641,6 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
   int32_t* starts = arena.take<int32_t>(p.experts + 1);
   int32_t* active = arena.take<int32_t>(p.experts + 1);
   int32_t* all = arena.take<int32_t>(n);
-  const size_t scratch_size = (size_t)n * 2 * LANES + MOST * 64 + 64;
   float* scratch = arena.take<float>(threads * scratch_size);
   const int unit = any.kind == BF16 ? 64 : (routed ? p.down.group : p.shared_down.group);
   const int units = routed ? (p.width + unit - 1) / unit : 0, shared_units = (p.shared_width + unit - 1) / unit;
@@ -732,8 +733,8 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
       }
     }
     BARRIER
-    // For one token as many rows as leave each thread some eight jobs, in up to 128: the longer the runs, the better.
-    const int most = n > 1 ? WIDE : std::max(WIDE, std::min(4 * WIDE, p.hidden / (8 * threads) / WIDE * WIDE));
+    // For one token as many rows as leave each thread some eight jobs.
+    const int most = n > 1 ? WIDE : std::max(WIDE, std::min(WIDEST, p.hidden / (8 * threads) / WIDE * WIDE));
     const int down_jobs = (p.hidden + most - 1) / most;
     EACH_AHEAD(job, after, 4, down_jobs) {
       const int first[2] = {job * most, job * most + LANES}, count = std::min(most, p.hidden - first[0]), blocks = blocks_of(count);

@@ -313,7 +313,6 @@ class DeepseekV2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
-        self.path = "auto"
         self.steps, self.graphs = False, False  # whether layers run through kernels made for DecodeSteps, and those as CUDA graphs
 
     def run_on(self, main: torch.device, layers: list[torch.device]) -> None:
@@ -341,12 +340,11 @@ class DeepseekV2(nn.Module):
     @property
     def stepwise(self) -> bool:
         """Whether decoding goes in DecodeSteps: they know one attention path."""
-        return self.steps and self.path in ("auto", "absorbed")
+        return self.steps and self.model.layers[0].self_attn.path in ("auto", "absorbed")  # type: ignore[union-attr,operator]
 
     def use_attention(self, path: str) -> None:
         """Choose the attention path for all layers: one of ATTENTION_PATHS."""
         assert path in ATTENTION_PATHS, path
-        self.path = path
         for layer in self.model.layers:
             layer.self_attn.path = path  # type: ignore[union-attr,assignment]
 

@@ -279,13 +279,14 @@ def timed_step(model: DeepseekV2, logits: Tensor, cache: LatentCache, watch: Sto
 @torch.inference_mode()
 def profile(model: DeepseekV2, work: Work) -> dict[str, dict[str, float]]:
     """Seconds by part, for the prefill and for one decode step on average. Waiting for the device after each part costs some."""
-    layers = list(model.model.layers)
+    layers, whole = list(model.model.layers), model.fused
     fused = [layer.fused for layer in layers]
     cache = model.new_cache(work.batch)
     if work.depth:
         prefill(model, random_prompts(model, work.batch, work.depth, seed=1), cache)
     prompts = random_prompts(model, work.batch, work.prompt, seed=2)
     out = {}
+    model.fused = None  # layer by layer
     try:
         for phase in ("prefill", "decode"):
             watch = Stopwatch(model.device)
@@ -304,6 +305,7 @@ def profile(model: DeepseekV2, work: Work) -> dict[str, dict[str, float]]:
             watch.seconds["the rest"] = total - sum(watch.seconds.values())
             out[phase] = {name: seconds / count for name, seconds in watch.seconds.items()}
     finally:
+        model.fused = whole
         for layer, before in zip(layers, fused, strict=True):
             layer.fused = before  # type: ignore[assignment]
     return out

@@ -1,4 +1,4 @@
-// The decode step and the matrix products on a CPU, fused: one call per layer part, one parallel region a call.
+// The decode step and the matrix products on a CPU, fused: one call for all layers, one parallel region a call.
 // What each function computes is said by the plain torch code beside it (linear.py, attention.py, experts.py,
 // quantized.py); this file only does the same faster. Activations enter a product as bf16 (bf16 weights) or as int8
 // with one scale a group (int8 and int4 weights); sums are kept in fp32 or int32. Compiled on first use by native.py
@@ -28,7 +28,7 @@ typedef uint16_t H __attribute__((vector_size(32)));
 
 constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved
 constexpr int MOST = 12;   // tokens in one tile
-constexpr int BLOCK = 64;  // cached tokens that attention takes at a time
+constexpr int BLOCK = 32;  // cached tokens that attention takes at a time: they and the heads' sums stay near the processor
 
 enum Kind { NONE = 0, INT4 = 4, INT8 = 8, BF16 = 16 };
 
@@ -42,8 +42,8 @@ struct Matrix {
   int32_t kind, rows, cols, group;
 };
 struct Attention {
-  const uint16_t *norm, *q_a_norm, *kv_a_norm, *kv_b;
-  Matrix q_a, q, kv_a, o;
+  const uint16_t *norm, *q_a_norm, *kv_a_norm;
+  Matrix q_a, q, kv_a, k_up, v_up, o;  // k_up and v_up are kv_b_proj by heads: [rank, nope], which is turned, and [value, rank]
   int32_t hidden, heads, nope, rope, value, rank, q_rank;
   float eps, scale;
 };
@@ -53,6 +53,10 @@ struct Mlp {
   Matrix gate_up, down, shared_gate_up, shared_down;
   int32_t hidden, width, shared_width, experts, top_k, groups, top_groups, normalise;
   float eps, factor;
+};
+struct Layer {
+  Attention attention;
+  Mlp mlp;
 };
 }
 
@@ -155,41 +159,60 @@ INLINE B look_up(B index) {
 
 // ---- memory and work --------------------------------------------------------------------------------------------
 
-// Scratch of the calling thread, which the team shares: grows, is never given back, and is handed out anew each call.
+// Scratch of the calling thread, which the team shares: grows and is never given back.
 struct Arena {
-  std::vector<char*> blocks;
   char* base = nullptr;
-  size_t size = 0, used = 0;
-  void reset(size_t wanted) {
-    used = 0;
-    if (wanted <= size) return;
-    free(base);
-    size = wanted + wanted / 4;
-    base = (char*)aligned_alloc(64, (size + 63) / 64 * 64);
-  }
-  template <class T> T* take(size_t count) {
-    T* out = (T*)(base + used);
-    used += (count * sizeof(T) + 63) / 64 * 64;
-    return out;
+  size_t size = 0;
+  char* hold(size_t wanted) {
+    if (wanted > size) {
+      free(base);
+      size = (wanted + wanted / 4 + 63) / 64 * 64;
+      base = (char*)aligned_alloc(64, size);
+    }
+    return base;
   }
   ~Arena() { free(base); }
 };
 static thread_local Arena arena;
 
-#define PARALLEL _Pragma("omp parallel num_threads(threads)")
-#define BARRIER _Pragma("omp barrier")
+// Hands scratch out, one array after the other. From zero on it only finds out how much is wanted.
+struct Scratch {
+  uintptr_t at;
+  template <class T> T* take(size_t count) {
+    T* out = (T*)at;
+    at += (count * sizeof(T) + 63) / 64 * 64;
+    return out;
+  }
+};
 
-// The jobs of each phase. A thread has a share of consecutive ones, because memory gives most to a thread that reads one run of
-// addresses; who is done with them helps the next: on a shared machine one core may be slower than the other.
-struct Phases {
-  struct alignas(64) Counter {
-    std::atomic<int> next{0};
-  };
-  std::vector<Counter> counters;  // [12][threads]
-  explicit Phases(int threads) : counters((size_t)12 * threads) {}
-  int take(int phase, int count) {
-    const int64_t me = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (int64_t turn = 0; turn < threads; turn++) {
+#if defined(_OPENMP)
+#define PARALLEL _Pragma("omp parallel num_threads(threads)")
+static inline void barrier() {
+#pragma omp barrier
+}
+#else
+#define PARALLEL
+static inline void barrier() {}
+#endif
+
+// One thread of the team and how it comes by its jobs, phase by phase. A thread has a share of consecutive ones, because memory
+// gives most to a thread that reads one run of addresses; who is done with them helps the next: on a shared machine one core may
+// be slower than the other.
+struct alignas(64) Counter {
+  std::atomic<int> next{0};
+};
+struct Worker {
+  Counter* counters;  // [3][threads]: of the phase before, which may be set to zero now, of this one and of the next
+  int me, threads, phase = 0;
+  explicit Worker(std::vector<Counter>& counters)
+      : counters(counters.data()), me(omp_get_thread_num()), threads(omp_get_num_threads()) {}
+  void meet() {  // what was written before is seen by all after it
+    barrier();
+    phase = (phase + 1) % 3;
+    counters[(phase + 1) % 3 * threads + me].next.store(0, std::memory_order_relaxed);
+  }
+  int take(int count) {
+    for (int turn = 0; turn < threads; turn++) {
       const int64_t owner = (me + turn) % threads;
       const int begin = (int)(count * owner / threads), end = (int)(count * (owner + 1) / threads);
       std::atomic<int>& next = counters[phase * threads + owner].next;
@@ -200,10 +223,11 @@ struct Phases {
     return count;
   }
 };
-#define EACH(job, phase, count) for (int job; (job = phases.take(phase, count)) < (count);)
+#define TEAM(counters) std::vector<Counter> counters(3 * (size_t)threads)
+#define EACH(job, count) for (int job; (job = worker.take(count)) < (count);)
 // The same with the number of the job that this thread does after it, so that its weights can be asked for in time.
-#define EACH_AHEAD(job, after, phase, count) \
-  for (int job = phases.take(phase, count), after; job < (count) && (after = phases.take(phase, count), true); job = after)
+#define EACH_AHEAD(job, after, count) \
+  for (int job = worker.take(count), after; job < (count) && (after = worker.take(count), true); job = after)
 
 // Activations ready to be multiplied: bf16 rows, or int8 rows with a scale and minus 128 times the sum of each group.
 struct Rows {
@@ -212,7 +236,7 @@ struct Rows {
   int8_t* q;
   float* scale;
   int32_t* zero;
-  void claim(Arena& arena, const Matrix& w, int count) {
+  void claim(Scratch& scratch, const Matrix& w, int count) {
     kind = w.kind == BF16 ? BF16 : INT8;
     cols = w.cols;
     group = kind == BF16 ? 32 : w.group;
@@ -220,14 +244,13 @@ struct Rows {
     padded = groups * group;
     bf = nullptr, q = nullptr, scale = nullptr, zero = nullptr;
     if (kind == BF16) {
-      bf = arena.take<uint16_t>((size_t)count * padded);
+      bf = scratch.take<uint16_t>((size_t)count * padded);
     } else {
-      q = arena.take<int8_t>((size_t)count * padded);
-      scale = arena.take<float>((size_t)count * groups);
-      zero = arena.take<int32_t>((size_t)count * groups);
+      q = scratch.take<int8_t>((size_t)count * padded);
+      scale = scratch.take<float>((size_t)count * groups);
+      zero = scratch.take<int32_t>((size_t)count * groups);
     }
   }
-  static size_t bytes(const Matrix& w, size_t count) { return count * (w.cols + 64) * 4 + 512; }
   // Columns [from, from + count) of one row; `from` begins a group and only the last call may end within one.
   void put(int row, int from, int count, const float* x) {
     if (kind == BF16) {
@@ -406,14 +429,20 @@ static void multiply(const Matrix& w, int e, const int* first, int count, const 
 
 // ---- streams: consecutive rows of a matrix times one token --------------------------------------------------------
 // One token is bounded by memory, and memory gives most to a thread that reads one run of addresses. Weights are asked
-// for AHEAD bytes early; near the end of a run, what is asked for is the run that comes `next` (null: not known).
+// for AHEAD bytes early; near the end of a run, what is asked for is the run that comes `next`.
 constexpr int AHEAD = 2048;       // bytes
 constexpr int SCALES_AHEAD = 512;  // scales, that is 1 KB
 
-INLINE const uint8_t* block_at(const Matrix& w, int e, int first) {
+// Where a run begins; null: not known.
+struct Place {
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+};
+INLINE Place place(const Matrix& w, int e, int first) {
   const uint8_t* base = w.codes + e * w.codes_step;
-  if (w.kind == BF16) return base + (size_t)std::min(first, w.rows - 1) * w.cols * 2;
-  return base + (size_t)(first / LANES) * ((w.cols + w.group - 1) / w.group * w.group) * LANES * w.kind / 8;
+  if (w.kind == BF16) return {base + (size_t)std::min(first, w.rows - 1) * w.cols * 2};
+  const size_t block = first / LANES, groups = (w.cols + w.group - 1) / w.group;
+  return {base + block * groups * w.group * LANES * w.kind / 8, w.scales + e * w.scales_step + block * groups * LANES};
 }
 
 static void stream_bf16(const uint16_t* w, int count, const uint16_t* x, int cols, float* out, const uint8_t* next) {
@@ -439,25 +468,29 @@ static void stream_bf16(const uint16_t* w, int count, const uint16_t* x, int col
 
 // R runs of blocks side by side: gate and up are two, which both go on in the next job; all else is one, for the same reason.
 template <int BITS, int R>
-static void stream_codes(const uint8_t* const* codes, const uint16_t* const* scales, int blocks, const Rows& x, int row,
-                         float* const* out, const uint8_t* const* next) {
+static void stream_codes(const Place* from, int blocks, const Rows& x, int row, float* const* out, const Place* next) {
   const int8_t* q = x.q + (size_t)row * x.padded;
   const float* scale = x.scale + (size_t)row * x.groups;
   const int32_t* zero = x.zero + (size_t)row * x.groups;
-  const int group = x.group, last = std::max(0, blocks * x.groups - AHEAD / (group * LANES * BITS / 8));
+  const int group = x.group, all = blocks * x.groups, codes_left = AHEAD / (group * LANES * BITS / 8), scales_left = SCALES_AHEAD / LANES;
   const B low = (B){} + 15;
   const uint8_t *at[R], *ahead[R];
-  const uint16_t* s[R];
-  for (int r = 0; r < R; r++) at[r] = codes[r], ahead[r] = at[r] + AHEAD, s[r] = scales[r];
+  const uint16_t *s[R], *scales_ahead[R];
+  for (int r = 0; r < R; r++) {
+    at[r] = from[r].codes, ahead[r] = at[r] + AHEAD;
+    s[r] = from[r].scales, scales_ahead[r] = s[r] + SCALES_AHEAD;
+  }
   for (int b = 0, done = 0; b < blocks; b++) {
     F total[R] = {};
     for (int g = 0; g < x.groups; g++, done++) {
-      for (int r = 0; r < R; r++)
-        if (done == last && next[r]) ahead[r] = next[r];
+      for (int r = 0; r < R; r++) {
+        if (next[r].codes && done == std::max(0, all - codes_left)) ahead[r] = next[r].codes;
+        if (next[r].codes && done == std::max(0, all - scales_left)) scales_ahead[r] = next[r].scales;
+      }
       I acc[R];
       for (int r = 0; r < R; r++) acc[r] = (I){} + zero[g];
       const int8_t* a = q + (size_t)g * group;
-      for (int r = 0; r < R; r++) __builtin_prefetch(s[r] + SCALES_AHEAD);
+      for (int r = 0; r < R; r++) __builtin_prefetch(scales_ahead[r]), scales_ahead[r] += LANES;
 #pragma GCC unroll 4
       for (int k = 0; k < group; k += 32 / BITS) {
         B w[R];
@@ -481,43 +514,62 @@ static void stream_codes(const uint8_t* const* codes, const uint16_t* const* sca
 
 // out[r][i] = row first[r] + i of matrix e times row `row` of x, for `count` rows and R runs of them; `next` likewise.
 template <int R>
-static void stream(const Matrix& w, int e, const int* first, int count, const Rows& x, int row, float* const* out, const uint8_t* const* next) {
-  const uint8_t* codes[R];
-  for (int r = 0; r < R; r++) codes[r] = block_at(w, e, first[r]);
-  if (w.kind == BF16) {
+static void stream(const Matrix& w, int e, const int* first, int count, const Rows& x, int row, float* const* out, const Place* next) {
+  Place from[R];
+  for (int r = 0; r < R; r++) from[r] = place(w, e, first[r]);
+  if (w.kind == INT8) stream_codes<8, R>(from, blocks_of(count), x, row, out, next);
+  else if (w.kind == INT4) stream_codes<4, R>(from, blocks_of(count), x, row, out, next);
+  else
     for (int r = 0; r < R; r++)
-      stream_bf16((const uint16_t*)codes[r], std::min(count, w.rows - first[r]), x.bf + (size_t)row * x.padded, w.cols, out[r],
-                  r + 1 < R ? codes[r + 1] : next[0]);
-    return;
-  }
-  const uint16_t* scales[R];
-  for (int r = 0; r < R; r++) scales[r] = w.scales + e * w.scales_step + (size_t)(first[r] / LANES) * x.groups * LANES;
-  if (w.kind == INT8) stream_codes<8, R>(codes, scales, blocks_of(count), x, row, out, next);
-  else stream_codes<4, R>(codes, scales, blocks_of(count), x, row, out, next);
+      stream_bf16((const uint16_t*)from[r].codes, std::min(count, w.rows - first[r]), x.bf + (size_t)row * x.padded, w.cols, out[r],
+                  (r + 1 < R ? from[r + 1] : next[0]).codes);
 }
-INLINE void stream(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const uint8_t* next) {
+INLINE void stream(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, Place next) {
   stream<1>(w, e, &first, count, x, row, &out, &next);
 }
-constexpr int WIDE = 2 * LANES;   // rows of a job
-constexpr int WIDEST = 4 * WIDE;  // at most, where one token passes through several matrices: the longer the runs, the better
+// `count` rows as two runs side by side, where they are long: the processor then waits less for each sum.
+struct Halves {
+  Place at[2];
+};
+INLINE int half_of(int count) { return (blocks_of(count) + 1) / 2 * LANES; }
+INLINE Halves halves(const Matrix& w, int e, int first, int count) { return {place(w, e, first), place(w, e, first + half_of(count))}; }
+static void stream_halves(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const Halves& next) {
+  const int half = half_of(count), firsts[2] = {first, first + half};
+  float* const outs[2] = {out, out + half};
+  if (w.kind == BF16 || blocks_of(count) % 2) stream(w, e, first, count, x, row, out, next.at[0]);
+  else stream<2>(w, e, firsts, half, x, row, outs, next.at);
+}
 
-// Jobs of WIDE rows of w times all n rows of x; `give(token, row, values, count)` takes the results.
+constexpr int WIDE = 2 * LANES;   // rows of a job
+constexpr int WIDEST = 8 * WIDE;  // at most, where one token passes through: the longer the runs, the better
+
+// Rows [first, first + count) of matrix e times rows `from`, `from + step`, ... of x, n of them; `next` is what is read after it.
+// `give(token, row, values, count)` takes the results.
+template <class Give>
+static void product(const Matrix& w, int e, int first, int count, const Rows& x, int from, int step, int n, Place next, Give give) {
+  float out[MOST * WIDE];
+  const int end = first + count, most = n == 1 ? WIDEST : WIDE;
+  for (; first < end; first += most) {
+    const int here = std::min(most, end - first), blocks = blocks_of(here), firsts[2] = {first, first + LANES};
+    if (n == 1) {
+      stream(w, e, first, here, x, from, out, first + most < end ? place(w, e, first + most) : next);
+      give(0, first, out, here);
+      continue;
+    }
+    for (int t = 0; t < n; t += MOST) {
+      const int m = std::min(MOST, n - t);
+      int rows[MOST];
+      for (int i = 0; i < m; i++) rows[i] = from + (t + i) * step;
+      multiply(w, e, firsts, blocks, x, rows, m, out);
+      for (int i = 0; i < m; i++) give(t + i, first, out + i * blocks * LANES, here);
+    }
+  }
+}
+// Jobs of WIDE rows of w times the first n rows of x.
 INLINE int jobs_of(const Matrix& w) { return (w.rows + WIDE - 1) / WIDE; }
 template <class Give> static void product_job(const Matrix& w, int job, int after, const Rows& x, int n, Give give) {
-  const int first[2] = {job * WIDE, job * WIDE + LANES}, count = std::min(WIDE, w.rows - first[0]), blocks = blocks_of(count);
-  float out[MOST * WIDE];
-  int rows[MOST];
-  if (n == 1) {
-    stream(w, 0, first[0], count, x, 0, out, after < jobs_of(w) ? block_at(w, 0, after * WIDE) : nullptr);
-    give(0, first[0], out, count);
-    return;
-  }
-  for (int t = 0; t < n; t += MOST) {
-    const int m = std::min(MOST, n - t);
-    for (int i = 0; i < m; i++) rows[i] = t + i;
-    multiply(w, 0, first, blocks, x, rows, m, out);
-    for (int i = 0; i < m; i++) give(t + i, first[0], out + i * blocks * LANES, count);
-  }
+  const int first = job * WIDE;
+  product(w, 0, first, std::min(WIDE, w.rows - first), x, 0, 1, n, after < jobs_of(w) ? place(w, 0, after * WIDE) : Place{}, give);
 }
 
 // RMSNorm of a row that was rounded to bf16, rounded twice as the plain path does; into floats.
@@ -555,18 +607,23 @@ extern "C" const char* dsv2_path() {
 // x [n, cols] in bf16 times w -> out [n, rows], bf16 or fp32.
 extern "C" void dsv2_linear(const Matrix* w, const uint16_t* x, int n, void* out, int wide, int threads) {
   Rows in;
-  arena.reset(Rows::bytes(*w, n) + (size_t)threads * (w->cols + 64) * 4);
-  in.claim(arena, *w, n);
-  float* scratch = arena.take<float>((size_t)threads * (w->cols + 16));
-  Phases phases(threads);
+  float* rows = nullptr;
+  auto claim = [&](Scratch scratch) {
+    in.claim(scratch, *w, n);
+    rows = scratch.take<float>((size_t)threads * w->cols);
+    return scratch.at;
+  };
+  claim({(uintptr_t)arena.hold(claim({0}))});
+  TEAM(counters);
   PARALLEL {
-    float* row = scratch + (size_t)omp_get_thread_num() * (w->cols + 16);
-    EACH(t, 0, n) {
+    Worker worker(counters);
+    float* row = rows + (size_t)worker.me * w->cols;
+    EACH(t, n) {
       widen_row(x + (size_t)t * w->cols, w->cols, row);
       in.put(t, 0, w->cols, row);
     }
-    BARRIER
-    EACH_AHEAD(job, after, 1, jobs_of(*w)) product_job(*w, job, after, in, n, [&](int t, int row, const float* values, int count) {
+    worker.meet();
+    EACH_AHEAD(job, after, jobs_of(*w)) product_job(*w, job, after, in, n, [&](int t, int row, const float* values, int count) {
       const size_t at = (size_t)t * w->rows + row;
       if (wide) memcpy((float*)out + at, values, count * 4);
       else for (int i = 0; i < count; i++) ((uint16_t*)out)[at + i] = narrow(values[i]);
@@ -617,45 +674,61 @@ static void route(const Mlp& p, float* scores, int32_t* index, float* weight) {
     weight[k] = p.normalise && p.top_k > 1 ? weight[k] / (chosen + 1e-20f) : weight[k] * p.factor;
 }
 
+// Where job `job` of the down projections begins. One token's jobs are an eighth of a thread's share: long runs of addresses.
+constexpr int DOWN_JOBS = 8;
+INLINE int down_begin(int job, int rows, int n, int threads) {
+  if (n > 1) return std::min(rows, job * WIDE);
+  return (int)std::min<int64_t>(rows, (int64_t)blocks_of(rows) * job / (DOWN_JOBS * threads) * LANES);
+}
+
+// Where an MLP keeps what lies between its phases.
+struct MlpScratch {
+  Rows in, h_routed, h_shared;
+  float *normed, *logits, *weight, *sums;
+  int32_t *index, *order, *tokens, *starts, *active, *actives, *all;
+  size_t out, of_thread;  // a thread's sums [n, rows of a down job], and where its products begin behind them
+  MlpScratch(const Mlp& p, int n, int threads, Scratch& scratch) {
+    const size_t slots = (size_t)n * p.top_k, job = n > 1 ? WIDE : (blocks_of(p.hidden) / (DOWN_JOBS * threads) + 1) * LANES;
+    in.claim(scratch, p.experts ? p.gate_up : p.shared_gate_up, n);
+    if (p.experts) h_routed.claim(scratch, p.down, slots);
+    if (p.shared_width) h_shared.claim(scratch, p.shared_down, n);
+    normed = scratch.take<float>((size_t)n * p.hidden);
+    logits = scratch.take<float>((size_t)n * p.experts);
+    index = scratch.take<int32_t>(slots);
+    weight = scratch.take<float>(slots);
+    order = scratch.take<int32_t>(slots);   // slots by expert
+    tokens = scratch.take<int32_t>(slots);  // the token of order[i]
+    starts = scratch.take<int32_t>(p.experts + 1);
+    active = scratch.take<int32_t>(p.experts + 1);
+    actives = scratch.take<int32_t>(1);
+    all = scratch.take<int32_t>(n);
+    out = n * job;
+    of_thread = out + std::max<size_t>(MOST * WIDE, job);
+    sums = scratch.take<float>(threads * of_thread);
+  }
+};
+
 // to += MLP(norm(x)) for x and to [n, hidden] in bf16, which may be the same: routed experts, shared experts, or the one dense
 // MLP ("shared" alone). Without a norm x is taken as it is. `chosen` and `factors` [n, top_k] take the router's place where
 // they are given; an expert below 0 is another process's.
-static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t* chosen, const float* factors, int n, int threads) {
+static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t* chosen, const float* factors, int n, Scratch scratch,
+                    Worker& worker) {
   const bool routed = p.experts > 0, shared = p.shared_width > 0;
-  const Matrix& any = routed ? p.gate_up : p.shared_gate_up;
   const int slots = routed ? n * p.top_k : 0, k = p.top_k;
-  const size_t scratch_size = std::max(n * WIDE, WIDEST);
-  arena.reset(Rows::bytes(any, n) + (routed ? Rows::bytes(p.down, slots) : 0) + (shared ? Rows::bytes(p.shared_down, n) : 0) +
-              (size_t)n * (p.hidden + 16) * 4 + (size_t)n * (p.experts + 16) * 4 + (size_t)slots * 24 + p.experts * 8 +
-              threads * scratch_size * 4 + 8192);
-  Rows in, h_routed, h_shared;
-  in.claim(arena, any, n);
-  if (routed) h_routed.claim(arena, p.down, slots);
-  if (shared) h_shared.claim(arena, p.shared_down, n);
-  float* normed = arena.take<float>((size_t)n * p.hidden);
-  float* logits = arena.take<float>((size_t)n * p.experts);
-  int32_t* index = arena.take<int32_t>(slots);
-  float* weight = arena.take<float>(slots);
-  int32_t* order = arena.take<int32_t>(slots);   // slots by expert
-  int32_t* tokens = arena.take<int32_t>(slots);  // the token of order[i]
-  int32_t* starts = arena.take<int32_t>(p.experts + 1);
-  int32_t* active = arena.take<int32_t>(p.experts + 1);
-  int32_t* all = arena.take<int32_t>(n);
-  float* scratch = arena.take<float>(threads * scratch_size);
-  const int unit = any.kind == BF16 ? 64 : (routed ? p.down.group : p.shared_down.group);
+  MlpScratch s(p, n, worker.threads, scratch);
+  float *mine = s.sums + worker.me * s.of_thread, *out = mine + s.out;
+  const int unit = s.in.kind == BF16 ? 64 : (routed ? p.down.group : p.shared_down.group);
   const int units = routed ? (p.width + unit - 1) / unit : 0, shared_units = (p.shared_width + unit - 1) / unit;
-  int actives = 0;
-  Phases phases(threads);
 
   // `unit` columns of silu(gate) * up for some tokens of one expert, rounded into h.
-  auto gate_up = [&](const Matrix& w, int e, int width, int u, const int* from, const int* to, int count, Rows& h, const uint8_t* const* next) {
+  auto gate_up = [&](const Matrix& w, int e, int width, int u, const int* from, const int* to, int count, Rows& h, const Place* next) {
     float out[MOST * 2 * LANES], tile[MOST * 64];
     const int rows = w.kind == BF16 ? width : blocks_of(width) * LANES;  // where `up` begins
     if (count == 1) {
       const int begin = u * unit, wide = std::min(unit, width - begin);
       const int first[2] = {begin, rows + begin};
       float* const outs[2] = {tile, out};
-      stream<2>(w, e, first, wide, in, *from, outs, next);
+      stream<2>(w, e, first, wide, s.in, *from, outs, next);
       gate(tile, out, tile, wide);
       h.put(*to, begin, wide, tile);
       return;
@@ -664,116 +737,115 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
       const int m = std::min(MOST, count - t), begin = u * unit, end = std::min(width, begin + unit);
       for (int c = begin; c < end; c += LANES) {
         const int first[2] = {c, rows + c};
-        multiply(w, e, first, 2, in, from + t, m, out);
+        multiply(w, e, first, 2, s.in, from + t, m, out);
         for (int i = 0; i < m; i++) gate(out + i * WIDE, out + i * WIDE + LANES, tile + i * 64 + c - begin, LANES);
       }
       for (int i = 0; i < m; i++) h.put(to[t + i], begin, end - begin, tile + i * 64);
     }
   };
 
-  PARALLEL {
-    float* mine = scratch + omp_get_thread_num() * scratch_size;
-    EACH(t, 0, n) {
-      float* row = normed + (size_t)t * p.hidden;
-      widen_row(x + (size_t)t * p.hidden, p.hidden, row);
-      if (p.norm) norm_row(row, p.norm, p.hidden, p.eps, row);
-      in.put(t, 0, p.hidden, row);
-      all[t] = t;
-    }
-    BARRIER
-    if (routed && !chosen) {
-      const int chunk = 8, chunks = (p.experts + chunk - 1) / chunk;
-      EACH(job, 1, n * chunks) {
-        const int t = job / chunks, begin = job % chunks * chunk;
-        const float* row = normed + (size_t)t * p.hidden;
-        for (int e = begin; e < std::min(p.experts, begin + chunk); e++) {
-          const float* w = p.gate + (size_t)e * p.hidden;
-          float total = 0;
+  EACH(t, n) {
+    float* row = s.normed + (size_t)t * p.hidden;
+    widen_row(x + (size_t)t * p.hidden, p.hidden, row);
+    if (p.norm) norm_row(row, p.norm, p.hidden, p.eps, row);
+    s.in.put(t, 0, p.hidden, row);
+    s.all[t] = t;
+  }
+  if (worker.me == 0) *s.actives = 0;
+  worker.meet();
+  if (routed && !chosen) {
+    const int chunk = 8, chunks = (p.experts + chunk - 1) / chunk;
+    EACH(job, n * chunks) {
+      const int t = job / chunks, begin = job % chunks * chunk;
+      const float* row = s.normed + (size_t)t * p.hidden;
+      for (int e = begin; e < std::min(p.experts, begin + chunk); e++) {
+        const float* w = p.gate + (size_t)e * p.hidden;
+        float total = 0;
 #pragma omp simd reduction(+ : total)
-          for (int i = 0; i < p.hidden; i++) total += row[i] * w[i];
-          logits[(size_t)t * p.experts + e] = total;
-        }
-      }
-      BARRIER
-      EACH(t, 2, n) route(p, logits + (size_t)t * p.experts, index + t * k, weight + t * k);
-      BARRIER
-    }
-    if (routed) {
-      if (omp_get_thread_num() == 0) {
-        if (chosen) memcpy(index, chosen, slots * sizeof(int32_t)), memcpy(weight, factors, slots * sizeof(float));
-        memset(starts, 0, (p.experts + 1) * sizeof(int32_t));
-        active[0] = 0;
-        for (int s = 0; s < slots; s++)
-          if (index[s] >= 0) starts[index[s] + 1]++;
-        for (int e = 0; e < p.experts; e++) {
-          if (starts[e + 1]) active[actives++] = e;
-          starts[e + 1] += starts[e];
-        }
-        std::vector<int32_t> next(starts, starts + p.experts);
-        for (int s = 0; s < slots; s++) {
-          if (index[s] < 0) continue;
-          const int at = next[index[s]]++;
-          order[at] = s, tokens[at] = s / k;
-        }
-      }
-      BARRIER
-    }
-    const int routed_jobs = actives * units, up_jobs = routed_jobs + shared_units;
-    EACH_AHEAD(job, after, 3, up_jobs) {
-      const bool more = after < routed_jobs;
-      const Matrix& w = more ? p.gate_up : p.shared_gate_up;
-      const int e = more ? active[after / units] : 0, begin = (more ? after % units : after - routed_jobs) * unit;
-      const int up = w.kind == BF16 ? w.rows / 2 : blocks_of(more ? p.width : p.shared_width) * LANES;
-      const uint8_t* const next[2] = {after < up_jobs ? block_at(w, e, begin) : nullptr, after < up_jobs ? block_at(w, e, up + begin) : nullptr};
-      if (job < routed_jobs) {
-        const int e = active[job / units], begin = starts[e];
-        gate_up(p.gate_up, e, p.width, job % units, tokens + begin, order + begin, starts[e + 1] - begin, h_routed, next);
-      } else {
-        gate_up(p.shared_gate_up, 0, p.shared_width, job - routed_jobs, all, all, n, h_shared, next);
+        for (int i = 0; i < p.hidden; i++) total += row[i] * w[i];
+        s.logits[(size_t)t * p.experts + e] = total;
       }
     }
-    BARRIER
-    // For one token as many rows as leave each thread some eight jobs.
-    const int most = n > 1 ? WIDE : std::max(WIDE, std::min(WIDEST, p.hidden / (8 * threads) / WIDE * WIDE));
-    const int down_jobs = (p.hidden + most - 1) / most;
-    EACH_AHEAD(job, after, 4, down_jobs) {
-      const int first[2] = {job * most, job * most + LANES}, count = std::min(most, p.hidden - first[0]), blocks = blocks_of(count);
-      const int wide = blocks * LANES;
-      const Matrix& start = routed ? p.down : p.shared_down;
-      const uint8_t* next_job = after < down_jobs ? block_at(start, routed ? active[0] : 0, after * most) : nullptr;
-      float out[MOST * WIDE];
-      memset(mine, 0, (size_t)n * wide * 4);
-      for (int a = 0; a < actives; a++) {
-        const int e = active[a];
-        const uint8_t* next = a + 1 < actives ? block_at(p.down, active[a + 1], first[0]) : shared ? block_at(p.shared_down, 0, first[0]) : next_job;
-        for (int s = starts[e]; s < starts[e + 1]; s += MOST) {
-          const int m = std::min(MOST, starts[e + 1] - s);
-          if (m == 1) stream(p.down, e, first[0], count, h_routed, order[s], out, next);
-          else multiply(p.down, e, first, blocks, h_routed, order + s, m, out);
-          for (int i = 0; i < m; i++) {
-            const float factor = weight[order[s + i]];
-            float* sum = mine + (size_t)tokens[s + i] * wide;
-            for (int l = 0; l < count; l++) sum[l] += factor * out[i * wide + l];
-          }
+    worker.meet();
+    EACH(t, n) route(p, s.logits + (size_t)t * p.experts, s.index + t * k, s.weight + t * k);
+    worker.meet();
+  }
+  if (routed) {
+    if (worker.me == 0) {
+      if (chosen) memcpy(s.index, chosen, slots * sizeof(int32_t)), memcpy(s.weight, factors, slots * sizeof(float));
+      memset(s.starts, 0, (p.experts + 1) * sizeof(int32_t));
+      for (int i = 0; i < slots; i++)
+        if (s.index[i] >= 0) s.starts[s.index[i] + 1]++;
+      for (int e = 0; e < p.experts; e++) {
+        if (s.starts[e + 1]) s.active[(*s.actives)++] = e;
+        s.starts[e + 1] += s.starts[e];
+      }
+      std::vector<int32_t> next(s.starts, s.starts + p.experts);
+      for (int i = 0; i < slots; i++) {
+        if (s.index[i] < 0) continue;
+        const int at = next[s.index[i]]++;
+        s.order[at] = i, s.tokens[at] = i / k;
+      }
+    }
+    worker.meet();
+  }
+  const int actives = *s.actives, routed_jobs = actives * units, up_jobs = routed_jobs + shared_units;
+  EACH_AHEAD(job, after, up_jobs) {
+    const bool more = after < routed_jobs;
+    const Matrix& w = more ? p.gate_up : p.shared_gate_up;
+    const int e = more ? s.active[after / units] : 0, begin = (more ? after % units : after - routed_jobs) * unit;
+    const int up = w.kind == BF16 ? w.rows / 2 : blocks_of(more ? p.width : p.shared_width) * LANES;
+    const Place next[2] = {after < up_jobs ? place(w, e, begin) : Place{}, after < up_jobs ? place(w, e, up + begin) : Place{}};
+    if (job < routed_jobs) {
+      const int e = s.active[job / units], begin = s.starts[e];
+      gate_up(p.gate_up, e, p.width, job % units, s.tokens + begin, s.order + begin, s.starts[e + 1] - begin, s.h_routed, next);
+    } else {
+      gate_up(p.shared_gate_up, 0, p.shared_width, job - routed_jobs, s.all, s.all, n, s.h_shared, next);
+    }
+  }
+  worker.meet();
+  const int down_jobs = n > 1 ? (p.hidden + WIDE - 1) / WIDE : DOWN_JOBS * worker.threads;
+  EACH_AHEAD(job, after, down_jobs) {
+    const auto begins = [&](int job) { return down_begin(job, p.hidden, n, worker.threads); };
+    const int begin = begins(job), count = begins(job + 1) - begin, begin_after = begins(after), count_after = begins(after + 1) - begin_after;
+    const Halves next_job = count_after > 0 ? halves(routed ? p.down : p.shared_down, routed ? s.active[0] : 0, begin_after, count_after) : Halves{};
+    const int first[2] = {begin, begin + LANES}, blocks = blocks_of(count), wide = blocks * LANES;
+    memset(mine, 0, (size_t)n * wide * 4);
+    for (int a = 0; a < actives; a++) {
+      const int e = s.active[a];
+      const Halves next = a + 1 < actives ? halves(p.down, s.active[a + 1], begin, count) : shared ? halves(p.shared_down, 0, begin, count) : next_job;
+      for (int i = s.starts[e]; i < s.starts[e + 1]; i += MOST) {
+        const int m = std::min(MOST, s.starts[e + 1] - i);
+        if (m == 1) stream_halves(p.down, e, begin, count, s.h_routed, s.order[i], out, next);
+        else multiply(p.down, e, first, blocks, s.h_routed, s.order + i, m, out);
+        for (int j = 0; j < m; j++) {
+          const float factor = s.weight[s.order[i + j]];
+          float* sum = mine + (size_t)s.tokens[i + j] * wide;
+          for (int l = 0; l < count; l++) sum[l] += factor * out[j * wide + l];
         }
       }
-      for (int t = 0; shared && t < n; t += MOST) {
-        const int m = std::min(MOST, n - t);
-        if (m == 1) stream(p.shared_down, 0, first[0], count, h_shared, t, out, next_job);
-        else multiply(p.shared_down, 0, first, blocks, h_shared, all + t, m, out);
-        for (int i = 0; i < m; i++)
-          for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * wide + l];
-      }
-      for (int t = 0; t < n; t++) add_to(to + (size_t)t * p.hidden + first[0], mine + (size_t)t * wide, count);
     }
+    for (int t = 0; shared && t < n; t += MOST) {
+      const int m = std::min(MOST, n - t);
+      if (m == 1) stream_halves(p.shared_down, 0, begin, count, s.h_shared, t, out, next_job);
+      else multiply(p.shared_down, 0, first, blocks, s.h_shared, s.all + t, m, out);
+      for (int i = 0; i < m; i++)
+        for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * wide + l];
+    }
+    for (int t = 0; t < n; t++) add_to(to + (size_t)t * p.hidden + begin, mine + (size_t)t * wide, count);
   }
 }
 
-extern "C" void dsv2_mlp(const Mlp* part, uint16_t* x, int n, int threads) { run_mlp(*part, x, x, nullptr, nullptr, n, threads); }
-
 // out = MLP(x), or the chosen experts' weighted sum; out is zero before.
 extern "C" void dsv2_feed(const Mlp* part, const uint16_t* x, const int32_t* chosen, const float* factors, uint16_t* out, int n, int threads) {
-  run_mlp(*part, x, out, chosen, factors, n, threads);
+  Scratch measure{0};
+  MlpScratch(*part, n, threads, measure);
+  const Scratch scratch{(uintptr_t)arena.hold(measure.at)};
+  TEAM(counters);
+  PARALLEL {
+    Worker worker(counters);
+    run_mlp(*part, x, out, chosen, factors, n, scratch, worker);
+  }
 }
 
 // Neighbouring pairs turned by the angles of one position; table [2, size / 2] holds cos and sin.
@@ -786,26 +858,34 @@ static void turn(float* x, const float* table, int size) {
   }
 }
 
-// Attention takes 16 heads at a time, one a lane: scores then need no sums across lanes. A query holds, for each pair of
-// numbers, those of 16 heads side by side.
-INLINE size_t query_at(int h, int c, int width) { return (((size_t)(h / LANES) * width / 2 + c / 2) * LANES + h % LANES) * 2 + c % 2; }
+static void narrow_row(const float* x, int size, uint16_t* out) {
+  for (int i = 0; i < size; i++) out[i] = narrow(x[i]);
+}
+
+// Attention takes 16 heads at a time, one a lane: scores then need no sums across lanes. A query [heads, width] is laid out so that
+// for each pair of numbers those of 16 heads are side by side.
+static void side_by_side(const uint16_t* query, int heads, int width, uint32_t* out) {
+  for (int g = 0; g < heads; g += LANES, out += (size_t)width / 2 * LANES)
+    for (int c = 0; c < width / 2; c++)
+      for (int h = 0; h < LANES; h++) out[(size_t)c * LANES + h] = g + h < heads ? load<uint32_t>(query + (size_t)(g + h) * width + 2 * c) : 0;
+}
 
 // scores[t] = 16 heads of one query times T cached tokens.
-template <int T> static void score(const uint16_t* query, const uint16_t* cached, int width, F* scores) {
+template <int T> static void score(const uint32_t* query, const uint16_t* cached, int width, F* scores) {
   F acc[T];
   for (int t = 0; t < T; t++) acc[t] = (F){};
 #pragma GCC unroll 4
   for (int k = 0; k < width; k += 2) {
-    const B q = load<B>(query + (size_t)k * LANES);
+    const B q = load<B>(query + (size_t)k / 2 * LANES);
     for (int t = 0; t < T; t++) dot_bf16(acc[t], (B)((U){} + load<uint32_t>(cached + (size_t)t * width + k)), q);
   }
   for (int t = 0; t < T; t++) scores[t] = acc[t];
 }
 
 // total[HEADS][rank] += sum over `count` cached tokens of weights times the token's latent; weights[t / 2][16 heads] are
-// pairs of bf16, and the pair of a last odd token ends in a zero.
+// pairs of bf16, and the pair of a last odd token ends in a zero. Meanwhile what lies at `soon` is asked for, which goes on.
 template <int HEADS>
-static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total) {
+static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total, const char*& soon) {
   int c = 0;
 #if defined(__AVX512BF16__)
   alignas(64) uint16_t order[2][32];
@@ -819,6 +899,7 @@ static void mix(const uint32_t* weights, const uint16_t* cached, int width, int 
     for (int t = 0; t < count; t += 2) {  // where there is no second token the first is read twice
       const uint16_t *one = cached + (size_t)t * width + c, *two = t + 1 < count ? one + width : one;
       const __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);
+      __builtin_prefetch(soon, 0, 2), __builtin_prefetch(soon + 64, 0, 2), soon += 128;
       const __m512i d = _mm512_loadu_si512(one + 32), e = _mm512_loadu_si512(two + 32);
       const __m512i v[4] = {_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b),
                             _mm512_permutex2var_epi16(d, lower, e), _mm512_permutex2var_epi16(d, upper, e)};
@@ -846,8 +927,8 @@ static void mix(const uint32_t* weights, const uint16_t* cached, int width, int 
       for (int t = 0; t < count; t++) total[(size_t)h * rank + c] += weight(h, t) * widen(cached[(size_t)t * width + c]);
 }
 
-// One query of all heads over cached tokens [begin, end): sums not yet divided, with each head's maximum and divisor.
-static void attend(const Attention& p, const uint16_t* query, const uint16_t* cached, int begin, int end, float* total, float* most,
+// One query of all heads, side by side, over cached tokens [begin, end): sums not yet divided, with each head's maximum and divisor.
+static void attend(const Attention& p, const uint32_t* query, const uint16_t* cached, int begin, int end, float* total, float* most,
                    float* divisor) {
   const int width = p.rank + p.rope, groups = blocks_of(p.heads);
   std::vector<float> tops((size_t)groups * LANES, -INFINITY), sums((size_t)groups * LANES, 0.0f);
@@ -856,9 +937,9 @@ static void attend(const Attention& p, const uint16_t* query, const uint16_t* ca
     const int count = std::min(BLOCK, end - at);
     for (int g = 0; g < groups; g++) {
       F scores[BLOCK];
-      const uint16_t* first = query + query_at(g * LANES, 0, width);
+      const uint32_t* first = query + (size_t)g * width / 2 * LANES;
       int done = 0;
-      for (; done + 8 <= count; done += 8) score<8>(first, cached + (size_t)(at + done) * width, width, scores + done);
+      for (; done + 16 <= count; done += 16) score<16>(first, cached + (size_t)(at + done) * width, width, scores + done);
       for (; done < count; done++) score<1>(first, cached + (size_t)(at + done) * width, width, scores + done);
       const F before = load<F>(tops.data() + g * LANES);
       F top = before, added = {};
@@ -884,134 +965,170 @@ static void attend(const Attention& p, const uint16_t* query, const uint16_t* ca
           for (int c = 0; c < p.rank; c++) to[(size_t)h * p.rank + c] *= shrink[h];
       int h = 0;
       const uint16_t* rows = cached + (size_t)at * width;
-      for (; h + 6 <= heads; h += 6) mix<6>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank);
-      for (; h + 4 <= heads; h += 4) mix<4>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank);
-      for (; h < heads; h++) mix<1>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank);
+      const char* soon = (const char*)(rows + (size_t)count * width);
+      for (; h + 6 <= heads; h += 6) mix<6>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank, soon);
+      for (; h + 4 <= heads; h += 4) mix<4>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank, soon);
+      for (; h < heads; h++) mix<1>(weights + h, rows, width, count, p.rank, to + (size_t)h * p.rank, soon);
     }
   }
   memcpy(most, tops.data(), p.heads * 4);
   memcpy(divisor, sums.data(), p.heads * 4);
 }
 
-// x += Attention(norm(x)) for n tokens x [n, hidden] in bf16. Token i is the last of the first lengths[i] rows of
-// caches[i], [capacity, rank + rope] in bf16; its own row is written here. rotary [n, 2, rope / 2].
-extern "C" void dsv2_attention(const Attention* part, uint16_t* x, int n, const float* rotary, const int32_t* lengths,
-                               uint16_t* const* caches, int threads) {
-  const Attention& p = *part;
-  const int width = p.rank + p.rope, head = p.nope + p.rope, heads = p.heads, padded_heads = blocks_of(heads) * LANES;
+// What the queries of a step see, and how it is divided among the threads.
+struct Sight {
+  const float* rotary;     // [n, 2, rope / 2]
+  const int32_t* lengths;  // [n]: a token is the last of the first so many rows of its cache
+  int n, chunk = 0, chunks = 0;
+  Sight(const float* rotary, const int32_t* lengths, int n, int threads) : rotary(rotary), lengths(lengths), n(n) {
+    if (!lengths) return;
+    const int longest = *std::max_element(lengths, lengths + n);
+    chunk = std::max(BLOCK, (longest * n / (4 * threads) + BLOCK - 1) / BLOCK * BLOCK);
+    chunks = (longest + chunk - 1) / chunk;
+  }
+};
+
+// Where attention keeps what lies between its phases.
+struct AttentionScratch {
+  Rows in, middle, nope, mixed, last;
+  float *q_a, *q, *kv_a, *out, *totals, *mosts, *divisors, *rows;
+  uint16_t* query;
+  uint32_t* laid;  // [threads] queries side by side
+  size_t row, laid_of_thread;
+  AttentionScratch(const Attention& p, const Sight& sight, int threads, Scratch& scratch) {
+    const size_t n = sight.n, heads = p.heads, width = p.rank + p.rope, parts = n * sight.chunks * heads;
+    in.claim(scratch, p.kv_a, n);
+    if (p.q_a.kind != NONE) middle.claim(scratch, p.q, n);
+    nope.claim(scratch, p.k_up, n * heads);
+    mixed.claim(scratch, p.v_up, n * heads);
+    last.claim(scratch, p.o, n);
+    q_a = scratch.take<float>(n * p.q_rank);
+    q = scratch.take<float>(n * heads * (p.nope + p.rope));
+    kv_a = scratch.take<float>(n * width);
+    query = scratch.take<uint16_t>(n * heads * width);
+    laid_of_thread = blocks_of(heads) * LANES * width / 2;
+    laid = scratch.take<uint32_t>(threads * laid_of_thread);
+    totals = scratch.take<float>(parts * p.rank);
+    mosts = scratch.take<float>(parts);
+    divisors = scratch.take<float>(parts);
+    out = scratch.take<float>(n * heads * p.value);
+    row = std::max({p.hidden, p.q_rank, p.rank}) + 16;
+    rows = scratch.take<float>(threads * row);
+  }
+};
+
+// x += Attention(norm(x)) for n tokens x [n, hidden] in bf16. caches[i] [capacity, rank + rope] is token i's, in bf16; its own row is
+// written here.
+static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, uint16_t* const* caches, Scratch scratch, Worker& worker) {
+  const int n = sight.n, width = p.rank + p.rope, head = p.nope + p.rope, heads = p.heads;
   const bool low = p.q_a.kind != NONE;
-  int longest = 0;
-  for (int t = 0; t < n; t++) longest = std::max(longest, lengths[t]);
-  const int chunk = std::max(BLOCK / 2, (longest * n / (4 * threads) + BLOCK / 2 - 1) / (BLOCK / 2) * (BLOCK / 2));
-  const int chunks = (longest + chunk - 1) / chunk;
-  const size_t most_row = std::max({p.hidden, p.q_rank, heads * p.value, heads * head, p.rank}) + 64;
-  const size_t floats = (size_t)n * (p.q_rank + (size_t)heads * (head + p.value) + width + 64) + threads * most_row +
-                        (size_t)n * chunks * heads * (p.rank + 2);
-  arena.reset(floats * 4 + Rows::bytes(p.kv_a, n) + Rows::bytes(p.q, n) + Rows::bytes(p.o, n) + (size_t)n * padded_heads * width * 2 + 16384);
-  Rows in, middle, last;
-  in.claim(arena, p.kv_a, n);
-  if (low) middle.claim(arena, p.q, n);
-  last.claim(arena, p.o, n);
-  float* q_a = arena.take<float>((size_t)n * p.q_rank);
-  float* q = arena.take<float>((size_t)n * heads * head);
-  float* kv_a = arena.take<float>((size_t)n * width);
-  float* out = arena.take<float>((size_t)n * heads * p.value);
-  uint16_t* query = arena.take<uint16_t>((size_t)n * padded_heads * width);
-  float* totals = arena.take<float>((size_t)n * chunks * heads * p.rank);
-  float* mosts = arena.take<float>((size_t)n * chunks * heads);
-  float* divisors = arena.take<float>((size_t)n * chunks * heads);
-  float* scratch = arena.take<float>(threads * most_row);
+  AttentionScratch s(p, sight, worker.threads, scratch);
   const Matrix& first = low ? p.q_a : p.q;
-  float* first_out = low ? q_a : q;
+  float *first_out = low ? s.q_a : s.q, *mine = s.rows + worker.me * s.row;
   auto into = [](float* out, int rows) {
     return [=](int t, int row, const float* values, int count) {
       for (int i = 0; i < count; i++) out[(size_t)t * rows + row + i] = rounded(values[i]);
     };
   };
-  Phases phases(threads);
-  PARALLEL {
-    float* mine = scratch + omp_get_thread_num() * most_row;
-    EACH(t, 0, n) {
-      widen_row(x + (size_t)t * p.hidden, p.hidden, mine);
-      norm_row(mine, p.norm, p.hidden, p.eps, mine);
-      in.put(t, 0, p.hidden, mine);
+  EACH(t, n) {
+    widen_row(x + (size_t)t * p.hidden, p.hidden, mine);
+    norm_row(mine, p.norm, p.hidden, p.eps, mine);
+    s.in.put(t, 0, p.hidden, mine);
+  }
+  worker.meet();
+  const int first_jobs = jobs_of(first);
+  EACH_AHEAD(job, after, first_jobs + jobs_of(p.kv_a)) {
+    if (job < first_jobs) product_job(first, job, after, s.in, n, into(first_out, first.rows));
+    else product_job(p.kv_a, job - first_jobs, after - first_jobs, s.in, n, into(s.kv_a, width));
+  }
+  worker.meet();
+  if (low) {
+    EACH(t, n) {
+      norm_row(s.q_a + (size_t)t * p.q_rank, p.q_a_norm, p.q_rank, 1e-6f, mine);
+      s.middle.put(t, 0, p.q_rank, mine);
     }
-    BARRIER
-    const int first_jobs = jobs_of(first);
-    EACH_AHEAD(job, after, 1, first_jobs + jobs_of(p.kv_a)) {
-      if (job < first_jobs) product_job(first, job, after, in, n, into(first_out, first.rows));
-      else product_job(p.kv_a, job - first_jobs, after - first_jobs, in, n, into(kv_a, width));
+    worker.meet();
+    EACH_AHEAD(job, after, jobs_of(p.q)) product_job(p.q, job, after, s.middle, n, into(s.q, p.q.rows));
+    worker.meet();
+  }
+  EACH_AHEAD(job, after, heads + n) {
+    if (job >= heads) {  // the new row of the cache
+      const int t = job - heads;
+      float* row = s.kv_a + (size_t)t * width;
+      uint16_t* to = caches[t] + (size_t)(sight.lengths[t] - 1) * width;
+      norm_row(row, p.kv_a_norm, p.rank, 1e-6f, row);
+      turn(row + p.rank, sight.rotary + (size_t)t * p.rope, p.rope);
+      narrow_row(row, width, to);
+      continue;
     }
-    BARRIER
-    if (low) {
-      EACH(t, 2, n) {
-        norm_row(q_a + (size_t)t * p.q_rank, p.q_a_norm, p.q_rank, 1e-6f, mine);
-        middle.put(t, 0, p.q_rank, mine);
-      }
-      BARRIER
-      EACH_AHEAD(job, after, 3, jobs_of(p.q)) product_job(p.q, job, after, middle, n, into(q, p.q.rows));
-      BARRIER
+    for (int t = 0; t < n; t++) {
+      float* from = s.q + ((size_t)t * heads + job) * head;
+      s.nope.put(t * heads + job, 0, p.nope, from);
+      turn(from + p.nope, sight.rotary + (size_t)t * p.rope, p.rope);
+      narrow_row(from + p.nope, p.rope, s.query + ((size_t)t * heads + job) * width + p.rank);
     }
-    EACH(job, 4, n * heads + n) {
-      if (job >= n * heads) {  // the new row of the cache
-        const int t = job - n * heads;
-        float* row = kv_a + (size_t)t * width;
-        uint16_t* to = caches[t] + (size_t)(lengths[t] - 1) * width;
-        norm_row(row, p.kv_a_norm, p.rank, 1e-6f, row);
-        turn(row + p.rank, rotary + (size_t)t * p.rope, p.rope);
-        for (int i = 0; i < width; i++) to[i] = narrow(row[i]);
-        continue;
-      }
-      const int t = job / heads, h = job % heads;
-      float* from = q + ((size_t)t * heads + h) * head;
-      uint16_t* to = query + (size_t)t * padded_heads * width;
-      turn(from + p.nope, rotary + (size_t)t * p.rope, p.rope);
-      for (int i = 0; i < p.rope; i++) to[query_at(h, p.rank + i, width)] = narrow(from[p.nope + i]);
-      const uint16_t* w_uk = p.kv_b + (size_t)h * (p.nope + p.value) * p.rank;  // [nope, rank]
-      int c = 0;
-      for (; c + 128 <= p.rank; c += 128) {
-        F acc[8] = {};
-        for (int d = 0; d < p.nope; d++)
-          for (int i = 0; i < 8; i++) acc[i] += widen16(w_uk + (size_t)d * p.rank + c + 16 * i) * from[d];
-        for (int i = 0; i < 8; i++)
-          for (int l = 0; l < 16; l++) to[query_at(h, c + 16 * i + l, width)] = narrow(acc[i][l]);
-      }
-      for (; c < p.rank; c++) {
-        float total = 0;
-        for (int d = 0; d < p.nope; d++) total += widen(w_uk[(size_t)d * p.rank + c]) * from[d];
-        to[query_at(h, c, width)] = narrow(total);
-      }
-    }
-    BARRIER
-    EACH(job, 5, n * chunks) {
-      const int t = job / chunks, begin = job % chunks * chunk, end = std::min(lengths[t], begin + chunk);
-      const size_t at = (size_t)job * heads;
-      if (begin < end)
-        attend(p, query + (size_t)t * padded_heads * width, caches[t], begin, end, totals + at * p.rank, mosts + at, divisors + at);
-    }
-    BARRIER
-    EACH(job, 6, n * heads) {
-      const int t = job / heads, h = job % heads, used = (lengths[t] + chunk - 1) / chunk;
+    const Place next = after < heads ? place(p.k_up, after, 0) : Place{};
+    product(p.k_up, job, 0, p.rank, s.nope, job, heads, n, next, [&](int t, int row, const float* values, int count) {
+      narrow_row(values, count, s.query + ((size_t)t * heads + job) * width + row);
+    });
+  }
+  worker.meet();
+  EACH(job, n * sight.chunks) {
+    const int t = job / sight.chunks, begin = job % sight.chunks * sight.chunk, end = std::min(sight.lengths[t], begin + sight.chunk);
+    const size_t at = (size_t)job * heads;
+    uint32_t* query = s.laid + worker.me * s.laid_of_thread;
+    if (begin >= end) continue;
+    side_by_side(s.query + (size_t)t * heads * width, heads, width, query);
+    attend(p, query, caches[t], begin, end, s.totals + at * p.rank, s.mosts + at, s.divisors + at);
+  }
+  worker.meet();
+  EACH_AHEAD(h, after, heads) {
+    for (int t = 0; t < n; t++) {
+      const int used = (sight.lengths[t] + sight.chunk - 1) / sight.chunk;
       float top = -INFINITY, divisor = 0;
-      for (int i = 0; i < used; i++) top = std::max(top, mosts[((size_t)t * chunks + i) * heads + h]);
+      for (int i = 0; i < used; i++) top = std::max(top, s.mosts[((size_t)t * sight.chunks + i) * heads + h]);
       std::fill(mine, mine + p.rank, 0.0f);
       for (int i = 0; i < used; i++) {
-        const size_t at = ((size_t)t * chunks + i) * heads + h;
-        const float factor = std::exp(mosts[at] - top);
-        divisor += divisors[at] * factor;
-        for (int c = 0; c < p.rank; c++) mine[c] += totals[at * p.rank + c] * factor;
+        const size_t at = ((size_t)t * sight.chunks + i) * heads + h;
+        const float factor = std::exp(s.mosts[at] - top);
+        divisor += s.divisors[at] * factor;
+        for (int c = 0; c < p.rank; c++) mine[c] += s.totals[at * p.rank + c] * factor;
       }
-      uint16_t* mixed = query + ((size_t)t * padded_heads + h) * width;  // the query is done with
-      for (int c = 0; c < p.rank; c++) mixed[c] = narrow(mine[c] / divisor);
-      const uint16_t* w_uv = p.kv_b + ((size_t)h * (p.nope + p.value) + p.nope) * p.rank;  // [value, rank]
-      stream_bf16(w_uv, p.value, mixed, p.rank, out + ((size_t)t * heads + h) * p.value, nullptr);
+      for (int c = 0; c < p.rank; c++) mine[c] /= divisor;
+      s.mixed.put(t * heads + h, 0, p.rank, mine);
     }
-    BARRIER
-    EACH(t, 7, n) last.put(t, 0, heads * p.value, out + (size_t)t * heads * p.value);
-    BARRIER
-    EACH_AHEAD(job, after, 8, jobs_of(p.o)) product_job(p.o, job, after, last, n, [&](int t, int row, const float* values, int count) {
-      add_to(x + (size_t)t * p.hidden + row, values, count);
+    const Place next = after < heads ? place(p.v_up, after, 0) : Place{};
+    product(p.v_up, h, 0, p.value, s.mixed, h, heads, n, next, [&](int t, int row, const float* values, int count) {
+      memcpy(s.out + ((size_t)t * heads + h) * p.value + row, values, count * sizeof(float));
     });
+  }
+  worker.meet();
+  EACH(t, n) s.last.put(t, 0, heads * p.value, s.out + (size_t)t * heads * p.value);
+  worker.meet();
+  EACH_AHEAD(job, after, jobs_of(p.o)) product_job(p.o, job, after, s.last, n, [&](int t, int row, const float* values, int count) {
+    add_to(x + (size_t)t * p.hidden + row, values, count);
+  });
+}
+
+// x [n, hidden] through `count` layers, or their attention or MLP alone. caches [count, n].
+extern "C" void dsv2_layers(const Layer* layers, int count, int attention, int mlp, uint16_t* x, int n, const float* rotary,
+                            const int32_t* lengths, uint16_t* const* caches, int threads) {
+  const Sight sight(rotary, lengths, n, threads);
+  size_t wanted = 0;
+  for (int i = 0; i < count; i++) {
+    Scratch one{0}, other{0};
+    if (attention) AttentionScratch(layers[i].attention, sight, threads, one);
+    if (mlp) MlpScratch(layers[i].mlp, n, threads, other);
+    wanted = std::max({wanted, (size_t)one.at, (size_t)other.at});
+  }
+  const Scratch scratch{(uintptr_t)arena.hold(wanted)};
+  TEAM(counters);
+  PARALLEL {
+    Worker worker(counters);
+    for (int i = 0; i < count; i++) {
+      if (attention) run_attention(layers[i].attention, x, sight, caches + (size_t)i * n, scratch, worker), worker.meet();
+      if (mlp) run_mlp(layers[i].mlp, x, x, nullptr, nullptr, n, scratch, worker), worker.meet();
+    }
   }
 }
 
@@ -1024,8 +1141,9 @@ extern "C" void dsv2_pack(const float* weights, int rows, int cols, int bits, in
   float values[16], middles[15];
   for (int i = 0; i < 16; i++) values[i] = (float)codebook[i] - 128.0f;
   for (int i = 0; i < 15; i++) middles[i] = (values[i] + values[i + 1]) / 2;
-  Phases phases(threads);
+  TEAM(counters);
   PARALLEL {
+    Worker worker(counters);
     std::vector<float> x(group), scaled(group);
     std::vector<int32_t> index(group);
     auto encode = [&](float inverse) {
@@ -1033,7 +1151,7 @@ extern "C" void dsv2_pack(const float* weights, int rows, int cols, int bits, in
       for (int j = 0; j < 15; j++)
         for (int i = 0; i < group; i++) index[i] += scaled[i] > middles[j];
     };
-    EACH(block, 0, blocks) for (int lane = 0; lane < LANES; lane++) for (int g = 0; g < groups; g++) {
+    EACH(block, blocks) for (int lane = 0; lane < LANES; lane++) for (int g = 0; g < groups; g++) {
       const int row = block * LANES + lane;
       float largest = 0;
       for (int i = 0; i < group; i++) {
@@ -1081,10 +1199,11 @@ extern "C" uint64_t dsv2_read(const uint8_t* data, int64_t count, int threads) {
   const int64_t piece = 1 << 18;
   const int pieces = (int)(count / piece);
   std::atomic<uint64_t> total{0};
-  Phases phases(threads);
+  TEAM(counters);
   PARALLEL {
+    Worker worker(counters);
     U acc[4] = {};
-    EACH(job, 0, pieces) {
+    EACH(job, pieces) {
       const uint8_t* at = data + job * piece;
       for (int64_t i = 0; i < piece; i += 256)
         for (int j = 0; j < 4; j++) {

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +39,8 @@ class Matrix(ctypes.Structure):
 
 class AttentionPart(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("norm", "q_a_norm", "kv_a_norm", "kv_b")),
-        *((name, Matrix) for name in ("q_a", "q", "kv_a", "o")),
+        *((name, ctypes.c_void_p) for name in ("norm", "q_a_norm", "kv_a_norm")),
+        *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_up", "v_up", "o")),
         *((name, ctypes.c_int32) for name in ("hidden", "heads", "nope", "rope", "value", "rank", "q_rank")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
     ]
@@ -55,6 +54,10 @@ class MlpPart(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("groups", "top_groups", "normalise")),
         *((name, ctypes.c_float) for name in ("eps", "factor")),
     ]
+
+
+class LayerParts(ctypes.Structure):
+    _fields_ = [("attention", AttentionPart), ("mlp", MlpPart)]
 
 
 class Kernels:
@@ -80,15 +83,21 @@ class Kernels:
 
         return product
 
-    def attention(self, part: AttentionPart, x: Tensor, rotary: Tensor, lengths: Tensor, caches: Any) -> None:
-        """x [tokens, hidden] += attention; see dsv2_attention in cpu.cpp."""
-        self.library.dsv2_attention(
-            ctypes.byref(part), pointer(x), x.shape[0], pointer(rotary), pointer(lengths), caches, torch.get_num_threads()
+    def layers(self, parts: ctypes.Array[LayerParts], x: Tensor, rotary: Tensor, lengths: Tensor, caches: list[int], mlp: bool = True) -> None:
+        """x [tokens, hidden] through all the layers of `parts`, or through their attention alone.
+
+        rotary [tokens, 2, rope / 2]; token i is the last of the first lengths[i] (int32) rows of its cache; caches are the addresses
+        of each layer's [capacity, rank + rope] for each token.
+        """
+        assert len(caches) == len(parts) * len(x)
+        addresses = (ctypes.c_void_p * len(caches))(*caches)
+        self.library.dsv2_layers(
+            parts, len(parts), 1, int(mlp), pointer(x), len(x), pointer(rotary), pointer(lengths), addresses, torch.get_num_threads()
         )
 
-    def mlp(self, part: MlpPart, x: Tensor) -> None:
-        """x [tokens, hidden] += MLP or MoE."""
-        self.library.dsv2_mlp(ctypes.byref(part), pointer(x), x.shape[0], torch.get_num_threads())
+    def mlp(self, parts: ctypes.Array[LayerParts], x: Tensor) -> None:
+        """x [tokens, hidden] += MLP or MoE, for each of `parts`."""
+        self.library.dsv2_layers(parts, len(parts), 0, 1, pointer(x), len(x), None, None, None, torch.get_num_threads())
 
     def feed(self, part: MlpPart, x: Tensor, index: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """MLP of x [tokens, hidden], or with index and weight [tokens, k] the weighted sum of its experts; one below 0 is left out."""
@@ -125,7 +134,7 @@ def matrix(weight: Tensor | Quantized | None) -> Matrix:
     if isinstance(weight, Quantized):
         steps = (weight.codes.stride(0), weight.scales.stride(0)) if len(weight.shape) == 3 else (0, 0)
         return Matrix(weight.codes.data_ptr(), weight.scales.data_ptr(), *steps, weight.bits, rows, cols, weight.group)
-    assert weight.dtype == torch.bfloat16 and weight.is_contiguous(), "kernels read bf16 as it lies"
+    assert weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1), "kernels read bf16 as it lies"
     return Matrix(weight.data_ptr(), None, weight.stride(0) * 2 if weight.dim() == 3 else 0, 0, LANES, rows, cols, 0)
 
 

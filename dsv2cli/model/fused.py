@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsv2cli.kernels.native import AttentionPart, Kernels, MlpPart, matrix
+from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, matrix
 from dsv2cli.kernels.quantized import GROUP, Quantized
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
@@ -18,36 +18,81 @@ from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer
 FEW = 16  # tokens up to which absorbed attention is done in one call; more go through torch
 
 
-class FusedLayer:
-    """One layer in two calls. The structures hold addresses: the weights must stay where they are."""
+class FusedLayers:
+    """Layers through the kernels. The structures hold addresses: the weights must stay where they are."""
 
-    def __init__(self, kernels: Kernels, layer: Layer) -> None:
-        self.kernels, self.layer = kernels, layer
-        self.attention_part, self.mlp_part = attention_part(layer), mlp_part(layer)
+    def __init__(self, kernels: Kernels, model: DeepseekV2) -> None:
+        self.kernels, self.model = kernels, model
+        layers: list[Layer] = list(model.model.layers)  # type: ignore[arg-type]
+        self.up = [up_projections(kernels, layer.self_attn) for layer in layers]
+        parts = (LayerParts(attention_part(layer, *up), mlp_part(layer)) for layer, up in zip(layers, self.up, strict=True))
+        self.parts = (LayerParts * len(layers))(*parts)
+        for i, layer in enumerate(layers):
+            layer.fused = FusedLayer(self, layer, i)
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """All of them, in one call if the tokens are few. x [batch, seq, hidden]"""
+        return self.run(self.parts, x, step, range(len(self.parts))) if self.take(x) else self.model.layers(x, step)
+
+    def take(self, x: Tensor) -> bool:
+        return x.shape[0] * x.shape[1] <= FEW and self.model.absorbs
+
+    def run(self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, layers: range, mlp: bool = True) -> Tensor:
+        assert step.cache is not None
+        batch, seq, _ = x.shape
+        flat = x.flatten(0, 1).contiguous()
+        caches = []
+        for cache in step.cache.layers[layers.start : layers.stop]:
+            row = cache.stride(0) * cache.element_size()
+            caches += [cache.data_ptr() + i * row for i in range(batch) for _ in range(seq)]
+        lengths = (step.positions.flatten() + 1).int()
+        self.kernels.layers(parts, flat, step.rotary.contiguous(), lengths, caches, mlp)
+        return flat.view_as(x)
+
+
+class FusedLayer:
+    """One of them, in its two parts."""
+
+    def __init__(self, layers: FusedLayers, layer: Layer, index: int) -> None:
+        self.layers, self.layer = layers, layer
+        self.parts = (LayerParts * 1)(layers.parts[index])
 
     def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
         return self.feed(self.attend(x, step, index), step)
 
     def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
-        assert step.cache is not None
-        if x.shape[0] * x.shape[1] > FEW or self.layer.self_attn.path not in ("auto", "absorbed"):
+        if not self.layers.take(x):
             return self.layer.attend(x, step, index)
-        flat = x.flatten(0, 1).contiguous()
-        cache = step.cache.layers[index]
-        row = cache.stride(0) * cache.element_size()
-        caches = [cache.data_ptr() + i * row for i in range(x.shape[0]) for _ in range(x.shape[1])]
-        addresses = (ctypes.c_void_p * len(caches))(*caches)
-        lengths = (step.positions.flatten() + 1).int()
-        self.kernels.attention(self.attention_part, flat, step.rotary.contiguous(), lengths, addresses)
-        return flat.view_as(x)
+        return self.layers.run(self.parts, x, step, range(index, index + 1), mlp=False)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
         flat = x.flatten(0, 1).contiguous()
-        self.kernels.mlp(self.mlp_part, flat)
+        self.layers.kernels.mlp(self.parts, flat)
         return flat.view_as(x)
 
 
-def attention_part(layer: Layer) -> AttentionPart:
+def up_projections(kernels: Kernels, attention: Attention) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+    """kv_b_proj as one token meets it: [heads, rank, nope], whose product is a query for the latent, and [heads, value, rank].
+
+    They are in 8 bits where the rest of attention is: one token is bounded by the bytes it reads. Its own bf16 stays for many tokens.
+    """
+    config, like = attention.config, attention.o_proj.weight
+    weight = attention.kv_b_proj.weight.unflatten(0, (attention.heads, -1))  # [heads, nope + value, rank]
+    k_up, v_up = weight[:, : config.qk_nope_head_dim].mT, weight[:, config.qk_nope_head_dim :]
+    if not isinstance(like, Quantized):
+        return k_up.contiguous(), v_up
+    return packed(kernels, k_up, like), packed(kernels, v_up, like)
+
+
+def packed(kernels: Kernels, stack: Tensor, like: Quantized) -> Quantized:
+    """stack [count, rows, cols] -> the same in the bits and groups of another."""
+    out = Quantized(tuple(stack.shape), like.bits, like.group, 1, stack.device)
+    for i, one in enumerate(stack):
+        kernels.pack(one, like.bits, like.group, *out.part(i, 0), torch.get_num_threads())
+    return out
+
+
+def attention_part(layer: Layer, k_up: Tensor | Quantized, v_up: Tensor | Quantized) -> AttentionPart:
     attention: Attention = layer.self_attn
     config = attention.config
     low = config.q_lora_rank is not None
@@ -55,10 +100,11 @@ def attention_part(layer: Layer) -> AttentionPart:
         layer.input_layernorm.weight.data_ptr(),
         attention.q_a_layernorm.weight.data_ptr() if low else None,
         attention.kv_a_layernorm.weight.data_ptr(),
-        attention.kv_b_proj.weight.data_ptr(),
         matrix(attention.q_a_proj.weight if low else None),
         matrix(attention.q_b_proj.weight if low else attention.q_proj.weight),
         matrix(attention.kv_a_proj_with_mqa.weight),
+        matrix(k_up),
+        matrix(v_up),
         matrix(attention.o_proj.weight),
         config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
         config.v_head_dim, config.kv_lora_rank, config.q_lora_rank or 0, layer.input_layernorm.eps, attention.scale,
@@ -145,8 +191,10 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False
             fits = module.weight.device.type == "cpu" and 0 not in module.weight.shape and module.bias is None
             module.product = kernels.linear(module.weight) if kernels is not None and fits else None
         elif isinstance(module, Layer):
-            module.fused = FusedLayer(kernels, module) if kernels is not None and whole else None
-    model.steps = model.graphs = False
+            module.fused = None
+    model.steps, model.graphs, model.fused = False, False, None
+    if kernels is not None and whole:
+        model.fused = FusedLayers(kernels, model)
     if triton:
         from dsv2cli.model.gpu import use_gpu_kernels
 

@@ -40,7 +40,7 @@ class GpuLayer:
 
     def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
         attention = self.layer.self_attn
-        if x.shape[1] > FEW or attention.path not in ("auto", "absorbed"):
+        if x.shape[1] > FEW or not attention.absorbs:
             return self.layer.attend(x, step, index)
         assert step.cache is not None
         flat, norm = x.flatten(0, 1), self.layer.input_layernorm

@@ -160,7 +160,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.heads, self.team = config, heads, team
         self.scale = softmax_scale(config)
-        self.path = "auto"
+        self.path = "auto"  # one of ATTENTION_PATHS
         hidden, bias = config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * config.qk_head_dim)
@@ -196,6 +196,11 @@ class Attention(nn.Module):
             step.start,
         )
         return self.merge(out.flatten(-2))
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether few new tokens take the absorbed path, the only one that kernels know."""
+        return self.path in ("auto", "absorbed")
 
     def merge(self, out: Tensor) -> Tensor:
         """The heads' outputs [batch, seq, heads * value] -> hidden, summed over the ranks before the bias."""
@@ -314,6 +319,7 @@ class DeepseekV2(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
         self.steps, self.graphs = False, False  # whether layers run through kernels made for DecodeSteps, and those as CUDA graphs
+        self.fused: Callable[[Tensor, Step], Tensor] | None = None  # all layers by kernels, where in use
 
     def run_on(self, main: torch.device, layers: list[torch.device]) -> None:
         """Say where layers are computed, where that is not where all the weights lie."""
@@ -340,7 +346,11 @@ class DeepseekV2(nn.Module):
     @property
     def stepwise(self) -> bool:
         """Whether decoding goes in DecodeSteps: they know one attention path."""
-        return self.steps and self.model.layers[0].self_attn.path in ("auto", "absorbed")  # type: ignore[union-attr,operator]
+        return self.steps and self.absorbs
+
+    @property
+    def absorbs(self) -> bool:
+        return self.model.layers[0].self_attn.absorbs  # type: ignore[union-attr,return-value]
 
     def use_attention(self, path: str) -> None:
         """Choose the attention path for all layers: one of ATTENTION_PATHS."""
@@ -386,11 +396,15 @@ class DeepseekV2(nn.Module):
         x = self.model.embed_tokens(input_ids)
         if step.counts is not None and step.cache is not None:
             x = x[step.cache.own.start : step.cache.own.stop]
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, step, i)
+        x = self.layers(x, step) if self.fused is None or step.cache is None else self.fused(x, step)
         if step.counts is not None:
             x = self.team.join(x.flatten(0, 1), step.counts, dim=0).view(*input_ids.shape, -1)
         return self.model.norm(x)
+
+    def layers(self, x: Tensor, step: Step) -> Tensor:
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, step, i)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> scores [..., vocab] in fp32."""

@@ -445,24 +445,29 @@ INLINE Place place(const Matrix& w, int e, int first) {
   return {base + block * groups * w.group * LANES * w.kind / 8, w.scales + e * w.scales_step + block * groups * LANES};
 }
 
-static void stream_bf16(const uint16_t* w, int count, const uint16_t* x, int cols, float* out, const uint8_t* next) {
+template <int R> static void stream_bf16(const Place* from, int count, const uint16_t* x, int cols, float* const* out, const Place* next) {
   const size_t all = (size_t)count * cols, last = all > AHEAD / 2 ? all - AHEAD / 2 : 0;
-  for (int r = 0; r < count; r++) {
-    const uint16_t* row = w + (size_t)r * cols;
-    F acc[4] = {};
+  for (int row = 0; row < count; row++) {
+    const size_t begin = (size_t)row * cols;
+    const uint16_t* w[R];
+    F acc[R][4] = {};
+    for (int r = 0; r < R; r++) w[r] = (const uint16_t*)from[r].codes + begin;
     int k = 0;
-    for (; k + 128 <= cols; k += 128) {
-      const size_t at = (size_t)r * cols + k;
-      const uint16_t* ahead = next && at >= last ? (const uint16_t*)next + (at - last) : row + k + AHEAD / 2;
-      for (int i = 0; i < 4; i++) {
-        __builtin_prefetch(ahead + 32 * i);
-        dot_bf16(acc[i], load<B>(row + k + 32 * i), load<B>(x + k + 32 * i));
+    for (; k + 128 <= cols; k += 128)
+      for (int r = 0; r < R; r++) {
+        const uint16_t* ahead = next[r].codes && begin + k >= last ? (const uint16_t*)next[r].codes + (begin + k - last) : w[r] + k + AHEAD / 2;
+        for (int i = 0; i < 4; i++) {
+          __builtin_prefetch(ahead + 32 * i);
+          dot_bf16(acc[r][i], load<B>(w[r] + k + 32 * i), load<B>(x + k + 32 * i));
+        }
       }
+    for (; k + 32 <= cols; k += 32)
+      for (int r = 0; r < R; r++) dot_bf16(acc[r][0], load<B>(w[r] + k), load<B>(x + k));
+    for (int r = 0; r < R; r++) {
+      float total = sum((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
+      for (int i = k; i < cols; i++) total += widen(w[r][i]) * widen(x[i]);
+      out[r][row] = total;
     }
-    for (; k + 32 <= cols; k += 32) dot_bf16(acc[0], load<B>(row + k), load<B>(x + k));
-    float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-    for (; k < cols; k++) total += widen(row[k]) * widen(x[k]);
-    out[r] = total;
   }
 }
 
@@ -519,24 +524,20 @@ static void stream(const Matrix& w, int e, const int* first, int count, const Ro
   for (int r = 0; r < R; r++) from[r] = place(w, e, first[r]);
   if (w.kind == INT8) stream_codes<8, R>(from, blocks_of(count), x, row, out, next);
   else if (w.kind == INT4) stream_codes<4, R>(from, blocks_of(count), x, row, out, next);
-  else
-    for (int r = 0; r < R; r++)
-      stream_bf16((const uint16_t*)from[r].codes, std::min(count, w.rows - first[r]), x.bf + (size_t)row * x.padded, w.cols, out[r],
-                  (r + 1 < R ? from[r + 1] : next[0]).codes);
+  else stream_bf16<R>(from, std::min(count, w.rows - first[R - 1]), x.bf + (size_t)row * x.padded, w.cols, out, next);
 }
 INLINE void stream(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, Place next) {
   stream<1>(w, e, &first, count, x, row, &out, &next);
 }
-// `count` rows as two runs side by side, where they are long: the processor then waits less for each sum.
+// Many rows as two runs side by side: the processor then waits less for each sum, and memory gives a little more.
 struct Halves {
   Place at[2];
 };
-INLINE int half_of(int count) { return (blocks_of(count) + 1) / 2 * LANES; }
-INLINE Halves halves(const Matrix& w, int e, int first, int count) { return {place(w, e, first), place(w, e, first + half_of(count))}; }
+INLINE Halves halves(const Matrix& w, int e, int first, int count) { return {place(w, e, first), place(w, e, first + count / 2)}; }
 static void stream_halves(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const Halves& next) {
-  const int half = half_of(count), firsts[2] = {first, first + half};
+  const int half = count / 2, firsts[2] = {first, first + half};
   float* const outs[2] = {out, out + half};
-  if (w.kind == BF16 || blocks_of(count) % 2) stream(w, e, first, count, x, row, out, next.at[0]);
+  if (count % (2 * LANES)) stream(w, e, first, count, x, row, out, next.at[0]);
   else stream<2>(w, e, firsts, half, x, row, outs, next.at);
 }
 

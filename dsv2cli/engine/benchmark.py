@@ -22,6 +22,7 @@ from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model import size
 from dsv2cli.model.cache import LatentCache
+from dsv2cli.model.fused import FusedLayers
 from dsv2cli.model.transformer import DeepseekV2, Layer, MoE, Step
 
 READ_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than a cache holds, and long enough to be measured
@@ -88,7 +89,7 @@ def read_bytes_per_token(model: DeepseekV2, context: int) -> float:
         if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
             used = 1 / config.vocab_size
         total += used * tensor.numel() * tensor.element_size()
-    return total
+    return total - (model.fused.saved_bytes if isinstance(model.fused, FusedLayers) else 0)
 
 
 def prefill_flops_per_token(model: DeepseekV2) -> int:

@@ -25,6 +25,7 @@ typedef uint32_t U __attribute__((vector_size(64)));
 typedef uint8_t B __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
+#define APART __attribute__((noinline))  // long, and called from several places: copies would only cost time to compile
 
 constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved
 constexpr int MOST = 12;   // tokens in one tile
@@ -79,6 +80,15 @@ template <class T> INLINE T load(const void* p) {
   T out;
   memcpy(&out, p, sizeof(T));
   return out;
+}
+APART static void widen_row(const uint16_t* x, int size, float* out) {
+  for (int i = 0; i < size; i++) out[i] = widen(x[i]);
+}
+APART static void add_to(uint16_t* x, const float* values, int count) {  // the residual, with one rounding of each term
+  for (int i = 0; i < count; i++) x[i] = narrow(widen(x[i]) + rounded(values[i]));
+}
+APART static void narrow_row(const float* x, int size, uint16_t* out) {
+  for (int i = 0; i < size; i++) out[i] = narrow(x[i]);
 }
 // e to the power of x, to the last bit or two; beyond -87 and 88 as there, which is nearly zero and nearly infinite.
 INLINE F exp16(F x) {
@@ -252,10 +262,9 @@ struct Rows {
     }
   }
   // Columns [from, from + count) of one row; `from` begins a group and only the last call may end within one.
-  void put(int row, int from, int count, const float* x) {
+  APART void put(int row, int from, int count, const float* x) {
     if (kind == BF16) {
-      uint16_t* to = bf + (size_t)row * padded + from;
-      for (int i = 0; i < count; i++) to[i] = narrow(x[i]);
+      narrow_row(x, count, bf + (size_t)row * padded + from);
       const int end = std::min(padded, (from + count + 31) / 32 * 32);
       for (int i = from + count; i < end; i++) bf[(size_t)row * padded + i] = 0;
       return;
@@ -279,11 +288,12 @@ struct Rows {
   }
 };
 
-// ---- tiles: 16-row blocks of a matrix times a few tokens ----------------------------------------------------------
+// ---- tiles: two 16-row blocks of a matrix times a few tokens ----------------------------------------------------------
 
-// out[token * R * 16 + block * 16 + lane]
-template <int BITS, int R, int M>
-static void tile_codes(const uint8_t* const* codes, const uint16_t* const* scales, const Rows& x, const int* rows, float* out) {
+// out[token][block][lane]
+template <int BITS, int M>
+APART static void tile_codes(const uint8_t* const* codes, const uint16_t* const* scales, const Rows& x, const int* rows, float* out) {
+  constexpr int R = 2;  // blocks
   const int8_t* q[M];
   const float* scale[M];
   const int32_t* zero[M];
@@ -347,7 +357,7 @@ static void tile_codes(const uint8_t* const* codes, const uint16_t* const* scale
 
 // out[m * step + r] = row r of w times row m of x, both bf16, `cols` long; what is beyond x's end is not read.
 template <int R, int M>
-static void tile_bf16(const uint16_t* const* w, const uint16_t* const* x, int cols, float* out, int step) {
+APART static void tile_bf16(const uint16_t* const* w, const uint16_t* const* x, int cols, float* out, int step) {
   F acc[R][M];
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) acc[r][m] = (F){};
@@ -371,7 +381,7 @@ static void tile_bf16(const uint16_t* const* w, const uint16_t* const* x, int co
     }
 }
 
-template <int R> static void tiles_bf16(const uint16_t* const* w, const uint16_t* const* x, int m, int cols, float* out, int step) {
+template <int R> APART static void tiles_bf16(const uint16_t* const* w, const uint16_t* const* x, int m, int cols, float* out, int step) {
   while (m > 0) {
     int done = 1;
     if (m >= 6) tile_bf16<R, 6>(w, x, cols, out, step), done = 6;
@@ -382,23 +392,23 @@ template <int R> static void tiles_bf16(const uint16_t* const* w, const uint16_t
   }
 }
 
-template <int BITS, int R> static void tiles_codes(const uint8_t* const* c, const uint16_t* const* s, const Rows& x, const int* rows, int m, float* out) {
+template <int BITS> APART static void tiles_codes(const uint8_t* const* c, const uint16_t* const* s, const Rows& x, const int* rows, int m, float* out) {
   while (m > 0) {
     int done = 1;
-    if (m >= 12) tile_codes<BITS, R, 12>(c, s, x, rows, out), done = 12;
-    else if (m >= 8) tile_codes<BITS, R, 8>(c, s, x, rows, out), done = 8;
-    else if (m >= 4) tile_codes<BITS, R, 4>(c, s, x, rows, out), done = 4;
-    else if (m >= 2) tile_codes<BITS, R, 2>(c, s, x, rows, out), done = 2;
-    else tile_codes<BITS, R, 1>(c, s, x, rows, out);
-    m -= done, rows += done, out += done * R * LANES;
+    if (m >= 12) tile_codes<BITS, 12>(c, s, x, rows, out), done = 12;
+    else if (m >= 8) tile_codes<BITS, 8>(c, s, x, rows, out), done = 8;
+    else if (m >= 4) tile_codes<BITS, 4>(c, s, x, rows, out), done = 4;
+    else if (m >= 2) tile_codes<BITS, 2>(c, s, x, rows, out), done = 2;
+    else tile_codes<BITS, 1>(c, s, x, rows, out);
+    m -= done, rows += done, out += done * 2 * LANES;
   }
 }
 
 INLINE int blocks_of(int rows) { return (rows + LANES - 1) / LANES; }
 
-// `count` (1 or 2) blocks of matrix e times m <= MOST rows of x: out[m][count][16]. `first` are row numbers; a block
-// that reaches beyond the last row gives zeros (quantised) or repeats (bf16) there.
-static void multiply(const Matrix& w, int e, const int* first, int count, const Rows& x, const int* rows, int m, float* out) {
+// `count` (1 or 2) blocks of matrix e times m <= MOST rows of x: out[m][2][16]. `first` are row numbers; a block
+// that reaches beyond the last row gives zeros (quantised) or repeats (bf16) there, and where there is no second one anything.
+APART static void multiply(const Matrix& w, int e, const int* first, int count, const Rows& x, const int* rows, int m, float* out) {
   if (w.kind == BF16) {
     const uint16_t* base = (const uint16_t*)(w.codes + e * w.codes_step);
     const uint16_t* xs[MOST];
@@ -407,24 +417,19 @@ static void multiply(const Matrix& w, int e, const int* first, int count, const 
       for (int r = 0; r < LANES; r += 4) {
         const uint16_t* from[4];
         for (int i = 0; i < 4; i++) from[i] = base + (size_t)std::min(first[b] + r + i, w.rows - 1) * w.cols;
-        tiles_bf16<4>(from, xs, m, w.cols, out + b * LANES + r, count * LANES);
+        tiles_bf16<4>(from, xs, m, w.cols, out + b * LANES + r, 2 * LANES);
       }
     return;
   }
   const uint8_t* codes[2];
   const uint16_t* scales[2];
-  for (int b = 0; b < count; b++) {
-    const size_t block = first[b] / LANES;
+  for (int b = 0; b < 2; b++) {
+    const size_t block = first[b < count ? b : 0] / LANES;
     codes[b] = w.codes + e * w.codes_step + block * x.padded * LANES * w.kind / 8;
     scales[b] = w.scales + e * w.scales_step + block * x.groups * LANES;
   }
-  if (w.kind == INT8) {
-    if (count == 2) tiles_codes<8, 2>(codes, scales, x, rows, m, out);
-    else tiles_codes<8, 1>(codes, scales, x, rows, m, out);
-  } else {
-    if (count == 2) tiles_codes<4, 2>(codes, scales, x, rows, m, out);
-    else tiles_codes<4, 1>(codes, scales, x, rows, m, out);
-  }
+  if (w.kind == INT8) tiles_codes<8>(codes, scales, x, rows, m, out);
+  else tiles_codes<4>(codes, scales, x, rows, m, out);
 }
 
 // ---- streams: consecutive rows of a matrix times one token --------------------------------------------------------
@@ -445,7 +450,7 @@ INLINE Place place(const Matrix& w, int e, int first) {
   return {base + block * groups * w.group * LANES * w.kind / 8, w.scales + e * w.scales_step + block * groups * LANES};
 }
 
-template <int R> static void stream_bf16(const Place* from, int count, const uint16_t* x, int cols, float* const* out, const Place* next) {
+template <int R> APART static void stream_bf16(const Place* from, int count, const uint16_t* x, int cols, float* const* out, const Place* next) {
   const size_t all = (size_t)count * cols, last = all > AHEAD / 2 ? all - AHEAD / 2 : 0;
   for (int row = 0; row < count; row++) {
     const size_t begin = (size_t)row * cols;
@@ -473,7 +478,7 @@ template <int R> static void stream_bf16(const Place* from, int count, const uin
 
 // R runs of blocks side by side: gate and up are two, which both go on in the next job; all else is one, for the same reason.
 template <int BITS, int R>
-static void stream_codes(const Place* from, int blocks, const Rows& x, int row, float* const* out, const Place* next) {
+APART static void stream_codes(const Place* from, int blocks, const Rows& x, int row, float* const* out, const Place* next) {
   const int8_t* q = x.q + (size_t)row * x.padded;
   const float* scale = x.scale + (size_t)row * x.groups;
   const int32_t* zero = x.zero + (size_t)row * x.groups;
@@ -519,7 +524,7 @@ static void stream_codes(const Place* from, int blocks, const Rows& x, int row, 
 
 // out[r][i] = row first[r] + i of matrix e times row `row` of x, for `count` rows and R runs of them; `next` likewise.
 template <int R>
-static void stream(const Matrix& w, int e, const int* first, int count, const Rows& x, int row, float* const* out, const Place* next) {
+APART static void stream(const Matrix& w, int e, const int* first, int count, const Rows& x, int row, float* const* out, const Place* next) {
   Place from[R];
   for (int r = 0; r < R; r++) from[r] = place(w, e, first[r]);
   if (w.kind == INT8) stream_codes<8, R>(from, blocks_of(count), x, row, out, next);
@@ -534,7 +539,7 @@ struct Halves {
   Place at[2];
 };
 INLINE Halves halves(const Matrix& w, int e, int first, int count) { return {place(w, e, first), place(w, e, first + count / 2)}; }
-static void stream_halves(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const Halves& next) {
+APART static void stream_halves(const Matrix& w, int e, int first, int count, const Rows& x, int row, float* out, const Halves& next) {
   const int half = count / 2, firsts[2] = {first, first + half};
   float* const outs[2] = {out, out + half};
   if (count % (2 * LANES)) stream(w, e, first, count, x, row, out, next.at[0]);
@@ -544,17 +549,31 @@ static void stream_halves(const Matrix& w, int e, int first, int count, const Ro
 constexpr int WIDE = 2 * LANES;   // rows of a job
 constexpr int WIDEST = 8 * WIDE;  // at most, where one token passes through: the longer the runs, the better
 
+// Where the results of a product go, and what is done with them there: (token, row) is to[token * step + row].
+struct Target {
+  enum { FLOATS, ROUNDED, NARROW, ADDED } how;  // fp32; fp32 rounded to bf16; bf16; bf16 added to what is there
+  void* to;
+  size_t step;
+  APART void give(int token, int row, const float* values, int count) const {
+    const size_t at = token * step + row;
+    float* wide = (float*)to + at;
+    uint16_t* narrowed = (uint16_t*)to + at;
+    if (how == FLOATS) memcpy(wide, values, count * sizeof(float));
+    else if (how == ROUNDED) for (int i = 0; i < count; i++) wide[i] = rounded(values[i]);
+    else if (how == NARROW) narrow_row(values, count, narrowed);
+    else add_to(narrowed, values, count);
+  }
+};
+
 // Rows [first, first + count) of matrix e times rows `from`, `from + step`, ... of x, n of them; `next` is what is read after it.
-// `give(token, row, values, count)` takes the results.
-template <class Give>
-static void product(const Matrix& w, int e, int first, int count, const Rows& x, int from, int step, int n, Place next, Give give) {
+APART static void product(const Matrix& w, int e, int first, int count, const Rows& x, int from, int step, int n, Place next, const Target& target) {
   float out[MOST * WIDE];
   const int end = first + count, most = n == 1 ? WIDEST : WIDE;
   for (; first < end; first += most) {
     const int here = std::min(most, end - first), blocks = blocks_of(here), firsts[2] = {first, first + LANES};
     if (n == 1) {
       stream(w, e, first, here, x, from, out, first + most < end ? place(w, e, first + most) : next);
-      give(0, first, out, here);
+      target.give(0, first, out, here);
       continue;
     }
     for (int t = 0; t < n; t += MOST) {
@@ -562,32 +581,25 @@ static void product(const Matrix& w, int e, int first, int count, const Rows& x,
       int rows[MOST];
       for (int i = 0; i < m; i++) rows[i] = from + (t + i) * step;
       multiply(w, e, firsts, blocks, x, rows, m, out);
-      for (int i = 0; i < m; i++) give(t + i, first, out + i * blocks * LANES, here);
+      for (int i = 0; i < m; i++) target.give(t + i, first, out + i * WIDE, here);
     }
   }
 }
 // Jobs of WIDE rows of w times the first n rows of x.
 INLINE int jobs_of(const Matrix& w) { return (w.rows + WIDE - 1) / WIDE; }
-template <class Give> static void product_job(const Matrix& w, int job, int after, const Rows& x, int n, Give give) {
+APART static void product_job(const Matrix& w, int job, int after, const Rows& x, int n, const Target& target) {
   const int first = job * WIDE;
-  product(w, 0, first, std::min(WIDE, w.rows - first), x, 0, 1, n, after < jobs_of(w) ? place(w, 0, after * WIDE) : Place{}, give);
+  product(w, 0, first, std::min(WIDE, w.rows - first), x, 0, 1, n, after < jobs_of(w) ? place(w, 0, after * WIDE) : Place{}, target);
 }
 
 // RMSNorm of a row that was rounded to bf16, rounded twice as the plain path does; into floats.
-static void norm_row(const float* x, const uint16_t* weight, int size, float eps, float* out) {
+APART static void norm_row(const float* x, const uint16_t* weight, int size, float eps, float* out) {
   float total = 0;
 #pragma omp simd reduction(+ : total)
   for (int i = 0; i < size; i++) total += x[i] * x[i];
   const float factor = 1.0f / std::sqrt(total / size + eps);
   for (int i = 0; i < size; i++) out[i] = rounded(widen(weight[i]) * rounded(x[i] * factor));
 }
-static void widen_row(const uint16_t* x, int size, float* out) {
-  for (int i = 0; i < size; i++) out[i] = widen(x[i]);
-}
-INLINE void add_to(uint16_t* x, const float* values, int count) {  // the residual, with one rounding of each term
-  for (int i = 0; i < count; i++) x[i] = narrow(widen(x[i]) + rounded(values[i]));
-}
-
 // ---- the functions --------------------------------------------------------------------------------------------------
 
 extern "C" void dsv2_codebook(const uint8_t* values) {
@@ -624,16 +636,12 @@ extern "C" void dsv2_linear(const Matrix* w, const uint16_t* x, int n, void* out
       in.put(t, 0, w->cols, row);
     }
     worker.meet();
-    EACH_AHEAD(job, after, jobs_of(*w)) product_job(*w, job, after, in, n, [&](int t, int row, const float* values, int count) {
-      const size_t at = (size_t)t * w->rows + row;
-      if (wide) memcpy((float*)out + at, values, count * 4);
-      else for (int i = 0; i < count; i++) ((uint16_t*)out)[at + i] = narrow(values[i]);
-    });
+    EACH_AHEAD(job, after, jobs_of(*w)) product_job(*w, job, after, in, n, {wide ? Target::FLOATS : Target::NARROW, out, (size_t)w->rows});
   }
 }
 
 // to = silu(gates) * ups, in whole vectors.
-static void gate(const float* gates, const float* ups, float* to, int count) {
+APART static void gate(const float* gates, const float* ups, float* to, int count) {
   for (int i = 0; i < count; i += LANES) {
     const F g = load<F>(gates + i), out = g / (1.0f + exp16(-g)) * load<F>(ups + i);
     memcpy(to + i, &out, 64);
@@ -641,7 +649,7 @@ static void gate(const float* gates, const float* ups, float* to, int count) {
 }
 
 // Softmax over the experts and the best top_k of them, in falling order; see experts.route.
-static void route(const Mlp& p, float* scores, int32_t* index, float* weight) {
+APART static void route(const Mlp& p, float* scores, int32_t* index, float* weight) {
   float most = scores[0], total = 0;
   for (int e = 1; e < p.experts; e++) most = std::max(most, scores[e]);
   for (int e = 0; e < p.experts; e++) total += scores[e] = std::exp(scores[e] - most);
@@ -822,7 +830,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
         for (int j = 0; j < m; j++) {
           const float factor = s.weight[s.order[i + j]];
           float* sum = mine + (size_t)s.tokens[i + j] * wide;
-          for (int l = 0; l < count; l++) sum[l] += factor * out[j * wide + l];
+          for (int l = 0; l < count; l++) sum[l] += factor * out[j * WIDE + l];
         }
       }
     }
@@ -831,7 +839,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
       if (m == 1) stream_halves(p.shared_down, 0, begin, count, s.h_shared, t, out, next_job);
       else multiply(p.shared_down, 0, first, blocks, s.h_shared, s.all + t, m, out);
       for (int i = 0; i < m; i++)
-        for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * wide + l];
+        for (int l = 0; l < count; l++) mine[(size_t)(t + i) * wide + l] += out[i * WIDE + l];
     }
     for (int t = 0; t < n; t++) add_to(to + (size_t)t * p.hidden + begin, mine + (size_t)t * wide, count);
   }
@@ -850,7 +858,7 @@ extern "C" void dsv2_feed(const Mlp* part, const uint16_t* x, const int32_t* cho
 }
 
 // Neighbouring pairs turned by the angles of one position; table [2, size / 2] holds cos and sin.
-static void turn(float* x, const float* table, int size) {
+APART static void turn(float* x, const float* table, int size) {
   const float *cosine = table, *sine = table + size / 2;
   for (int i = 0; i < size / 2; i++) {
     const float a = x[2 * i], b = x[2 * i + 1];
@@ -859,20 +867,16 @@ static void turn(float* x, const float* table, int size) {
   }
 }
 
-static void narrow_row(const float* x, int size, uint16_t* out) {
-  for (int i = 0; i < size; i++) out[i] = narrow(x[i]);
-}
-
 // Attention takes 16 heads at a time, one a lane: scores then need no sums across lanes. A query [heads, width] is laid out so that
 // for each pair of numbers those of 16 heads are side by side.
-static void side_by_side(const uint16_t* query, int heads, int width, uint32_t* out) {
+APART static void side_by_side(const uint16_t* query, int heads, int width, uint32_t* out) {
   for (int g = 0; g < heads; g += LANES, out += (size_t)width / 2 * LANES)
     for (int c = 0; c < width / 2; c++)
       for (int h = 0; h < LANES; h++) out[(size_t)c * LANES + h] = g + h < heads ? load<uint32_t>(query + (size_t)(g + h) * width + 2 * c) : 0;
 }
 
 // scores[t] = 16 heads of one query times T cached tokens.
-template <int T> static void score(const uint32_t* query, const uint16_t* cached, int width, F* scores) {
+template <int T> APART static void score(const uint32_t* query, const uint16_t* cached, int width, F* scores) {
   F acc[T];
   for (int t = 0; t < T; t++) acc[t] = (F){};
 #pragma GCC unroll 4
@@ -886,7 +890,7 @@ template <int T> static void score(const uint32_t* query, const uint16_t* cached
 // total[HEADS][rank] += sum over `count` cached tokens of weights times the token's latent; weights[t / 2][16 heads] are
 // pairs of bf16, and the pair of a last odd token ends in a zero. Meanwhile what lies at `soon` is asked for, which goes on.
 template <int HEADS>
-static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total, const char*& soon) {
+APART static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total, const char*& soon) {
   int c = 0;
 #if defined(__AVX512BF16__)
   alignas(64) uint16_t order[2][32];
@@ -929,7 +933,7 @@ static void mix(const uint32_t* weights, const uint16_t* cached, int width, int 
 }
 
 // One query of all heads, side by side, over cached tokens [begin, end): sums not yet divided, with each head's maximum and divisor.
-static void attend(const Attention& p, const uint32_t* query, const uint16_t* cached, int begin, int end, float* total, float* most,
+APART static void attend(const Attention& p, const uint32_t* query, const uint16_t* cached, int begin, int end, float* total, float* most,
                    float* divisor) {
   const int width = p.rank + p.rope, groups = blocks_of(p.heads);
   std::vector<float> tops((size_t)groups * LANES, -INFINITY), sums((size_t)groups * LANES, 0.0f);
@@ -1025,12 +1029,7 @@ static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, u
   const bool low = p.q_a.kind != NONE;
   AttentionScratch s(p, sight, worker.threads, scratch);
   const Matrix& first = low ? p.q_a : p.q;
-  float *first_out = low ? s.q_a : s.q, *mine = s.rows + worker.me * s.row;
-  auto into = [](float* out, int rows) {
-    return [=](int t, int row, const float* values, int count) {
-      for (int i = 0; i < count; i++) out[(size_t)t * rows + row + i] = rounded(values[i]);
-    };
-  };
+  float* mine = s.rows + worker.me * s.row;
   EACH(t, n) {
     widen_row(x + (size_t)t * p.hidden, p.hidden, mine);
     norm_row(mine, p.norm, p.hidden, p.eps, mine);
@@ -1039,8 +1038,8 @@ static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, u
   worker.meet();
   const int first_jobs = jobs_of(first);
   EACH_AHEAD(job, after, first_jobs + jobs_of(p.kv_a)) {
-    if (job < first_jobs) product_job(first, job, after, s.in, n, into(first_out, first.rows));
-    else product_job(p.kv_a, job - first_jobs, after - first_jobs, s.in, n, into(s.kv_a, width));
+    if (job < first_jobs) product_job(first, job, after, s.in, n, {Target::ROUNDED, low ? s.q_a : s.q, (size_t)first.rows});
+    else product_job(p.kv_a, job - first_jobs, after - first_jobs, s.in, n, {Target::ROUNDED, s.kv_a, (size_t)width});
   }
   worker.meet();
   if (low) {
@@ -1049,7 +1048,7 @@ static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, u
       s.middle.put(t, 0, p.q_rank, mine);
     }
     worker.meet();
-    EACH_AHEAD(job, after, jobs_of(p.q)) product_job(p.q, job, after, s.middle, n, into(s.q, p.q.rows));
+    EACH_AHEAD(job, after, jobs_of(p.q)) product_job(p.q, job, after, s.middle, n, {Target::ROUNDED, s.q, (size_t)p.q.rows});
     worker.meet();
   }
   EACH_AHEAD(job, after, heads + n) {
@@ -1069,9 +1068,7 @@ static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, u
       narrow_row(from + p.nope, p.rope, s.query + ((size_t)t * heads + job) * width + p.rank);
     }
     const Place next = after < heads ? place(p.k_up, after, 0) : Place{};
-    product(p.k_up, job, 0, p.rank, s.nope, job, heads, n, next, [&](int t, int row, const float* values, int count) {
-      narrow_row(values, count, s.query + ((size_t)t * heads + job) * width + row);
-    });
+    product(p.k_up, job, 0, p.rank, s.nope, job, heads, n, next, {Target::NARROW, s.query + (size_t)job * width, (size_t)heads * width});
   }
   worker.meet();
   EACH(job, n * sight.chunks) {
@@ -1099,16 +1096,12 @@ static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, u
       s.mixed.put(t * heads + h, 0, p.rank, mine);
     }
     const Place next = after < heads ? place(p.v_up, after, 0) : Place{};
-    product(p.v_up, h, 0, p.value, s.mixed, h, heads, n, next, [&](int t, int row, const float* values, int count) {
-      memcpy(s.out + ((size_t)t * heads + h) * p.value + row, values, count * sizeof(float));
-    });
+    product(p.v_up, h, 0, p.value, s.mixed, h, heads, n, next, {Target::FLOATS, s.out + (size_t)h * p.value, (size_t)heads * p.value});
   }
   worker.meet();
   EACH(t, n) s.last.put(t, 0, heads * p.value, s.out + (size_t)t * heads * p.value);
   worker.meet();
-  EACH_AHEAD(job, after, jobs_of(p.o)) product_job(p.o, job, after, s.last, n, [&](int t, int row, const float* values, int count) {
-    add_to(x + (size_t)t * p.hidden + row, values, count);
-  });
+  EACH_AHEAD(job, after, jobs_of(p.o)) product_job(p.o, job, after, s.last, n, {Target::ADDED, x, (size_t)p.hidden});
 }
 
 // x [n, hidden] through `count` layers, or their attention or MLP alone. caches [count, n].

@@ -34,6 +34,12 @@ class FusedLayers:
         """All of them, in one call if the tokens are few. x [batch, seq, hidden]"""
         return self.run(self.parts, x, step, range(len(self.parts))) if self.take(x) else self.model.layers(x, step)
 
+    @property
+    def saved_bytes(self) -> int:
+        """What a token reads less than kv_b_proj has."""
+        packed = sum(up.codes.nbytes + up.scales.nbytes for pair in self.up for up in pair if isinstance(up, Quantized))
+        return packed and sum(layer.self_attn.kv_b_proj.weight.nbytes for layer in self.model.model.layers) - packed  # type: ignore[union-attr,misc]
+
     def take(self, x: Tensor) -> bool:
         return x.shape[0] * x.shape[1] <= FEW and self.model.absorbs
 

@@ -213,9 +213,9 @@ struct alignas(64) Counter {
 };
 struct Worker {
   Counter* counters;  // [3][threads]: of the phase before, which may be set to zero now, of this one and of the next
-  int me, threads, phase = 0;
+  int me, threads, asked, phase = 0;  // OpenMP may give fewer threads than asked for, for which scratch and jobs are laid out
   explicit Worker(std::vector<Counter>& counters)
-      : counters(counters.data()), me(omp_get_thread_num()), threads(omp_get_num_threads()) {}
+      : counters(counters.data()), me(omp_get_thread_num()), threads(omp_get_num_threads()), asked((int)counters.size() / 3) {}
   void meet() {  // what was written before is seen by all after it
     barrier();
     phase = (phase + 1) % 3;
@@ -600,6 +600,7 @@ APART static void norm_row(const float* x, const uint16_t* weight, int size, flo
   const float factor = 1.0f / std::sqrt(total / size + eps);
   for (int i = 0; i < size; i++) out[i] = rounded(widen(weight[i]) * rounded(x[i] * factor));
 }
+
 // ---- the functions --------------------------------------------------------------------------------------------------
 
 extern "C" void dsv2_codebook(const uint8_t* values) {
@@ -724,7 +725,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
                     Worker& worker) {
   const bool routed = p.experts > 0, shared = p.shared_width > 0;
   const int slots = routed ? n * p.top_k : 0, k = p.top_k;
-  MlpScratch s(p, n, worker.threads, scratch);
+  MlpScratch s(p, n, worker.asked, scratch);
   float *mine = s.sums + worker.me * s.of_thread, *out = mine + s.out;
   const int unit = s.in.kind == BF16 ? 64 : (routed ? p.down.group : p.shared_down.group);
   const int units = routed ? (p.width + unit - 1) / unit : 0, shared_units = (p.shared_width + unit - 1) / unit;
@@ -813,9 +814,9 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
     }
   }
   worker.meet();
-  const int down_jobs = n > 1 ? (p.hidden + WIDE - 1) / WIDE : DOWN_JOBS * worker.threads;
+  const int down_jobs = n > 1 ? (p.hidden + WIDE - 1) / WIDE : DOWN_JOBS * worker.asked;
   EACH_AHEAD(job, after, down_jobs) {
-    const auto begins = [&](int job) { return down_begin(job, p.hidden, n, worker.threads); };
+    const auto begins = [&](int job) { return down_begin(job, p.hidden, n, worker.asked); };
     const int begin = begins(job), count = begins(job + 1) - begin, begin_after = begins(after), count_after = begins(after + 1) - begin_after;
     const Halves next_job = count_after > 0 ? halves(routed ? p.down : p.shared_down, routed ? s.active[0] : 0, begin_after, count_after) : Halves{};
     const int first[2] = {begin, begin + LANES}, blocks = blocks_of(count), wide = blocks * LANES;
@@ -1027,7 +1028,7 @@ struct AttentionScratch {
 static void run_attention(const Attention& p, uint16_t* x, const Sight& sight, uint16_t* const* caches, Scratch scratch, Worker& worker) {
   const int n = sight.n, width = p.rank + p.rope, head = p.nope + p.rope, heads = p.heads;
   const bool low = p.q_a.kind != NONE;
-  AttentionScratch s(p, sight, worker.threads, scratch);
+  AttentionScratch s(p, sight, worker.asked, scratch);
   const Matrix& first = low ? p.q_a : p.q;
   float* mine = s.rows + worker.me * s.row;
   EACH(t, n) {

@@ -101,6 +101,18 @@ INLINE F exp16(F x) {
   e = e * r + 1.0f / 120, e = e * r + 1.0f / 24, e = e * r + 1.0f / 6, e = e * r + 0.5f, e = e * r + 1.0f, e = e * r + 1.0f;
   return e * (F)((whole + 127) << 23);
 }
+INLINE float largest(const float* x, int count) {  // without its sign
+  F most = {};
+  int i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const F v = load<F>(x + i), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+  }
+  float out = 0;
+  for (int lane = 0; lane < 16; lane++) out = std::max(out, most[lane]);
+  for (; i < count; i++) out = std::max(out, std::fabs(x[i]));
+  return out;
+}
 INLINE F widen16(const uint16_t* p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
 INLINE float sum(F x) {
 #if defined(__AVX512F__)
@@ -271,9 +283,7 @@ struct Rows {
     }
     for (int begin = 0; begin < count; begin += group) {
       const int here = std::min(group, count - begin), g = (from + begin) / group;
-      float most = 0;
-      for (int i = 0; i < here; i++) most = std::max(most, std::fabs(x[begin + i]));
-      const float inverse = most > 0 ? 127.0f / most : 0.0f;
+      const float most = largest(x + begin, here), inverse = most > 0 ? 127.0f / most : 0.0f;
       int8_t* to = q + (size_t)row * padded + from + begin;
       int32_t total = 0;
       for (int i = 0; i < here; i++) {
@@ -1141,33 +1151,30 @@ extern "C" void dsv2_pack(const float* weights, int rows, int cols, int bits, in
     Worker worker(counters);
     std::vector<float> x(group), scaled(group);
     std::vector<int32_t> index(group);
+    std::vector<uint8_t> bytes(group);
     auto encode = [&](float inverse) {
       for (int i = 0; i < group; i++) scaled[i] = x[i] * inverse, index[i] = 0;
       for (int j = 0; j < 15; j++)
         for (int i = 0; i < group; i++) index[i] += scaled[i] > middles[j];
     };
     EACH(block, blocks) for (int lane = 0; lane < LANES; lane++) for (int g = 0; g < groups; g++) {
-      const int row = block * LANES + lane;
-      float largest = 0;
-      for (int i = 0; i < group; i++) {
-        const int c = g * group + i;
-        x[i] = row < rows && c < cols ? weights[(size_t)row * cols + c] : 0.0f;
-        if (std::fabs(x[i]) > std::fabs(largest)) largest = x[i];
-      }
+      const int row = block * LANES + lane, here = row < rows ? std::min(group, cols - g * group) : 0;
+      std::copy_n(weights + (size_t)row * cols + g * group, here, x.data());
+      std::fill(x.begin() + here, x.end(), 0.0f);
+      const float size = largest(x.data(), group);
       uint16_t* scale = scales + ((size_t)block * groups + g) * LANES + lane;
       if (bits == 8) {
-        *scale = narrow(std::fabs(largest) / 127.0f);
+        *scale = narrow(size / 127.0f);
         const float s = widen(*scale), inverse = s > 0 ? 1.0f / s : 0.0f;
-        for (int i = 0; i < group; i++) {
-          const float v = std::min(127.0f, std::max(-127.0f, std::nearbyintf(x[i] * inverse)));
-          const int k = g * group + i;
-          codes[((size_t)block * groups * group + k / 4 * 4) * LANES + lane * 4 + k % 4] = (uint8_t)(v + 128.0f);
-        }
+        for (int i = 0; i < group; i++) bytes[i] = (uint8_t)(int32_t)(std::min(127.0f, std::max(-127.0f, std::nearbyintf(x[i] * inverse))) + 128.0f);
+        for (int i = 0; i < group; i += 4) memcpy(codes + (((size_t)block * groups + g) * group + i) * LANES + lane * 4, bytes.data() + i, 4);
         continue;
       }
+      const auto found = std::find_if(x.begin(), x.end(), [=](float v) { return std::fabs(v) == size; });
+      const float top = found == x.end() ? 0.0f : *found;
       float best = -1, chosen = 0;
-      for (int c = 0; c < candidates && largest != 0; c++) {
-        encode(shrinks[c] / largest);
+      for (int c = 0; c < candidates && top != 0; c++) {
+        encode(shrinks[c] / top);
         float qx = 0, qq = 0;
         for (int i = 0; i < group; i++) {
           const float q = values[index[i]];

@@ -887,7 +887,7 @@ APART static void side_by_side(const uint16_t* query, int heads, int width, uint
 }
 
 // scores[t] = 16 heads of one query times T cached tokens.
-template <int T> APART static void score(const uint32_t* query, const uint16_t* cached, int width, F* scores) {
+template <int T> static void score(const uint32_t* query, const uint16_t* cached, int width, F* scores) {
   F acc[T];
   for (int t = 0; t < T; t++) acc[t] = (F){};
 #pragma GCC unroll 4
@@ -901,7 +901,7 @@ template <int T> APART static void score(const uint32_t* query, const uint16_t* 
 // total[HEADS][rank] += sum over `count` cached tokens of weights times the token's latent; weights[t / 2][16 heads] are
 // pairs of bf16, and the pair of a last odd token ends in a zero. Meanwhile what lies at `soon` is asked for, which goes on.
 template <int HEADS>
-APART static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total, const char*& soon) {
+static void mix(const uint32_t* weights, const uint16_t* cached, int width, int count, int rank, float* total, const char*& soon) {
   int c = 0;
 #if defined(__AVX512BF16__)
   alignas(64) uint16_t order[2][32];

@@ -298,11 +298,23 @@ struct Rows {
   }
 };
 
+// Where row `first` of matrix e begins, or its block; null: not known.
+struct Place {
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+};
+INLINE Place place(const Matrix& w, int e, int first) {
+  const uint8_t* base = w.codes + e * w.codes_step;
+  if (w.kind == BF16) return {base + (size_t)std::min(first, w.rows - 1) * w.cols * 2};
+  const size_t block = first / LANES, groups = (w.cols + w.group - 1) / w.group;
+  return {base + block * groups * w.group * LANES * w.kind / 8, w.scales + e * w.scales_step + block * groups * LANES};
+}
+
 // ---- tiles: two 16-row blocks of a matrix times a few tokens ----------------------------------------------------------
 
 // out[token][block][lane]
 template <int BITS, int M>
-APART static void tile_codes(const uint8_t* const* codes, const uint16_t* const* scales, const Rows& x, const int* rows, float* out) {
+APART static void tile_codes(const Place* from, const Rows& x, const int* rows, float* out) {
   constexpr int R = 2;  // blocks
   const int8_t* q[M];
   const float* scale[M];
@@ -316,7 +328,7 @@ APART static void tile_codes(const uint8_t* const* codes, const uint16_t* const*
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) total[r][m] = (F){};
   const uint8_t* at[R];
-  for (int r = 0; r < R; r++) at[r] = codes[r];
+  for (int r = 0; r < R; r++) at[r] = from[r].codes;
   const int group = x.group;
   const B low = (B){} + 15;
   for (int g = 0; g < x.groups; g++) {
@@ -357,7 +369,7 @@ APART static void tile_codes(const uint8_t* const* codes, const uint16_t* const*
       }
     }
     for (int r = 0; r < R; r++) {
-      const F s = widen16(scales[r] + (size_t)g * LANES);
+      const F s = widen16(from[r].scales + (size_t)g * LANES);
       for (int m = 0; m < M; m++) total[r][m] += __builtin_convertvector(acc[r][m], F) * (s * scale[m][g]);
     }
   }
@@ -402,14 +414,14 @@ template <int R> APART static void tiles_bf16(const uint16_t* const* w, const ui
   }
 }
 
-template <int BITS> APART static void tiles_codes(const uint8_t* const* c, const uint16_t* const* s, const Rows& x, const int* rows, int m, float* out) {
+template <int BITS> APART static void tiles_codes(const Place* from, const Rows& x, const int* rows, int m, float* out) {
   while (m > 0) {
     int done = 1;
-    if (m >= 12) tile_codes<BITS, 12>(c, s, x, rows, out), done = 12;
-    else if (m >= 8) tile_codes<BITS, 8>(c, s, x, rows, out), done = 8;
-    else if (m >= 4) tile_codes<BITS, 4>(c, s, x, rows, out), done = 4;
-    else if (m >= 2) tile_codes<BITS, 2>(c, s, x, rows, out), done = 2;
-    else tile_codes<BITS, 1>(c, s, x, rows, out);
+    if (m >= 12) tile_codes<BITS, 12>(from, x, rows, out), done = 12;
+    else if (m >= 8) tile_codes<BITS, 8>(from, x, rows, out), done = 8;
+    else if (m >= 4) tile_codes<BITS, 4>(from, x, rows, out), done = 4;
+    else if (m >= 2) tile_codes<BITS, 2>(from, x, rows, out), done = 2;
+    else tile_codes<BITS, 1>(from, x, rows, out);
     m -= done, rows += done, out += done * 2 * LANES;
   }
 }
@@ -420,26 +432,19 @@ INLINE int blocks_of(int rows) { return (rows + LANES - 1) / LANES; }
 // that reaches beyond the last row gives zeros (quantised) or repeats (bf16) there, and where there is no second one anything.
 APART static void multiply(const Matrix& w, int e, const int* first, int count, const Rows& x, const int* rows, int m, float* out) {
   if (w.kind == BF16) {
-    const uint16_t* base = (const uint16_t*)(w.codes + e * w.codes_step);
     const uint16_t* xs[MOST];
     for (int i = 0; i < m; i++) xs[i] = x.bf + (size_t)rows[i] * x.padded;
     for (int b = 0; b < count; b++)
       for (int r = 0; r < LANES; r += 4) {
         const uint16_t* from[4];
-        for (int i = 0; i < 4; i++) from[i] = base + (size_t)std::min(first[b] + r + i, w.rows - 1) * w.cols;
+        for (int i = 0; i < 4; i++) from[i] = (const uint16_t*)place(w, e, first[b] + r + i).codes;
         tiles_bf16<4>(from, xs, m, w.cols, out + b * LANES + r, 2 * LANES);
       }
     return;
   }
-  const uint8_t* codes[2];
-  const uint16_t* scales[2];
-  for (int b = 0; b < 2; b++) {
-    const size_t block = first[b < count ? b : 0] / LANES;
-    codes[b] = w.codes + e * w.codes_step + block * x.padded * LANES * w.kind / 8;
-    scales[b] = w.scales + e * w.scales_step + block * x.groups * LANES;
-  }
-  if (w.kind == INT8) tiles_codes<8>(codes, scales, x, rows, m, out);
-  else tiles_codes<4>(codes, scales, x, rows, m, out);
+  const Place from[2] = {place(w, e, first[0]), place(w, e, first[count - 1])};
+  if (w.kind == INT8) tiles_codes<8>(from, x, rows, m, out);
+  else tiles_codes<4>(from, x, rows, m, out);
 }
 
 // ---- streams: consecutive rows of a matrix times one token --------------------------------------------------------
@@ -447,18 +452,6 @@ APART static void multiply(const Matrix& w, int e, const int* first, int count, 
 // for AHEAD bytes early; near the end of a run, what is asked for is the run that comes `next`.
 constexpr int AHEAD = 2048;       // bytes
 constexpr int SCALES_AHEAD = 512;  // scales, that is 1 KB
-
-// Where a run begins; null: not known.
-struct Place {
-  const uint8_t* codes = nullptr;
-  const uint16_t* scales = nullptr;
-};
-INLINE Place place(const Matrix& w, int e, int first) {
-  const uint8_t* base = w.codes + e * w.codes_step;
-  if (w.kind == BF16) return {base + (size_t)std::min(first, w.rows - 1) * w.cols * 2};
-  const size_t block = first / LANES, groups = (w.cols + w.group - 1) / w.group;
-  return {base + block * groups * w.group * LANES * w.kind / 8, w.scales + e * w.scales_step + block * groups * LANES};
-}
 
 template <int R> APART static void stream_bf16(const Place* from, int count, const uint16_t* x, int cols, float* const* out, const Place* next) {
   const size_t all = (size_t)count * cols, last = all > AHEAD / 2 ? all - AHEAD / 2 : 0;
@@ -486,7 +479,7 @@ template <int R> APART static void stream_bf16(const Place* from, int count, con
   }
 }
 
-// R runs of blocks side by side: gate and up are two, which both go on in the next job; all else is one, for the same reason.
+// R runs of blocks side by side: gate and up, which both go on in the next job, or the halves of many rows; all else is one run.
 template <int BITS, int R>
 APART static void stream_codes(const Place* from, int blocks, const Rows& x, int row, float* const* out, const Place* next) {
   const int8_t* q = x.q + (size_t)row * x.padded;
@@ -771,7 +764,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
     s.in.put(t, 0, p.hidden, row);
     s.all[t] = t;
   }
-  if (worker.me == 0) *s.actives = 0;
+  if (worker.me == 0) *s.actives = s.active[0] = 0;
   worker.meet();
   if (routed && !chosen) {
     const int chunk = 8, chunks = (p.experts + chunk - 1) / chunk;
@@ -828,7 +821,7 @@ static void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, const int32_t
   EACH_AHEAD(job, after, down_jobs) {
     const auto begins = [&](int job) { return down_begin(job, p.hidden, n, worker.asked); };
     const int begin = begins(job), count = begins(job + 1) - begin, begin_after = begins(after), count_after = begins(after + 1) - begin_after;
-    const Halves next_job = count_after > 0 ? halves(routed ? p.down : p.shared_down, routed ? s.active[0] : 0, begin_after, count_after) : Halves{};
+    const Halves next_job = count_after > 0 ? halves(routed ? p.down : p.shared_down, s.active[0], begin_after, count_after) : Halves{};
     const int first[2] = {begin, begin + LANES}, blocks = blocks_of(count), wide = blocks * LANES;
     memset(mine, 0, (size_t)n * wide * 4);
     for (int a = 0; a < actives; a++) {

@@ -32,23 +32,24 @@ class FusedLayers:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """All of them, in one call if the tokens are few. x [batch, seq, hidden]"""
-        return self.run(self.parts, x, step, range(len(self.parts))) if self.take(x) else self.model.layers(x, step)
+        return self.run(self.parts, x, step) if self.take(x) else self.model.layers(x, step)
 
     @property
     def saved_bytes(self) -> int:
         """What a token reads less than kv_b_proj has."""
-        packed = sum(up.codes.nbytes + up.scales.nbytes for pair in self.up for up in pair if isinstance(up, Quantized))
-        return packed and sum(layer.self_attn.kv_b_proj.weight.nbytes for layer in self.model.model.layers) - packed  # type: ignore[union-attr,misc]
+        stored = sum(layer.self_attn.kv_b_proj.weight.nbytes for layer in self.model.model.layers)  # type: ignore[union-attr,misc]
+        return stored - sum(tensor.nbytes for pair in self.up for up in pair for tensor in (up.buffers() if isinstance(up, Quantized) else [up]))
 
     def take(self, x: Tensor) -> bool:
         return x.shape[0] * x.shape[1] <= FEW and self.model.absorbs
 
-    def run(self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, layers: range, mlp: bool = True) -> Tensor:
+    def run(self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, first: int = 0, mlp: bool = True) -> Tensor:
+        """`parts` are those of layer `first` and the ones after it."""
         assert step.cache is not None
         batch, seq, _ = x.shape
         flat = x.flatten(0, 1).contiguous()
         caches = []
-        for cache in step.cache.layers[layers.start : layers.stop]:
+        for cache in step.cache.layers[first : first + len(parts)]:
             row = cache.stride(0) * cache.element_size()
             caches += [cache.data_ptr() + i * row for i in range(batch) for _ in range(seq)]
         lengths = (step.positions.flatten() + 1).int()
@@ -69,7 +70,7 @@ class FusedLayer:
     def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
         if not self.layers.take(x):
             return self.layer.attend(x, step, index)
-        return self.layers.run(self.parts, x, step, range(index, index + 1), mlp=False)
+        return self.layers.run(self.parts, x, step, index, mlp=False)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
         flat = x.flatten(0, 1).contiguous()

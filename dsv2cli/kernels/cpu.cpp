@@ -19,13 +19,23 @@ static inline int omp_get_thread_num() { return 0; }
 static inline int omp_get_num_threads() { return 1; }
 #endif
 
-typedef float F __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef uint8_t B __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
 #define INLINE static inline __attribute__((always_inline))
 #define APART __attribute__((noinline))  // long, and called from several places: copies would only cost time to compile
+
+// Vectors of the width in which the processor multiplies bytes.
+#if defined(__AVX512VNNI__)
+constexpr int NATIVE = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int NATIVE = 32;
+#else
+constexpr int NATIVE = 16;
+#endif
+constexpr bool BROAD = NATIVE == 64;
+typedef float NF __attribute__((vector_size(NATIVE)));
+typedef int32_t NI __attribute__((vector_size(NATIVE)));
+typedef uint32_t NU __attribute__((vector_size(NATIVE)));
+typedef uint8_t NB __attribute__((vector_size(NATIVE)));
+typedef uint16_t NH __attribute__((vector_size(NATIVE / 2)));
 
 constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved
 constexpr int MOST = 12;   // tokens in one tile
@@ -76,11 +86,75 @@ INLINE uint16_t narrow(float x) {  // to the nearest, ties to even
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 INLINE float rounded(float x) { return widen(narrow(x)); }
+
+// Vectors of 64 bytes: F, I, U and B. Of those that are wider than the processor's GCC keeps every value in memory, which is ten
+// and more times as slow; so they are pairs of narrower ones, or pairs of pairs, which it keeps in registers.
+template <class V> struct Pair {
+  typedef V Half;
+  V low, high;
+  template <class W> explicit operator Pair<W>() const { return {(W)low, (W)high}; }
+  auto operator[](int i) const {
+    constexpr int half = sizeof(V) / 4;
+    return i < half ? low[i] : high[i - half];
+  }
+};
+template <class V, int BYTES> struct Grown {
+  typedef typename Grown<Pair<V>, BYTES * 2>::Type Type;
+};
+template <class V> struct Grown<V, 64> {
+  typedef V Type;
+};
+typedef Grown<NF, NATIVE>::Type F;
+typedef Grown<NI, NATIVE>::Type I;
+typedef Grown<NU, NATIVE>::Type U;
+typedef Grown<NB, NATIVE>::Type B;
+
+#define EACH_HALF(op)                                                                                                         \
+  template <class V> INLINE Pair<V> operator op(Pair<V> a, Pair<V> b) { return {a.low op b.low, a.high op b.high}; }             \
+  template <class V, class S> INLINE Pair<V> operator op(Pair<V> a, S b) { return {a.low op b, a.high op b}; }                   \
+  template <class V, class S> INLINE Pair<V> operator op(S a, Pair<V> b) { return {a op b.low, a op b.high}; }                   \
+  template <class V, class S> INLINE Pair<V>& operator op##=(Pair<V>& a, S b) { return a = a op b; }
+EACH_HALF(+)
+EACH_HALF(-)
+EACH_HALF(*)
+EACH_HALF(/)
+EACH_HALF(&)
+EACH_HALF(|)
+EACH_HALF(<<)
+EACH_HALF(>>)
+
+template <class T> constexpr bool whole = true;
+template <class V> constexpr bool whole<Pair<V>> = false;
 template <class T> INLINE T load(const void* p) {
-  T out;
-  memcpy(&out, p, sizeof(T));
-  return out;
+  if constexpr (whole<T>) {
+    T out;
+    memcpy(&out, p, sizeof(T));
+    return out;
+  } else {
+    typedef typename T::Half V;
+    return {load<V>(p), load<V>((const char*)p + sizeof(V))};
+  }
 }
+template <class T> INLINE void store(void* p, T x) {
+  if constexpr (whole<T>) memcpy(p, &x, sizeof(T));
+  else store(p, x.low), store((char*)p + sizeof(x.low), x.high);
+}
+template <class T> INLINE T larger(T a, T b) {
+  if constexpr (whole<T>) return a > b ? a : b;
+  else return {larger(a.low, b.low), larger(a.high, b.high)};
+}
+INLINE NF as_floats(NI x) { return __builtin_convertvector(x, NF); }
+template <class V> INLINE auto as_floats(Pair<V> x) -> Pair<decltype(as_floats(x.low))> { return {as_floats(x.low), as_floats(x.high)}; }
+template <class T> INLINE T widened(const uint16_t* p) {
+  if constexpr (whole<T>) {
+    return (NF)(__builtin_convertvector(load<NH>(p), NU) << 16);
+  } else {
+    typedef typename T::Half V;
+    return {widened<V>(p), widened<V>(p + sizeof(V) / 4)};
+  }
+}
+INLINE F widen16(const uint16_t* p) { return widened<F>(p); }
+
 APART static void widen_row(const uint16_t* x, int size, float* out) {
   for (int i = 0; i < size; i++) out[i] = widen(x[i]);
 }
@@ -91,93 +165,89 @@ APART static void narrow_row(const float* x, int size, uint16_t* out) {
   for (int i = 0; i < size; i++) out[i] = narrow(x[i]);
 }
 // e to the power of x, to the last bit or two; beyond -87 and 88 as there, which is nearly zero and nearly infinite.
-INLINE F exp16(F x) {
-  x = x < -87.0f ? (F){} - 87.0f : x > 88.0f ? (F){} + 88.0f : x;
-  const F scaled = x * 1.44269504f;
-  const I whole = __builtin_convertvector(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f, I);
-  const F n = __builtin_convertvector(whole, F);
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  F e = (F){} + 1.0f / 720;
+INLINE NF exp_of(NF x) {
+  x = x < -87.0f ? (NF){} - 87.0f : x > 88.0f ? (NF){} + 88.0f : x;
+  const NF scaled = x * 1.44269504f;
+  const NI whole = __builtin_convertvector(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f, NI);
+  const NF n = as_floats(whole);
+  const NF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  NF e = (NF){} + 1.0f / 720;
   e = e * r + 1.0f / 120, e = e * r + 1.0f / 24, e = e * r + 1.0f / 6, e = e * r + 0.5f, e = e * r + 1.0f, e = e * r + 1.0f;
-  return e * (F)((whole + 127) << 23);
+  return e * (NF)((whole + 127) << 23);
 }
+template <class V> INLINE Pair<V> exp_of(Pair<V> x) { return {exp_of(x.low), exp_of(x.high)}; }
 INLINE float largest(const float* x, int count) {  // without its sign
-  F most = {};
+  constexpr int lanes = NATIVE / 4;
+  NF most = {};
   int i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const F v = load<F>(x + i), size = v < 0.0f ? -v : v;
-    most = size > most ? size : most;
+  for (; i + lanes <= count; i += lanes) {
+    const NF v = load<NF>(x + i);
+    most = larger(v < 0.0f ? -v : v, most);
   }
   float out = 0;
-  for (int lane = 0; lane < 16; lane++) out = std::max(out, most[lane]);
+  for (int lane = 0; lane < lanes; lane++) out = std::max(out, most[lane]);
   for (; i < count; i++) out = std::max(out, std::fabs(x[i]));
   return out;
 }
-INLINE F widen16(const uint16_t* p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
-INLINE float sum(F x) {
-#if defined(__AVX512F__)
+INLINE float sum(NF x) {
+#if defined(__AVX512VNNI__)
   return _mm512_reduce_add_ps((__m512)x);
 #else
   float out = 0;
-  for (int i = 0; i < 16; i++) out += x[i];
+  for (int i = 0; i < NATIVE / 4; i++) out += x[i];
   return out;
 #endif
 }
 
-// acc[i] += sum of 4 products of unsigned w with the 4 signed bytes of a. Where only a signed product is at hand,
-// SIGNED says that 128 has been taken from w already.
+// acc[i] += sum of 4 products of w with the 4 signed bytes of a; w is unsigned, or where only a signed product is at hand SIGNED:
+// 128 has been taken from it.
 #if defined(__AVX512VNNI__)
 constexpr bool SIGNED = false;
-INLINE void dot4(I& acc, B w, int32_t a) { acc = (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a)); }
+INLINE void dot4(NI& acc, NB w, int32_t a) { acc = (NI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a)); }
 #elif defined(__AVX2__)
 constexpr bool SIGNED = true;
-INLINE void dot4(I& acc, B w, int32_t a) {
-  const __m256i many = _mm256_set1_epi32(a), ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8((char)0x80);
-  __m256i half[2], total[2];
-  memcpy(half, &w, 64);
-  memcpy(total, &acc, 64);
-  for (int i = 0; i < 2; i++) {  // |w| times a with w's sign: no sum of two leaves 16 bits
-    const __m256i v = _mm256_xor_si256(half[i], flip);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(many, v));
-    total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(pairs, ones));
-  }
-  memcpy(&acc, total, 64);
+INLINE void dot4(NI& acc, NB w, int32_t a) {  // |w| times a with w's sign: no sum of two leaves 16 bits
+  const __m256i v = (__m256i)w, pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(_mm256_set1_epi32(a), v));
+  acc += (NI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #else
 constexpr bool SIGNED = false;
-INLINE void dot4(I& acc, B w, int32_t a) {
+INLINE void dot4(NI& acc, NB w, int32_t a) {
   const int8_t* v = (const int8_t*)&a;
-  for (int i = 0; i < 16; i++) acc[i] += w[4 * i] * v[0] + w[4 * i + 1] * v[1] + w[4 * i + 2] * v[2] + w[4 * i + 3] * v[3];
+  for (int i = 0; i < NATIVE / 4; i++) acc[i] += w[4 * i] * v[0] + w[4 * i + 1] * v[1] + w[4 * i + 2] * v[2] + w[4 * i + 3] * v[3];
 }
 #endif
+template <class V, class W> INLINE void dot4(Pair<V>& acc, Pair<W> w, int32_t a) { dot4(acc.low, w.low, a), dot4(acc.high, w.high, a); }
+INLINE NB from_code(NB code) { return SIGNED ? code ^ 128 : code; }
+template <class V> INLINE Pair<V> from_code(Pair<V> code) { return {from_code(code.low), from_code(code.high)}; }
 
-// acc += products of 32 bf16 with 32 bf16, in any order of lanes.
-INLINE void dot_bf16(F& acc, B w, B x) {
+// acc += products of bf16 with bf16, in any order of lanes.
+INLINE void dot_bf16(NF& acc, NB w, NB x) {
 #if defined(__AVX512BF16__)
-  acc = (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+  acc = (NF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
 #else
-  const U high = (U){} + 0xffff0000u;
-  acc += (F)((U)w << 16) * (F)((U)x << 16);
-  acc += (F)((U)w & high) * (F)((U)x & high);
+  const NU high = (NU){} + 0xffff0000u;
+  acc += (NF)((NU)w << 16) * (NF)((NU)x << 16);
+  acc += (NF)((NU)w & high) * (NF)((NU)x & high);
 #endif
 }
+template <class V, class W> INLINE void dot_bf16(Pair<V>& acc, Pair<W> w, Pair<W> x) {
+  dot_bf16(acc.low, w.low, x.low), dot_bf16(acc.high, w.high, x.high);
+}
 
-static B codebook;  // the 16 values of an int4 code, plus 128, four times over; set by dsv2_codebook
-INLINE B look_up(B index) {
-#if defined(__AVX512BW__)
-  return (B)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)index);
+static NB codebook;  // the 16 values of an int4 code as dot4 wants them, over and over; set by dsv2_codebook
+INLINE NB look_up(NB index) {
+#if defined(__AVX512VNNI__)
+  return (NB)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)index);
 #elif defined(__AVX2__)
-  __m256i half[2], table;
-  memcpy(half, &index, 64);
-  memcpy(&table, &codebook, 32);
-  for (int i = 0; i < 2; i++) half[i] = _mm256_shuffle_epi8(table, half[i]);
-  return load<B>(half);
+  return (NB)_mm256_shuffle_epi8((__m256i)codebook, (__m256i)index);
 #else
-  B out;
-  for (int i = 0; i < 64; i++) out[i] = codebook[index[i]];
+  NB out;
+  for (int i = 0; i < NATIVE; i++) out[i] = codebook[index[i]];
   return out;
 #endif
 }
+template <class V> INLINE Pair<V> look_up(Pair<V> index) { return {look_up(index.low), look_up(index.high)}; }
 
 // ---- memory and work --------------------------------------------------------------------------------------------
 
@@ -315,7 +385,7 @@ INLINE Place place(const Matrix& w, int e, int first) {
 // out[token][block][lane]
 template <int BITS, int M>
 APART static void tile_codes(const Place* from, const Rows& x, const int* rows, float* out) {
-  constexpr int R = 2;  // blocks
+  constexpr int R = BROAD ? 2 : 1;  // blocks at a time: their sums stay in registers
   const int8_t* q[M];
   const float* scale[M];
   const int32_t* zero[M];
@@ -324,74 +394,77 @@ APART static void tile_codes(const Place* from, const Rows& x, const int* rows, 
     scale[m] = x.scale + (size_t)rows[m] * x.groups;
     zero[m] = x.zero + (size_t)rows[m] * x.groups;
   }
-  F total[R][M];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) total[r][m] = (F){};
-  const uint8_t* at[R];
-  for (int r = 0; r < R; r++) at[r] = from[r].codes;
   const int group = x.group;
-  const B low = (B){} + 15;
-  for (int g = 0; g < x.groups; g++) {
-    I acc[R][M];
+  const B low = (B)((U){} + 0x0f0f0f0fu);
+  for (int first = 0; first < 2; first += R, from += R, out += R * LANES) {
+    F total[R][M];
     for (int r = 0; r < R; r++)
-      for (int m = 0; m < M; m++) acc[r][m] = (I){} + zero[m][g];
-    const int begin = g * group;
-    if (BITS == 8) {
+      for (int m = 0; m < M; m++) total[r][m] = (F){};
+    const uint8_t* at[R];
+    for (int r = 0; r < R; r++) at[r] = from[r].codes;
+    for (int g = 0; g < x.groups; g++) {
+      I acc[R][M];
+      for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) acc[r][m] = (I){} + zero[m][g];
+      const int begin = g * group;
+      if (BITS == 8) {
 #pragma GCC unroll 4
-      for (int k = 0; k < group; k += 4) {
-        B w[R];
-        for (int r = 0; r < R; r++) {
-          w[r] = load<B>(at[r]);
-          if (M <= 2) __builtin_prefetch(at[r] + 2048);
-          at[r] += 64;
+        for (int k = 0; k < group; k += 4) {
+          B w[R];
+          for (int r = 0; r < R; r++) {
+            w[r] = from_code(load<B>(at[r]));
+            if (M <= 2) __builtin_prefetch(at[r] + 2048);
+            at[r] += 64;
+          }
+          for (int m = 0; m < M; m++) {
+            const int32_t a = load<int32_t>(q[m] + begin + k);
+            for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+          }
         }
-        for (int m = 0; m < M; m++) {
-          const int32_t a = load<int32_t>(q[m] + begin + k);
-          for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
-        }
-      }
-    } else {
+      } else {
 #pragma GCC unroll 2
-      for (int k = 0; k < group; k += 8) {
-        B w[R], v[R];
-        for (int r = 0; r < R; r++) {
-          const B both = load<B>(at[r]);
-          if (M <= 2) __builtin_prefetch(at[r] + 2048);
-          w[r] = look_up(both & low);
-          v[r] = look_up((B)((U)both >> 4) & low);
-          at[r] += 64;
-        }
-        for (int m = 0; m < M; m++) {
-          const int32_t a = load<int32_t>(q[m] + begin + k), b = load<int32_t>(q[m] + begin + k + 4);
-          for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
-          for (int r = 0; r < R; r++) dot4(acc[r][m], v[r], b);
+        for (int k = 0; k < group; k += 8) {
+          B w[R], v[R];
+          for (int r = 0; r < R; r++) {
+            const B both = load<B>(at[r]);
+            if (M <= 2) __builtin_prefetch(at[r] + 2048);
+            w[r] = look_up(both & low);
+            v[r] = look_up((B)((U)both >> 4) & low);
+            at[r] += 64;
+          }
+          for (int m = 0; m < M; m++) {
+            const int32_t a = load<int32_t>(q[m] + begin + k), b = load<int32_t>(q[m] + begin + k + 4);
+            for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+            for (int r = 0; r < R; r++) dot4(acc[r][m], v[r], b);
+          }
         }
       }
+      for (int r = 0; r < R; r++) {
+        const F s = widen16(from[r].scales + (size_t)g * LANES);
+        for (int m = 0; m < M; m++) total[r][m] += as_floats(acc[r][m]) * (s * scale[m][g]);
+      }
     }
-    for (int r = 0; r < R; r++) {
-      const F s = widen16(from[r].scales + (size_t)g * LANES);
-      for (int m = 0; m < M; m++) total[r][m] += __builtin_convertvector(acc[r][m], F) * (s * scale[m][g]);
-    }
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) store(out + (m * 2 + r) * LANES, total[r][m]);
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) memcpy(out + (m * R + r) * LANES, &total[r][m], 64);
 }
 
 // out[m * step + r] = row r of w times row m of x, both bf16, `cols` long; what is beyond x's end is not read.
 template <int R, int M>
 APART static void tile_bf16(const uint16_t* const* w, const uint16_t* const* x, int cols, float* out, int step) {
-  F acc[R][M];
+  constexpr int lanes = NATIVE / 2;
+  NF acc[R][M];
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) acc[r][m] = (F){};
+    for (int m = 0; m < M; m++) acc[r][m] = (NF){};
   int k = 0;
-  for (; k + 32 <= cols; k += 32) {
-    B a[R];
+  for (; k + lanes <= cols; k += lanes) {
+    NB a[R];
     for (int r = 0; r < R; r++) {
-      a[r] = load<B>(w[r] + k);
+      a[r] = load<NB>(w[r] + k);
       if (M <= 2) __builtin_prefetch(w[r] + k + 512);
     }
     for (int m = 0; m < M; m++) {
-      const B b = load<B>(x[m] + k);
+      const NB b = load<NB>(x[m] + k);
       for (int r = 0; r < R; r++) dot_bf16(acc[r][m], a[r], b);
     }
   }
@@ -406,8 +479,8 @@ APART static void tile_bf16(const uint16_t* const* w, const uint16_t* const* x, 
 template <int R> APART static void tiles_bf16(const uint16_t* const* w, const uint16_t* const* x, int m, int cols, float* out, int step) {
   while (m > 0) {
     int done = 1;
-    if (m >= 6) tile_bf16<R, 6>(w, x, cols, out, step), done = 6;
-    else if (m >= 4) tile_bf16<R, 4>(w, x, cols, out, step), done = 4;
+    if (BROAD && m >= 6) tile_bf16<R, 6>(w, x, cols, out, step), done = 6;
+    else if (BROAD && m >= 4) tile_bf16<R, 4>(w, x, cols, out, step), done = 4;
     else if (m >= 2) tile_bf16<R, 2>(w, x, cols, out, step), done = 2;
     else tile_bf16<R, 1>(w, x, cols, out, step);
     m -= done, x += done, out += done * step;
@@ -417,8 +490,8 @@ template <int R> APART static void tiles_bf16(const uint16_t* const* w, const ui
 template <int BITS> APART static void tiles_codes(const Place* from, const Rows& x, const int* rows, int m, float* out) {
   while (m > 0) {
     int done = 1;
-    if (m >= 12) tile_codes<BITS, 12>(from, x, rows, out), done = 12;
-    else if (m >= 8) tile_codes<BITS, 8>(from, x, rows, out), done = 8;
+    if (BROAD && m >= 12) tile_codes<BITS, 12>(from, x, rows, out), done = 12;
+    else if (BROAD && m >= 8) tile_codes<BITS, 8>(from, x, rows, out), done = 8;
     else if (m >= 4) tile_codes<BITS, 4>(from, x, rows, out), done = 4;
     else if (m >= 2) tile_codes<BITS, 2>(from, x, rows, out), done = 2;
     else tile_codes<BITS, 1>(from, x, rows, out);
@@ -454,23 +527,24 @@ constexpr int AHEAD = 2048;       // bytes
 constexpr int SCALES_AHEAD = 512;  // scales, that is 1 KB
 
 template <int R> APART static void stream_bf16(const Place* from, int count, const uint16_t* x, int cols, float* const* out, const Place* next) {
+  constexpr int lanes = NATIVE / 2;
   const size_t all = (size_t)count * cols, last = all > AHEAD / 2 ? all - AHEAD / 2 : 0;
   for (int row = 0; row < count; row++) {
     const size_t begin = (size_t)row * cols;
     const uint16_t* w[R];
-    F acc[R][4] = {};
+    NF acc[R][4] = {};
     for (int r = 0; r < R; r++) w[r] = (const uint16_t*)from[r].codes + begin;
     int k = 0;
-    for (; k + 128 <= cols; k += 128)
+    for (; k + 4 * lanes <= cols; k += 4 * lanes)
       for (int r = 0; r < R; r++) {
         const uint16_t* ahead = next[r].codes && begin + k >= last ? (const uint16_t*)next[r].codes + (begin + k - last) : w[r] + k + AHEAD / 2;
         for (int i = 0; i < 4; i++) {
-          __builtin_prefetch(ahead + 32 * i);
-          dot_bf16(acc[r][i], load<B>(w[r] + k + 32 * i), load<B>(x + k + 32 * i));
+          if (lanes * i % 32 == 0) __builtin_prefetch(ahead + lanes * i);
+          dot_bf16(acc[r][i], load<NB>(w[r] + k + lanes * i), load<NB>(x + k + lanes * i));
         }
       }
-    for (; k + 32 <= cols; k += 32)
-      for (int r = 0; r < R; r++) dot_bf16(acc[r][0], load<B>(w[r] + k), load<B>(x + k));
+    for (; k + lanes <= cols; k += lanes)
+      for (int r = 0; r < R; r++) dot_bf16(acc[r][0], load<NB>(w[r] + k), load<NB>(x + k));
     for (int r = 0; r < R; r++) {
       float total = sum((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
       for (int i = k; i < cols; i++) total += widen(w[r][i]) * widen(x[i]);
@@ -486,7 +560,7 @@ APART static void stream_codes(const Place* from, int blocks, const Rows& x, int
   const float* scale = x.scale + (size_t)row * x.groups;
   const int32_t* zero = x.zero + (size_t)row * x.groups;
   const int group = x.group, all = blocks * x.groups, codes_left = AHEAD / (group * LANES * BITS / 8), scales_left = SCALES_AHEAD / LANES;
-  const B low = (B){} + 15;
+  const B low = (B)((U){} + 0x0f0f0f0fu);
   const uint8_t *at[R], *ahead[R];
   const uint16_t *s[R], *scales_ahead[R];
   for (int r = 0; r < R; r++) {
@@ -511,17 +585,17 @@ APART static void stream_codes(const Place* from, int blocks, const Rows& x, int
           w[r] = load<B>(at[r]);
           __builtin_prefetch(ahead[r]);
           at[r] += 64, ahead[r] += 64;
-          dot4(acc[r], BITS == 8 ? w[r] : look_up(w[r] & low), load<int32_t>(a + k));
+          dot4(acc[r], BITS == 8 ? from_code(w[r]) : look_up(w[r] & low), load<int32_t>(a + k));
         }
         if (BITS == 4)
           for (int r = 0; r < R; r++) dot4(acc[r], look_up((B)((U)w[r] >> 4) & low), load<int32_t>(a + k + 4));
       }
       for (int r = 0; r < R; r++) {
-        total[r] += __builtin_convertvector(acc[r], F) * (widen16(s[r]) * scale[g]);
+        total[r] += as_floats(acc[r]) * (widen16(s[r]) * scale[g]);
         s[r] += LANES;
       }
     }
-    for (int r = 0; r < R; r++) memcpy(out[r] + b * LANES, &total[r], 64);
+    for (int r = 0; r < R; r++) store(out[r] + b * LANES, total[r]);
   }
 }
 
@@ -607,7 +681,7 @@ APART static void norm_row(const float* x, const uint16_t* weight, int size, flo
 // ---- the functions --------------------------------------------------------------------------------------------------
 
 extern "C" void dsv2_codebook(const uint8_t* values) {
-  for (int i = 0; i < 64; i++) codebook[i] = values[i % 16];
+  for (int i = 0; i < NATIVE; i++) codebook[i] = SIGNED ? values[i % 16] ^ 128 : values[i % 16];
 }
 extern "C" const char* dsv2_path() {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
@@ -646,9 +720,9 @@ extern "C" void dsv2_linear(const Matrix* w, const uint16_t* x, int n, void* out
 
 // to = silu(gates) * ups, in whole vectors.
 APART static void gate(const float* gates, const float* ups, float* to, int count) {
-  for (int i = 0; i < count; i += LANES) {
-    const F g = load<F>(gates + i), out = g / (1.0f + exp16(-g)) * load<F>(ups + i);
-    memcpy(to + i, &out, 64);
+  for (int i = 0; i < count; i += NATIVE / 4) {
+    const NF g = load<NF>(gates + i);
+    store(to + i, g / (1.0f + exp_of(-g)) * load<NF>(ups + i));
   }
 }
 
@@ -918,7 +992,7 @@ static void mix(const uint32_t* weights, const uint16_t* cached, int width, int 
       }
     }
     for (int h = 0; h < HEADS; h++)
-      for (int i = 0; i < 4; i++) memcpy(total + (size_t)h * rank + c + 16 * i, &acc[h][i], 64);
+      for (int i = 0; i < 4; i++) store(total + (size_t)h * rank + c + 16 * i, acc[h][i]);
   }
 #endif
   auto weight = [&](int h, int t) { return widen((uint16_t)(weights[t / 2 * LANES + h] >> (t % 2 * 16))); };
@@ -929,7 +1003,7 @@ static void mix(const uint32_t* weights, const uint16_t* cached, int width, int 
       const F v = widen16(cached + (size_t)t * width + c);
       for (int h = 0; h < HEADS; h++) acc[h] += v * weight(h, t);
     }
-    for (int h = 0; h < HEADS; h++) memcpy(total + (size_t)h * rank + c, &acc[h], 64);
+    for (int h = 0; h < HEADS; h++) store(total + (size_t)h * rank + c, acc[h]);
   }
   for (; c < rank; c++)
     for (int h = 0; h < HEADS; h++)
@@ -948,25 +1022,26 @@ APART static void attend(const Attention& p, const uint32_t* query, const uint16
       F scores[BLOCK];
       const uint32_t* first = query + (size_t)g * width / 2 * LANES;
       int done = 0;
-      for (; done + 16 <= count; done += 16) score<16>(first, cached + (size_t)(at + done) * width, width, scores + done);
+      constexpr int several = BROAD ? 16 : 4;
+      for (; done + several <= count; done += several) score<several>(first, cached + (size_t)(at + done) * width, width, scores + done);
       for (; done < count; done++) score<1>(first, cached + (size_t)(at + done) * width, width, scores + done);
       const F before = load<F>(tops.data() + g * LANES);
       F top = before, added = {};
       for (int t = 0; t < count; t++) {
         scores[t] *= p.scale;
-        top = scores[t] > top ? scores[t] : top;
+        top = larger(scores[t], top);
       }
       uint32_t weights[BLOCK / 2 * LANES];
       for (int t = 0; t < count; t += 2) {
-        const F one = exp16(scores[t] - top), two = t + 1 < count ? exp16(scores[t + 1] - top) : (F){};
+        const F one = exp_of(scores[t] - top), two = t + 1 < count ? exp_of(scores[t + 1] - top) : (F){};
         added += one + two;
         const U high = (U){} + 0xffff0000u, half = (U){} + 0x8000u;  // rounded; they are positive and finite
         const U pair = (((U)one + half) >> 16) | (((U)two + half) & high);
-        memcpy(weights + t / 2 * LANES, &pair, 64);
+        store(weights + t / 2 * LANES, pair);
       }
-      const F shrink = exp16(before - top), sum = load<F>(sums.data() + g * LANES) * shrink + added;
-      memcpy(tops.data() + g * LANES, &top, 64);
-      memcpy(sums.data() + g * LANES, &sum, 64);
+      const F shrink = exp_of(before - top), sum = load<F>(sums.data() + g * LANES) * shrink + added;
+      store(tops.data() + g * LANES, top);
+      store(sums.data() + g * LANES, sum);
       const int heads = std::min(LANES, p.heads - g * LANES);
       float* to = total + (size_t)g * LANES * p.rank;
       for (int h = 0; h < heads; h++)
@@ -1137,7 +1212,7 @@ extern "C" void dsv2_pack(const float* weights, int rows, int cols, int bits, in
                           uint8_t* codes, uint16_t* scales, int threads) {
   const int groups = (cols + group - 1) / group, blocks = blocks_of(rows);
   float values[16], middles[15];
-  for (int i = 0; i < 16; i++) values[i] = (float)codebook[i] - 128.0f;
+  for (int i = 0; i < 16; i++) values[i] = SIGNED ? (float)(int8_t)codebook[i] : (float)codebook[i] - 128.0f;
   for (int i = 0; i < 15; i++) middles[i] = (values[i] + values[i + 1]) / 2;
   TEAM(counters);
   PARALLEL {

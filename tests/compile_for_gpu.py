@@ -80,9 +80,9 @@ def shortened(config, layers: int = 2):
     return dataclasses.replace(config, num_hidden_layers=layers, first_k_dense_replace=1, vocab_size=1024)
 
 
-def compile_steps(config, bits: int | None, sizes: list[int]) -> None:
+def compile_steps(config, format: str | None, sizes: list[int]) -> None:
     """All that a decode step of so many rows, and a prefill, launch."""
-    model = blueprint(config, torch.bfloat16, bits=bits).to_empty(device="cpu").requires_grad_(False)
+    model = blueprint(config, torch.bfloat16, format=format).to_empty(device="cpu").requires_grad_(False)
     use_gpu_kernels(model)
     with torch.inference_mode():
         for rows in sizes:
@@ -96,7 +96,7 @@ def main() -> None:
     """python tests/compile_for_gpu.py CONFIG BITS CAPABILITY: what each kernel takes, with BITS 16, 8 or 4, for sm_CAPABILITY."""
     path, bits, capability = sys.argv[1:]
     compile_only(int(capability))
-    compile_steps(shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else int(bits), [1, 64])
+    compile_steps(shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else f"int{bits}", [1, 64])
     # The first step: a dense layer, and one of experts up to the head's own launch.
     layer = LAUNCHED[LAUNCHED.index("gather_kernel") + 1 :]
     print(f"one token: {layer.index('gather_kernel') + 1} launches a layer")

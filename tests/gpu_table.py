@@ -26,6 +26,7 @@ from dsv2cli.cli.bench import numbers, ranged, shares
 from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
 from dsv2cli.model import size
+from dsv2cli.model.config import PACKED_BITS
 
 SPARE = 0.9  # of the memory: activations, and what else runs there
 
@@ -41,8 +42,8 @@ def works(options: argparse.Namespace) -> Iterator[benchmark.Work]:
 
 def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
     """One row a piece of work."""
-    quantize = opt.Quantize(format) if format in size.PACKED_BITS else opt.Quantize.none
-    dtype = opt.Dtype.bfloat16 if format in size.PACKED_BITS else opt.Dtype(format)
+    quantize = opt.Quantize(format) if format in PACKED_BITS else opt.Quantize.none
+    dtype = opt.Dtype.bfloat16 if format in PACKED_BITS else opt.Dtype(format)
     opened = opt.open_model(None, opt.Compute(options.device, dtype, quantize=quantize, kernels=opt.KernelsChoice(options.kernels)), options.config)
     model = opened.model
     memory = gpu_memories()[model.device.index or 0] if model.device.type == "cuda" else None

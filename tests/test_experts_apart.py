@@ -41,10 +41,10 @@ def test_golden_logits_hold_with_experts_apart(folder):
 
 
 @pytest.mark.parametrize("folder", WITH_EXPERTS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_the_kernels_compute_experts_where_they_lie(kernels, folder, bits):
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_the_kernels_compute_experts_where_they_lie(kernels, folder, format):
     """Prefill and decode in bf16 against the plain path over the same weights, as far as two roundings may differ."""
-    plain, fast = (load_model(folder, CPU, torch.bfloat16, bits=bits, kernels=kernels, apart=0) for _ in range(2))
+    plain, fast = (load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels, apart=0) for _ in range(2))
     if why := refusal(fast.config, CPU, torch.bfloat16):
         pytest.skip(why)
     use_kernels(fast, kernels)
@@ -56,7 +56,7 @@ def test_the_kernels_compute_experts_where_they_lie(kernels, folder, bits):
             if isinstance(a.mlp, MoE):
                 index, weight = a.mlp.gate(x)
                 expected, found = a.mlp.run_routed(x, index, weight).float(), b.mlp.run_routed(x, index, weight).float()
-                assert (found - expected).norm() < (0.02 if bits is None else 0.04) * expected.norm()
+                assert (found - expected).norm() < (0.02 if format is None else 0.04) * expected.norm()
 
 
 def stack(count, rows, cols, bits):
@@ -109,7 +109,7 @@ def test_one_mlp_without_its_norm(kernels, bits, n, hidden, v2):
 
 def test_only_the_experts_are_packed():
     folder = WITH_EXPERTS[0]
-    whole, packed = load_model(folder, CPU, apart=0), load_model(folder, CPU, bits=4, apart=0)
+    whole, packed = load_model(folder, CPU, apart=0), load_model(folder, CPU, format="int4", apart=0)
     names = [name for name, module in packed.named_modules() if isinstance(module, Quantized)]
     assert names and all(".mlp.experts." in name for name in names) and weights_bytes(packed) < weights_bytes(whole)
 

@@ -202,7 +202,7 @@ def both_ways(work, model):
     return plain, work(model)
 
 
-def smallest(bits=None):
+def smallest(format=None):
     """Random weights; q_lora, grouped routing, one dense layer and one of experts."""
     raw = json.loads((DATA / "golden" / "v2" / "config.json").read_text()) | {
         "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "first_k_dense_replace": 1,
@@ -210,10 +210,10 @@ def smallest(bits=None):
         "v_head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "vocab_size": 48,
     }  # fmt: skip
     torch.manual_seed(6)
-    return random_model(DeepseekV2Config.from_dict(raw), DEVICE, torch.float32, bits)
+    return random_model(DeepseekV2Config.from_dict(raw), DEVICE, torch.float32, format)
 
 
-@pytest.mark.parametrize("make", [lambda: load_model(DATA / "golden" / "v2", DEVICE, torch.float32), smallest, lambda: smallest(8), lambda: smallest(4)])
+@pytest.mark.parametrize("make", [lambda: load_model(DATA / "golden" / "v2", DEVICE, torch.float32), smallest, lambda: smallest("int8"), lambda: smallest("int4-all")])
 @torch.inference_mode()
 def test_a_whole_model_gives_the_plain_paths_logits(make):
     def logits(model):
@@ -234,7 +234,7 @@ def test_a_whole_model_gives_the_plain_paths_logits(make):
 @torch.inference_mode()
 def test_layers_whose_parts_lie_apart_run_product_by_product():
     """As a team's do, and those whose experts are in RAM."""
-    model, ids = smallest(4), torch.tensor([[1, 2, 3]], device=DEVICE)
+    model, ids = smallest("int4"), torch.tensor([[1, 2, 3]], device=DEVICE)
     plain = model.logits(model(ids, model.new_cache()))
     model.model.layers[1].mlp.apart = True
     use_kernels(model, None, triton=True, graphs=True)

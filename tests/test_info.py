@@ -97,19 +97,19 @@ def test_this_machines_memory_is_found():
 @pytest.mark.parametrize("group", [32, 64])
 def test_bytes_in_every_format_are_those_of_the_model_itself(folder, group):
     config = DeepseekV2Config.load(folder)
-    for bits in (None, 8, 4):
+    for packing in (None, "int8", "int4", "int4-all"):
         model = empty_model(config, torch.device("meta"), torch.bfloat16)
-        if bits is not None:
-            make_quantized(model, bits, group)
-        format = "bfloat16" if bits is None else f"int{bits}"
+        if packing is not None:
+            make_quantized(model, packing, group)
+        format = packing or "bfloat16"
         assert size.weights_bytes(config, format, "bfloat16", group) == weights_bytes(model)
-        if bits != 8:
+        if format != "int8":
             read = sum(part.read_bytes for part in size.parts(config, format, "bfloat16", group))
             assert read - read_bytes_per_token(model, 0) == (2 * config.hidden_size if config.tie_word_embeddings else 0)
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_load_takes_the_memory_that_was_said(tmp_path, bits):
+@pytest.mark.parametrize("packing", [None, "int8", "int4"])
+def test_a_load_takes_the_memory_that_was_said(tmp_path, packing):
     """A process loads some 350 MB from a file; what its memory grows by is what info says, within 3%."""
     config = json.loads((LITE / "config.json").read_text()) | {
         "num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 4000, "intermediate_size": 8192,
@@ -117,9 +117,9 @@ def test_a_load_takes_the_memory_that_was_said(tmp_path, bits):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = random_model(DeepseekV2Config.load(tmp_path), torch.device("cpu"), torch.bfloat16, None)
     save_file({name: tensor.clone() for name, tensor in destinations(model).items()}, tmp_path / "model.safetensors")
-    if bits is not None:
+    if packing is not None:
         packed = tmp_path / "packed"
-        assert run_dsv2("quantize", str(tmp_path), str(packed), "--to", f"int{bits}").returncode == 0
+        assert run_dsv2("quantize", str(tmp_path), str(packed), "--to", packing).returncode == 0
         tmp_path = packed
     code = f"""
 import gc, psutil, torch
@@ -134,7 +134,7 @@ gc.collect()
 print(psutil.Process().memory_info().rss - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    said = info(tmp_path)["formats"]["bfloat16" if bits is None else f"int{bits}"]["weights_bytes"]
+    said = info(tmp_path)["formats"][packing or "bfloat16"]["weights_bytes"]
     assert said > 50e6 and grown == pytest.approx(said, rel=0.03), grown / said
 
 

@@ -89,21 +89,21 @@ def logits_of(model, prompts, steps):
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: path.name)
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_whole_model_is_as_near_to_fp32_as_the_plain_path(kernels, folder, bits):
-    model = load_model(folder, CPU, torch.bfloat16, bits=bits, kernels=kernels)
+@pytest.mark.parametrize("format", [None, "int8", "int4", "int4-all"])
+def test_a_whole_model_is_as_near_to_fp32_as_the_plain_path(kernels, folder, format):
+    model = load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels)
     if why := refusal(model.config, CPU, torch.bfloat16):
         pytest.skip(why)
     torch.manual_seed(3)
     prompts = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in (3, 40, 150)]
-    exact = logits_of(load_model(folder, CPU, torch.float32, bits=bits, kernels=kernels), prompts, 6)
+    exact = logits_of(load_model(folder, CPU, torch.float32, format=format, kernels=kernels), prompts, 6)
     plain = logits_of(model, prompts, 6)
     use_kernels(model, kernels)
     fused = logits_of(model, prompts, 6)
     # The median over rows: a near tie in a router may fall the other way in bf16, on either path.
     error, allowed = (((out - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for out in (fused, plain))
     # int8 activations cost 0.02 of these random logits, and 0.08 where they tip a router of eight experts.
-    assert error < 1.3 * allowed + (0 if bits is None else 0.08), (error, allowed)
+    assert error < 1.3 * allowed + (0 if format is None else 0.08), (error, allowed)
     use_kernels(model, None)
     assert torch.equal(logits_of(model, prompts, 6), plain)
 
@@ -125,11 +125,13 @@ def test_a_gate_far_below_zero_shuts_and_one_far_above_lets_through(kernels):
 
 
 def test_loading_quantises_every_large_weight():
-    model = load_model(GOLDEN[0], CPU, torch.bfloat16, bits=4)
+    model = load_model(GOLDEN[0], CPU, torch.bfloat16, format="int4")
     kinds = {name.rpartition(".")[2]: module.bits for name, module in model.named_modules() if isinstance(module, Quantized)}
     assert kinds["gate_up_proj"] == kinds["down_proj"] == 4 and kinds["weight"] == 8
+    small = load_model(GOLDEN[0], CPU, torch.bfloat16, format="int4-all")
+    assert small.lm_head.weight.bits == 8 and small.model.layers[0].self_attn.o_proj.weight.bits == 4
     twin = load_model(GOLDEN[0], CPU, torch.bfloat16)
-    make_quantized(twin, 8)
+    make_quantized(twin, "int8")
     assert not any(name.endswith(("gate_up_proj", "o_proj.weight")) for name, _ in twin.named_parameters())
 
 

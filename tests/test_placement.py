@@ -22,14 +22,14 @@ GREEDY = ("--temperature", "0", "-n", "12")
 
 
 @pytest.mark.parametrize("folder", golden_folders(), ids=lambda folder: folder.name)
-@pytest.mark.parametrize("bits", [None, 8])
-def test_layers_on_disk_give_the_same_logits(folder, bits, tmp_path):
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_layers_on_disk_give_the_same_logits(folder, format, tmp_path):
     """Prefill and a decode step; in fp32 the very golden ones."""
     config, golden = DeepseekV2Config.load(folder), load_file(folder / "golden.safetensors")
-    half = size.weights_bytes(config, "float32" if bits is None else "int8", "float32") // 2000
-    places = place(config, torch.float32, bits, "auto", f"cpu={half}KB")
+    half = size.weights_bytes(config, format or "float32", "float32") // 2000
+    places = place(config, torch.float32, format, "auto", f"cpu={half}KB")
     assert "disk" in places.values()
-    model, alone = load_placed(folder, config, torch.float32, bits, places, tmp_path), load_model(folder, CPU, bits=bits)
+    model, alone = load_placed(folder, config, torch.float32, format, places, tmp_path), load_model(folder, CPU, format=format)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     ids = golden["A.input_ids"].view(1, -1)
     with torch.inference_mode():
@@ -38,7 +38,7 @@ def test_layers_on_disk_give_the_same_logits(folder, bits, tmp_path):
             cache = one.new_cache()
             outputs.append(torch.cat([one.logits(one(ids, cache))[0], one.logits(one(ids[:, :1], cache))[0]]))
     assert torch.equal(outputs[0], outputs[1])
-    if bits is None:
+    if format is None:
         assert (outputs[0][:-1] - golden["A.logits"]).abs().max() < 1e-3
 
 

@@ -39,13 +39,13 @@ def logits(model):
 
 
 @pytest.mark.parametrize("folder", [V2, EMBEDDED], ids=["v2", "tied"])
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32)])
-def test_a_packed_checkpoint_gives_what_quantising_while_loading_gives(folder, bits, group, tmp_path):
-    quantize_checkpoint(folder, tmp_path / "out", bits, group)
+@pytest.mark.parametrize(("format", "group"), [("int4", 64), ("int4-all", 64), ("int8", 32)])
+def test_a_packed_checkpoint_gives_what_quantising_while_loading_gives(folder, format, group, tmp_path):
+    quantize_checkpoint(folder, tmp_path / "out", format, group)
     model = load_model(tmp_path / "out", CPU)
     assert {w.group for w in model.modules() if hasattr(w, "codes")} == {group}
     if group == 64:
-        assert torch.equal(logits(model), logits(load_model(folder, CPU, bits=bits)))
+        assert torch.equal(logits(model), logits(load_model(folder, CPU, format=format)))
     else:
         torch.testing.assert_close(logits(model).norm(), logits(load_model(folder, CPU)).norm(), rtol=0.05, atol=0)
 
@@ -67,20 +67,20 @@ def test_read_instead_of_mapped_it_is_the_same(packed):
 
 
 def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
-    whole = weights.state_of(load_model(V2, CPU, bits=4))
+    whole = weights.state_of(load_model(V2, CPU, format="int4"))
     monkeypatch.setattr(weights, "SLAB", 2)
-    parts = weights.state_of(load_model(V2, CPU, bits=4))
+    parts = weights.state_of(load_model(V2, CPU, format="int4"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(packed):
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format"], config["bits"], config["group"]) == ("dsv2", 1, 4, 64)
+    assert [config[key] for key in ("quant_method", "format", "bits", "attention_bits", "group")] == ["dsv2", 1, 4, 8, 64]
     assert config["source_sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in V2.glob("model-*.safetensors")}
     names = json.loads((packed / "model.safetensors.index.json").read_text())["weight_map"]
     for file in packed.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "dsv2 1", "bits": "4", "group": "64"}
+            assert opened.metadata() == {"format": "dsv2 1", "bits": "4", "attention_bits": "8", "group": "64"}
             assert set(opened.keys()) == {name for name, where in names.items() if where == file.name}
             for name in opened.keys():  # noqa: SIM118
                 assert opened.get_tensor(name).numel() > 0
@@ -106,7 +106,7 @@ def test_what_can_not_be_packed_is_refused_and_leaves_nothing(packed, tmp_path, 
 
 def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
     config = json.loads((packed / "config.json").read_text())
-    for change, words in (({"format": 2}, "format 1"), ({"bits": 3}, "bits"), ({"quant_method": "fp8"}, "dsv2 quantize")):
+    for change, words in (({"format": 2}, "format 1"), ({"bits": 3}, "bits"), ({"bits": 8, "attention_bits": 4}, "bits"), ({"quant_method": "fp8"}, "dsv2 quantize")):
         (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | change}))
         with pytest.raises(Dsv2Error, match=re.escape("quantization_config")) as caught:
             load_model(tmp_path, CPU)
@@ -115,7 +115,7 @@ def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
 
 @pytest.mark.parametrize("name", ["embedded", "dense_only", "norm_topk", "v2"])
 def test_a_model_loses_little(name):
-    """int8 within 0.1% of the loss, int4 within 2%: with the weights alone rounded, and through the kernels, whole and token by token.
+    """int8 within 0.1% of the loss, int4, attention too or not, within 2%: with the weights alone rounded, and through the kernels, whole and token by token.
 
     The golden models' weights are random, so their loss moves either way: enough tokens tell an effect from that.
     """
@@ -124,8 +124,8 @@ def test_a_model_loses_little(name):
     rows = torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False)) if name == "embedded" else torch.randint(128, (400, 128))
     library, _ = load()
 
-    def loss(dtype, bits, stepwise):
-        model = load_model(folder, CPU, dtype, bits=bits, kernels=library)
+    def loss(dtype, format, stepwise):
+        model = load_model(folder, CPU, dtype, format=format, kernels=library)
         if dtype is torch.bfloat16 and library is not None:
             use_kernels(model, library)
         losses = []
@@ -139,8 +139,9 @@ def test_a_model_loses_little(name):
 
     for how in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         full = loss(how[0], None, how[1])
-        assert abs(loss(how[0], 8, how[1]) / full - 1) < 0.001, how
-        assert abs(loss(how[0], 4, how[1]) / full - 1) < 0.02, how
+        assert abs(loss(how[0], "int8", how[1]) / full - 1) < 0.001, how
+        for format in ("int4", "int4-all"):
+            assert abs(loss(how[0], format, how[1]) / full - 1) < 0.02, (*how, format)
 
 
 def test_bench_needs_no_checkpoint():

@@ -58,30 +58,30 @@ def join(rank, size, port):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
 
 
-def compare(rank, size, port, bits, folders, out):
+def compare(rank, size, port, format, folders, out):
     """A rank: the leader writes down how far its logits are from the golden ones (or one process's), and its greedy ids."""
     join(rank, size, port)
     results = {}
     for folder in folders:
-        model = load_model(folder, CPU, bits=bits, team=Team(rank, size))
+        model = load_model(folder, CPU, format=format, team=Team(rank, size))
         if rank > 0:
             follow(model)
             continue
         with torch.inference_mode():
-            results[folder.name] = distances(model, folder, bits)
+            results[folder.name] = distances(model, folder, format)
         model.stop()
     if rank == 0:
         Path(out).write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
-def distances(model, folder, bits):
+def distances(model, folder, format):
     golden = load_file(folder / "golden.safetensors")
-    alone = load_model(folder, CPU, bits=bits)
+    alone = load_model(folder, CPU, format=format)
     worst, same = 0.0, True
     for prompt in "ABC":
         ids = golden[f"{prompt}.input_ids"].flatten()
-        expected = golden[f"{prompt}.logits"] if bits is None else alone.logits(alone(ids[None], alone.new_cache()))[0]
+        expected = golden[f"{prompt}.logits"] if format is None else alone.logits(alone(ids[None], alone.new_cache()))[0]
         cache, own = model.new_cache(), alone.new_cache()
         found = model.logits(model(ids[None], cache))[0]
         alone(ids[None], own)  # every rank holds the whole cache, also one that has no head
@@ -90,18 +90,18 @@ def distances(model, folder, bits):
         if model.team.size > 2 and prompt != "A":  # four processes on two cores wait for each other most of the time
             continue
         greedy = [run[0].id for run in generate_batch(model, [ids.tolist()], Request(SamplingParams(0.0), 32), model.new_cache())]
-        if bits is None:
+        if format is None:
             same = same and greedy == golden[f"{prompt}.greedy_ids"].tolist()
         else:
             same = same and greedy == [run[0].id for run in generate_batch(alone, [ids.tolist()], Request(SamplingParams(0.0), 32), alone.new_cache())]
     return worst, same
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("format", [None, "int8"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_together_say_what_one_says(size, bits, tmp_path):
+def test_ranks_together_say_what_one_says(size, format, tmp_path):
     out = tmp_path / "out.json"
-    mp.spawn(compare, args=(size, free_port(), bits, golden_folders(), str(out)), nprocs=size)
+    mp.spawn(compare, args=(size, free_port(), format, golden_folders(), str(out)), nprocs=size)
     results = json.loads(out.read_text())
     assert len(results) == len(golden_folders())
     for name, (worst, same) in results.items():
@@ -127,25 +127,25 @@ def compare_packed(rank, size, port, folder, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("size", "bits", "group"), [(2, 4, 64), (3, 8, 32)])
-def test_ranks_share_a_packed_checkpoint(size, bits, group, tmp_path):
+@pytest.mark.parametrize(("size", "format", "group"), [(2, "int4-all", 64), (3, "int8", 32)])
+def test_ranks_share_a_packed_checkpoint(size, format, group, tmp_path):
     for folder in golden_folders():
-        quantize_checkpoint(folder, tmp_path / "packed" / folder.name, bits, group)
+        quantize_checkpoint(folder, tmp_path / "packed" / folder.name, format, group)
     mp.spawn(compare_packed, args=(size, free_port(), str(tmp_path / "packed"), str(tmp_path / "out")), nprocs=size)
     worst = json.loads((tmp_path / "out").read_text())
     assert len(worst) == len(golden_folders()) and max(worst.values()) < 1e-3, worst
 
 
-def compare_fast(rank, size, port, bits, folder, out):
+def compare_fast(rank, size, port, format, folder, out):
     """As compare, in bf16 through the C++ kernels, against fp32."""
     join(rank, size, port)
     kernels, _ = native.load()
-    model = load_model(Path(folder), CPU, torch.bfloat16, bits=bits, kernels=kernels, team=Team(rank, size))
+    model = load_model(Path(folder), CPU, torch.bfloat16, format=format, kernels=kernels, team=Team(rank, size))
     use_kernels(model, kernels)
     if rank > 0:
         follow(model)
     else:
-        alone, exact = (load_model(Path(folder), CPU, dtype, bits=bits, kernels=kernels) for dtype in (torch.bfloat16, torch.float32))
+        alone, exact = (load_model(Path(folder), CPU, dtype, format=format, kernels=kernels) for dtype in (torch.bfloat16, torch.float32))
         use_kernels(alone, kernels)
         ids = torch.arange(1, 30)[None]
         with torch.inference_mode():
@@ -155,26 +155,26 @@ def compare_fast(rank, size, port, bits, folder, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_ranks_on_a_cpu_use_its_kernels(bits, tmp_path):
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_ranks_on_a_cpu_use_its_kernels(format, tmp_path):
     """As near to fp32 as one process with its kernels; the shapes are the real ones, and nothing is routed."""
     if native.load()[0] is None:
         pytest.skip(native.load()[1])
     folder = next((folder for folder in golden_folders() if folder.name == "real_dims"), DATA / "golden" / "v2")
-    mp.spawn(compare_fast, args=(2, free_port(), bits, str(folder), str(tmp_path / "out")), nprocs=2)
+    mp.spawn(compare_fast, args=(2, free_port(), format, str(folder), str(tmp_path / "out")), nprocs=2)
     together, alone = json.loads((tmp_path / "out").read_text())
     assert together < 1.5 * alone + 0.01
 
 
-def compare_triton(rank, size, port, bits, out):
+def compare_triton(rank, size, port, format, out):
     """As compare, through the interpreted Triton kernels: prefill, and steps of which the leader tells; against plain torch."""
     join(rank, size, port)
-    model = load_model(Path(V2), CPU, bits=bits, team=Team(rank, size))
+    model = load_model(Path(V2), CPU, format=format, team=Team(rank, size))
     use_kernels(model, None, triton=True)
     if rank > 0:
         follow(model)
     else:
-        alone, prompt = load_model(Path(V2), CPU, bits=bits), [5, 6, 7]
+        alone, prompt = load_model(Path(V2), CPU, format=format), [5, 6, 7]
         with torch.inference_mode():
             texts = [[row[0].id for row in generate_batch(one, [prompt], Request(SamplingParams(0.0), 3), one.new_cache())] for one in (model, alone)]
             rows = []
@@ -187,25 +187,25 @@ def compare_triton(rank, size, port, bits, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-def test_ranks_decode_together_in_steps_of_their_kernels(bits, tmp_path):
+@pytest.mark.parametrize("format", [None, "int4"])
+def test_ranks_decode_together_in_steps_of_their_kernels(format, tmp_path):
     pytest.importorskip("triton")
-    mp.spawn(compare_triton, args=(2, free_port(), bits, str(tmp_path / "out")), nprocs=2)
+    mp.spawn(compare_triton, args=(2, free_port(), format, str(tmp_path / "out")), nprocs=2)
     stepwise, (together, alone), distance = json.loads((tmp_path / "out").read_text())
     assert together == alone and distance < 1e-3
-    assert stepwise == (bits is None), "packed, the small heads are all one rank's, and products go one by one"
+    assert stepwise == (format is None), "packed, the small heads are all one rank's, and products go one by one"
 
 
-def compare_sequences(rank, size, port, bits, folders, out):
+def compare_sequences(rank, size, port, format, folders, out):
     """As compare, for a batch of which each rank attends to some rows, in which rows end and others begin."""
     join(rank, size, port)
     results = {}
     for folder in folders:
-        model = load_model(folder, CPU, bits=bits, team=Team(rank, size, sequences=True))
+        model = load_model(folder, CPU, format=format, team=Team(rank, size, sequences=True))
         if rank > 0:
             follow(model)
             continue
-        alone = load_model(folder, CPU, bits=bits)
+        alone = load_model(folder, CPU, format=format)
         prompts = [list(range(1, 20)), [5, 6], [7], list(range(3, 30))]
         with torch.inference_mode():
             texts, scores = [], []
@@ -221,10 +221,10 @@ def compare_sequences(rank, size, port, bits, folders, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("size", "bits"), [(2, None), (3, 8)])
-def test_ranks_with_sequences_of_their_own_say_what_one_says(size, bits, tmp_path):
+@pytest.mark.parametrize(("size", "format"), [(2, None), (3, "int8")])
+def test_ranks_with_sequences_of_their_own_say_what_one_says(size, format, tmp_path):
     out = tmp_path / "out.json"
-    mp.spawn(compare_sequences, args=(size, free_port(), bits, golden_folders(), str(out)), nprocs=size)
+    mp.spawn(compare_sequences, args=(size, free_port(), format, golden_folders(), str(out)), nprocs=size)
     results = json.loads(out.read_text())
     assert len(results) == len(golden_folders())
     for name, (distance, same) in results.items():
@@ -275,15 +275,14 @@ def test_the_parts_of_all_ranks_are_the_whole_and_little_more(size):
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_each_ranks_bytes_are_those_of_the_plan(size, bits):
+@pytest.mark.parametrize("format", [None, "int8", "int4", "int4-all"])
+def test_each_ranks_bytes_are_those_of_the_plan(size, format):
     for folder in golden_folders():
         config = DeepseekV2Config.load(folder)
-        format = "float32" if bits is None else f"int{bits}"
-        for rank, planned in enumerate(bytes_by_rank(config, format, "float32", size)):
-            model = empty_model(config, torch.device("meta"), torch.float32, Team(rank, size), None if bits is None else 64)
-            if bits is not None:
-                make_quantized(model, bits)
+        for rank, planned in enumerate(bytes_by_rank(config, format or "float32", "float32", size)):
+            model = empty_model(config, torch.device("meta"), torch.float32, Team(rank, size), None if format is None else 64)
+            if format is not None:
+                make_quantized(model, format)
             assert weights_bytes(model) == planned
 
 

@@ -49,7 +49,7 @@ def parse_memory(text: str) -> dict[int | str, int]:
     return found
 
 
-def place(config: DeepseekV2Config, dtype: torch.dtype, bits: int | None, wanted: str, memory: str | None) -> Places:
+def place(config: DeepseekV2Config, dtype: torch.dtype, format: str | None, wanted: str, memory: str | None) -> Places:
     """Where each layer goes: as a file of JSON says, or for `auto` by filling device after device, RAM and then disk.
 
     Raises UsageError where the file or the memory makes no sense, or names a GPU that is not there.
@@ -61,7 +61,7 @@ def place(config: DeepseekV2Config, dtype: torch.dtype, bits: int | None, wanted
         given = parse_memory(memory) if memory is not None else None
         refuse_strange(list(given or ()))
         limits = get_max_memory(given)
-        found = infer_auto_device_map(blueprint(config, dtype, bits=bits), limits, no_split_module_classes=WHOLE)
+        found = infer_auto_device_map(blueprint(config, dtype, format=format), limits, no_split_module_classes=WHOLE)
         places = {name: inherited(found, name) for name in names}
     refuse_strange(list(places.values()))
     if config.tie_word_embeddings:
@@ -117,13 +117,13 @@ def summary(places: Places) -> str:
 
 @torch.inference_mode(False)
 def load_placed(
-    folder: Path, config: DeepseekV2Config, dtype: torch.dtype, bits: int | None, places: Places, scratch: Path | None = None, progress: Progress | None = None
+    folder: Path, config: DeepseekV2Config, dtype: torch.dtype, format: str | None, places: Places, scratch: Path | None = None, progress: Progress | None = None
 ) -> DeepseekV2:  # fmt: skip
     """The checkpoint with every module where `places` has it; what is on disk is written below `scratch` first, a layer at a time.
 
     Raises Dsv2Error as load_model does, and for a full disk.
     """
-    model = blueprint(config, dtype, bits=bits)
+    model = blueprint(config, dtype, format=format)
     stored = list_tensors(folder)
     if config.packed is not None:
         packed_tensors(model, folder)

@@ -33,7 +33,7 @@ from dsv2cli.checkpoint.weights import (
 )
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.model.config import PACKED_BY, PACKED_FORMAT, DeepseekV2Config
+from dsv2cli.model.config import PACKED_BITS, PACKED_BY, PACKED_FORMAT, DeepseekV2Config
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
 NAMES = {dtype: name for name, dtype in MAPPED.items()}
@@ -41,7 +41,7 @@ NAMES = {dtype: name for name, dtype in MAPPED.items()}
 
 @torch.inference_mode(False)
 def quantize_checkpoint(
-    folder: Path, out: Path, bits: int, group: int, kernels: Kernels | None = None, progress: Progress | None = None
+    folder: Path, out: Path, format: str, group: int, kernels: Kernels | None = None, progress: Progress | None = None
 ) -> int:
     """Pack the checkpoint in `folder` into the new folder `out`; gives the bytes written.
 
@@ -53,7 +53,9 @@ def quantize_checkpoint(
         raise UsageError(f"{folder} is packed already", why="codes are made from full weights", fix="give the original")
     if out.exists():
         raise UsageError(f"{out} exists already", fix="another name, or remove it first")
-    model = blueprint(config, bits=bits, group=group)
+    mlp, attention = PACKED_BITS[format]
+    sizes = {"bits": mlp, "attention_bits": attention, "group": group}
+    model = blueprint(config, format=format, group=group)
     stored = list_tensors(folder)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
@@ -72,13 +74,13 @@ def quantize_checkpoint(
                 module = model.get_submodule(piece)
                 file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
                 tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
-                write_safetensors(new / file, tensors, {"format": f"{PACKED_BY} {PACKED_FORMAT}", "bits": str(bits), "group": str(group)})
+                write_safetensors(new / file, tensors, {"format": f"{PACKED_BY} {PACKED_FORMAT}"} | {key: str(value) for key, value in sizes.items()})
                 weight_map |= dict.fromkeys(tensors, file)
                 module.to(torch.device("meta"))
             copy_settings(folder, new)
             write_json(new / INDEX, {"metadata": {}, "weight_map": weight_map})
             sources = {file.name: sha256(file) for file in sorted({tensor.file for tensor in stored.values()})}
-            packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, "bits": bits, "group": group, "source_sha256": sources}
+            packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             write_json(new / "config.json", raw | {"quantization_config": packing})
             new.rename(out)

@@ -72,30 +72,30 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-    bits: int | None = None,
+    format: str | None = None,
     kernels: Kernels | None = None,
     team: Team = ALONE,
     apart: int | None = None,
 ) -> DeepseekV2:
     """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own. A rank of a team reads its part.
 
-    `bits` 8 or 4 quantises while reading, tensor by tensor (with `kernels` where given): no full copy is ever held.
+    `format`, one of PACKED_BITS, quantises while reading, tensor by tensor (with `kernels` where given): no full copy is ever held.
 
-    `apart` puts the routed experts into RAM, but for those of the first so many layers that have some; `bits` are then theirs.
+    `apart` puts the routed experts into RAM, but for those of the first so many layers that have some; `format` is then theirs.
 
     Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
     """
     config = DeepseekV2Config.load(folder)
     if config.packed is not None:
-        if bits not in (None, config.packed.bits):
-            raise UsageError(f"{folder} is packed in int{config.packed.bits}", fix="leave --quantize out")
+        if format not in (None, config.packed.format):
+            raise UsageError(f"{folder} is packed in {config.packed.format}", fix="leave --quantize out")
         if apart is not None:
             raise UsageError(f"{folder} is packed whole", why="with --experts cpu only the experts are", fix="--quantize with the original")
         if device.type == "cpu" or team.size > 1:
             return map_packed(folder, config, device, dtype, team)
         return read_packed(folder, config, device, dtype, progress)
     stored = list_tensors(folder)
-    model = blueprint(config, dtype, team, bits, only_experts=apart is not None)
+    model = blueprint(config, dtype, team, format, only_experts=apart is not None)
     give_memory(model, device, apart)
     read_all(match(model, stored, folder), progress, kernels)
     return model.eval().requires_grad_(False)
@@ -190,15 +190,15 @@ def full_columns(base: str, config: DeepseekV2Config) -> int:
 
 
 def blueprint(
-    config: DeepseekV2Config, dtype: torch.dtype | None = None, team: Team = ALONE, bits: int | None = None, group: int = GROUP, only_experts: bool = False
+    config: DeepseekV2Config, dtype: torch.dtype | None = None, team: Team = ALONE, format: str | None = None, group: int = GROUP, only_experts: bool = False
 ) -> DeepseekV2:  # fmt: skip
-    """The model without memory, with places for codes where the checkpoint is packed, or is to be in `bits`."""
+    """The model without memory, with places for codes where the checkpoint is packed, or is to be in `format`."""
     if config.packed is not None:
-        bits, group = config.packed.bits, config.packed.group
+        format, group = config.packed.format, config.packed.group
     dtype = dtype or getattr(torch, config.torch_dtype)
-    model = empty_model(config, torch.device("meta"), dtype, team, None if bits is None else group)
-    if bits is not None:
-        make_quantized(model, bits, group, only_experts)
+    model = empty_model(config, torch.device("meta"), dtype, team, None if format is None else group)
+    if format is not None:
+        make_quantized(model, format, group, only_experts)
     return model
 
 
@@ -230,10 +230,10 @@ def map_file(file: Path) -> Tensor:
 
 @torch.inference_mode(False)
 def random_model(
-    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, bits: int | None, team: Team = ALONE, apart: int | None = None
+    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, format: str | None, team: Team = ALONE, apart: int | None = None
 ) -> DeepseekV2:
     """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
-    model = blueprint(config, dtype, team, bits, only_experts=apart is not None)
+    model = blueprint(config, dtype, team, format, only_experts=apart is not None)
     give_memory(model, device, apart)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -14,7 +14,7 @@ from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
-from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.config import PACKED_BITS, DeepseekV2Config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,7 @@ def info(
 
 def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 4096) -> dict[str, Any]:
     """The numbers that follow from a config; sizes in bytes."""
-    formats = [size.own_format(config)] if config.packed is not None else [dtype, *size.PACKED_BITS]
+    formats = [size.own_format(config)] if config.packed is not None else [dtype, *PACKED_BITS]
     by_format = {format: size.parts(config, format, dtype) for format in formats}
     counted = by_format[formats[0]]
     cached = size.kv_bytes_per_token(config, dtype)
@@ -122,7 +122,7 @@ def command(facts: dict[str, Any], model: str | None, packed: bool) -> str:
         if place["weights_bytes_each"] < 0.9 * place["memory_bytes"] and place["sequences"]:
             words = ["dsv2 chat"] + ([f"--model {shlex.quote(model)}"] if model is not None else [])
             words += [f"--gpus {place['count']}"] if place["count"] > 1 else []
-            words += [f"--quantize {place['format']}"] if place["format"] in size.PACKED_BITS and not packed else []
+            words += [f"--quantize {place['format']}"] if place["format"] in PACKED_BITS and not packed else []
             words += [f"--dtype {place['format']}"] if place["format"] in ("float32", "float16") and not packed and model else []
             return " ".join(words + (["--device cpu"] if place["kind"] == "cpu" and any(p["kind"] == "gpu" for p in facts["fits"]) else []))
     return ""

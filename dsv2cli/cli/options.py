@@ -48,7 +48,7 @@ class Experts(str, Enum):
 
 
 class Quantize(str, Enum):
-    none, int8, int4 = "none", "int8", "int4"
+    none, int8, int4, int4_all = "none", "int8", "int4", "int4-all"
 
 
 class SplitAttention(str, Enum):
@@ -88,7 +88,7 @@ PlacementOption = Annotated[str | None, typer.Option(metavar="auto|FILE.json", h
 MaxMemoryOption = Annotated[str | None, typer.Option(metavar="0=75GB,cpu=200GB", help="Memory that --placement auto may fill on each device; the rest goes to disk.")]
 ExpertsOption = Annotated[Experts, typer.Option(help="cpu: keep routed experts in RAM and compute them there, as many as the GPU has no room for.")]
 OffloadFolderOption = Annotated[Path | None, typer.Option(help="Folder for layers on disk. Default: the system's temporary one.")]
-QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading.")]
+QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading; int4-all: attention in 4 bits too.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
 TopKOption = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0 is off.")]
@@ -127,9 +127,9 @@ class Compute:
         return self.split_attention is SplitAttention.sequences
 
     @property
-    def bits(self) -> int | None:
-        """To pack the weights in while loading."""
-        return None if self.quantize is Quantize.none else int(self.quantize.value[3:])
+    def packing(self) -> str | None:
+        """The format to pack the weights in while loading."""
+        return None if self.quantize is Quantize.none else self.quantize.value
 
     def as_json(self) -> dict[str, Any]:
         return {key: value.value if isinstance(value, Enum) else value for key, value in vars(self).items()}
@@ -291,7 +291,7 @@ def spread(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype, forma
 
     if (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
         raise UsageError("--gpus and --placement do not go together", why="one splits each layer, the other puts whole layers in places", fix="leave one of them out")
-    places = place(config, dtype, compute.bits, compute.placement or "auto", compute.max_memory)
+    places = place(config, dtype, compute.packing, compute.placement or "auto", compute.max_memory)
     return Plan(main_device(places), dtype, format, None, "plain torch", "layers are spread over devices", 1, places)
 
 
@@ -318,7 +318,8 @@ def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: li
 
 def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: list[int]) -> None:
     """Raises UsageError with the nearest plan that does, where the ranks' weights are larger than their memories."""
-    from dsv2cli.model.size import PACKED_BITS, bytes_by_rank
+    from dsv2cli.model.config import PACKED_BITS
+    from dsv2cli.model.size import bytes_by_rank
 
     dtype = str(plan.dtype).removeprefix("torch.")
     most = max(bytes_by_rank(config, plan.format, dtype, plan.ranks, plan.sequences))
@@ -399,12 +400,12 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
         if random:
             raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
         with ui.loading(found.name) as progress:
-            model = load_placed(found.folder, found.config, plan.dtype, compute.bits, plan.places, compute.offload_folder, progress)
+            model = load_placed(found.folder, found.config, plan.dtype, compute.packing, plan.places, compute.offload_folder, progress)
     elif random:
-        model = random_model(found.config, plan.device, plan.dtype, compute.bits, team, plan.apart)
+        model = random_model(found.config, plan.device, plan.dtype, compute.packing, team, plan.apart)
     else:
         with ui.loading(found.name) as progress:
-            model = load_model(found.folder, plan.device, plan.dtype, progress, compute.bits, plan.kernels, team, plan.apart)
+            model = load_model(found.folder, plan.device, plan.dtype, progress, compute.packing, plan.kernels, team, plan.apart)
     use_kernels(model, plan.kernels, plan.triton, plan.graphs)
     model.use_attention(compute.attention.value)
     if team.size > 1:

@@ -14,8 +14,8 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
 
 
-class Bits(str, Enum):
-    int8, int4 = "int8", "int4"
+class Packed(str, Enum):
+    int8, int4, int4_all = "int8", "int4", "int4-all"
 
 
 class Group(str, Enum):
@@ -25,7 +25,7 @@ class Group(str, Enum):
 def quantize(
     model: Annotated[str, typer.Argument(metavar="DIR|REPO", autocompletion=opt.models, help="Folder with a checkpoint, or a Hugging Face repository name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")],
-    to: Annotated[Bits, typer.Option(help="Bits of experts and dense layers; attention and head get 8 in both.")] = Bits.int4,
+    to: Annotated[Packed, typer.Option(help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8.")] = Packed.int4,
     group: Annotated[Group, typer.Option(help="Numbers that share a scale.")] = Group.g64,
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
 ) -> None:
@@ -39,5 +39,5 @@ def quantize(
     library, _ = opt.pick_kernels(kernels, "cpu", small=False)
     began = time.perf_counter()
     with ui.loading(model) as progress:
-        size = quantize_checkpoint(folder, out, int(to.value[3:]), int(group.value), library, progress)
+        size = quantize_checkpoint(folder, out, to.value, int(group.value), library, progress)
     ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")

@@ -10,6 +10,7 @@ from typing import Any
 from dsv2cli.errors import Dsv2Error
 
 PACKED_BY, PACKED_FORMAT = "dsv2", 1  # quant_method and format in quantization_config
+PACKED_BITS = {"int8": (8, 8), "int4": (4, 8), "int4-all": (4, 4)}  # of MLPs and of attention; the head has 8 in each
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Packed:
-    """How `dsv2 quantize` packed the weights: bits of the MLPs, and how many numbers share a scale."""
+    """How `dsv2 quantize` packed the weights: one of PACKED_BITS, and how many numbers share a scale."""
 
-    bits: int
+    format: str
     group: int
 
 
@@ -168,10 +169,11 @@ def parse_packed(quantization: Any, source: str) -> Packed | None:
         raise not_implemented(
             source, "quantization_config.format", quantization.get("format"), f"this version reads format {PACKED_FORMAT}"
         )
-    bits, group = quantization.get("bits"), quantization.get("group")
-    if bits not in (4, 8) or group not in (32, 64):
-        raise not_implemented(source, "quantization_config", quantization, "bits are 4 or 8, groups 32 or 64")
-    return Packed(bits, group)
+    bits, group = (quantization.get("bits"), quantization.get("attention_bits", 8)), quantization.get("group")
+    format = next((name for name, each in PACKED_BITS.items() if each == bits), None)
+    if format is None or group not in (32, 64):
+        raise not_implemented(source, "quantization_config", quantization, "bits are 8, 4, or 4 with attention in 8, groups 32 or 64")
+    return Packed(format, group)
 
 
 def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:

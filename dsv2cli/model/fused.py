@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, matrix
 from dsv2cli.kernels.quantized import GROUP, Quantized
-from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.config import PACKED_BITS, DeepseekV2Config
 from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
 
 FEW = 16  # tokens up to which absorbed attention is done in one call; more go through torch
@@ -81,21 +81,21 @@ class FusedLayer:
 def up_projections(kernels: Kernels, attention: Attention) -> tuple[Tensor | Quantized, Tensor | Quantized]:
     """kv_b_proj as one token meets it: [heads, rank, nope], whose product is a query for the latent, and [heads, value, rank].
 
-    They are in 8 bits where the rest of attention is: one token is bounded by the bytes it reads. Its own bf16 stays for many tokens.
+    They are in 8 bits where the rest of attention is packed: one token is bounded by the bytes it reads. Its own bf16 stays for many tokens.
     """
     config, like = attention.config, attention.o_proj.weight
     weight = attention.kv_b_proj.weight.unflatten(0, (attention.heads, -1))  # [heads, nope + value, rank]
     k_up, v_up = weight[:, : config.qk_nope_head_dim].mT, weight[:, config.qk_nope_head_dim :]
     if not isinstance(like, Quantized):
         return k_up.contiguous(), v_up
-    return packed(kernels, k_up, like), packed(kernels, v_up, like)
+    return packed(kernels, k_up, like.group), packed(kernels, v_up, like.group)
 
 
-def packed(kernels: Kernels, stack: Tensor, like: Quantized) -> Quantized:
-    """stack [count, rows, cols] -> the same in the bits and groups of another."""
-    out = Quantized(tuple(stack.shape), like.bits, like.group, 1, stack.device)
+def packed(kernels: Kernels, stack: Tensor, group: int) -> Quantized:
+    """stack [count, rows, cols] -> the same in 8 bits."""
+    out = Quantized(tuple(stack.shape), 8, group, 1, stack.device)
     for i, one in enumerate(stack):
-        kernels.pack(one, like.bits, like.group, *out.part(i, 0), torch.get_num_threads())
+        kernels.pack(one, out.bits, group, *out.part(i, 0), torch.get_num_threads())
     return out
 
 
@@ -208,20 +208,21 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False
         use_gpu_kernels(model, graphs)
 
 
-def make_quantized(model: DeepseekV2, bits: int, group: int = GROUP, only_experts: bool = False) -> None:
+def make_quantized(model: DeepseekV2, format: str, group: int = GROUP, only_experts: bool = False) -> None:
     """Put an empty Quantized in the place of every large weight that is read whole for a token, or of the routed experts.
 
-    Attention and head get 8 bits always; embedding, kv_b_proj (which attention reads both ways), router and norms stay.
+    The head gets 8 bits always; embedding, kv_b_proj (which attention reads both ways), router and norms stay.
     """
+    mlp, attention = PACKED_BITS[format]
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear):
             tied = module is model.lm_head and model.config.tie_word_embeddings
-            leaves = [] if tied or name.endswith("kv_b_proj") else [("weight", 8, 1)]
+            leaves = [] if tied or name.endswith("kv_b_proj") else [("weight", 8 if module is model.lm_head else attention, 1)]
         else:
-            leaves = [("gate_up_proj", bits, 2), ("down_proj", bits, 1)] if hasattr(module, "gate_up_proj") else []
+            leaves = [("gate_up_proj", mlp, 2), ("down_proj", mlp, 1)] if hasattr(module, "gate_up_proj") else []
         if only_experts and not isinstance(module, Experts):
             continue
-        for leaf, width, parts in leaves:
+        for leaf, bits, parts in leaves:
             old = getattr(module, leaf)
             delattr(module, leaf)
-            setattr(module, leaf, Quantized(tuple(old.shape), width, group, parts, old.device))
+            setattr(module, leaf, Quantized(tuple(old.shape), bits, group, parts, old.device))

@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.config import PACKED_BITS, DeepseekV2Config
 from dsv2cli.model.share import GROUP, LANES, Share, share_of
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PACKED_BITS = {"int8": 8, "int4": 4}
 # DeepSeek 67B's keys and values in bf16: what the paper's 93.3% compares with, counting the latent in 6 bits.
 DENSE_67B_KV_BYTES = 389_120
 
@@ -30,7 +29,7 @@ class Part:
 class Matrix:
     """`count` weights [rows, cols] of one part, of which a token reads `read`.
 
-    `stored` is `mlp` (the bits asked for), `linear` (8 bits where packed), `plain`, or `router` (always fp32).
+    `stored` is `mlp`, `attention` or `head` (which differ in bits where packed), `plain`, or `router` (always fp32).
     """
 
     part: str
@@ -46,7 +45,8 @@ class Matrix:
             return 4 * self.rows * self.cols
         if self.stored == "plain" or format not in PACKED_BITS:
             return ITEM_BYTES[dtype] * self.rows * self.cols
-        bits = 8 if self.stored == "linear" else PACKED_BITS[format]
+        mlp, attention = PACKED_BITS[format]
+        bits = {"mlp": mlp, "attention": attention, "head": 8}[self.stored]
         blocks, groups = self.halves * -(-self.rows // self.halves // LANES), -(-self.cols // group)
         return blocks * groups * LANES * (group * bits // 8 + 2)  # a bf16 scale a group
 
@@ -63,15 +63,15 @@ def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[M
 
     yield Matrix("embedding", 1, hidden, len(share.vocab), 1)
     if low is None:
-        yield every("attention", heads * config.qk_head_dim, hidden, "linear")
+        yield every("attention", heads * config.qk_head_dim, hidden, "attention")
     else:
-        yield every("attention", low, hidden, "linear")
+        yield every("attention", low, hidden, "attention")
         yield every("attention", 1, low)
-        yield every("attention", heads * config.qk_head_dim, low, "linear")
-    yield every("attention", config.cached_dim, hidden, "linear")
+        yield every("attention", heads * config.qk_head_dim, low, "attention")
+    yield every("attention", config.cached_dim, hidden, "attention")
     yield every("attention", 1, rank)
     yield every("attention", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
-    yield every("attention", hidden, heads * config.v_head_dim, "linear")
+    yield every("attention", hidden, heads * config.v_head_dim, "attention")
     if config.attention_bias:
         yield every("attention", 1, config.cached_dim + hidden + (low or 0))
     yield every("dense layers", 2 * dense, hidden, "mlp", 2, layers - moe)
@@ -83,13 +83,13 @@ def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[M
     yield every("shared experts", hidden, shared, "mlp", 1, moe)
     yield every("router", config.n_routed_experts or 0, hidden, "router", 1, moe)
     yield every("norms", 1, hidden, count=2 * layers + 1)
-    yield Matrix("head", len(share.vocab), hidden, 0 if tied else 1, 1, "plain" if tied else "linear")  # a tied one is read whole
+    yield Matrix("head", len(share.vocab), hidden, 0 if tied else 1, 1, "plain" if tied else "head")  # a tied one is read whole
 
 
 def parts(
     config: DeepseekV2Config, format: str = "bfloat16", dtype: str | None = None, group: int = GROUP, share: Share | None = None
 ) -> list[Part]:
-    """All weights by kind, or those of a part, in `format`: a number format, int8 or int4. What is not packed has `dtype`."""
+    """All weights by kind, or those of a part, in `format`: a number format, or one of PACKED_BITS. What is not packed has `dtype`."""
     dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
     group = config.packed.group if config.packed is not None else group
     sums: dict[str, list[int]] = {}
@@ -117,7 +117,7 @@ def bytes_by_rank(config: DeepseekV2Config, format: str, dtype: str, size: int, 
 
 def own_format(config: DeepseekV2Config) -> str:
     """What the checkpoint itself is in."""
-    return config.torch_dtype if config.packed is None else f"int{config.packed.bits}"
+    return config.torch_dtype if config.packed is None else config.packed.format
 
 
 def kv_bytes_per_token(config: DeepseekV2Config, dtype: str) -> int:

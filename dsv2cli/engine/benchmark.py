@@ -19,6 +19,7 @@ from dsv2cli.device import synchronize
 from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams, sample
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.kernels.linear import linear
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model import size
 from dsv2cli.model.cache import LatentCache
@@ -117,7 +118,7 @@ class Machine:
         return self.data.nbytes / self.seconds(lambda: self.data.sum() if kernels is None else kernels.read(self.data))
 
     def gemm_flops_per_second(self) -> float:
-        return 2 * self.square.shape[0] ** 3 / self.seconds(lambda: self.square @ self.square)
+        return 2 * self.square.shape[0] ** 3 / self.seconds(lambda: linear(self.square, self.square))
 
 
 def random_prompts(model: DeepseekV2, batch: int, length: int, seed: int) -> list[list[int]]:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv2cli.kernels.linear import linear
+
 PIECE = 4096  # cached tokens whose keys and values are expanded at a time
 
 
@@ -52,7 +54,7 @@ def expand(cached: Tensor, kv_b_proj: Tensor, nope: int) -> tuple[Tensor, Tensor
     attention kernels want equal head sizes. Both [b, h, t, nope + r]"""
     heads, _, rank = kv_b_proj.shape
     latent, k_rope = cached.split([rank, cached.shape[-1] - rank], dim=-1)
-    expanded = F.linear(latent, kv_b_proj.flatten(0, 1)).unflatten(-1, (heads, -1))  # [b, t, h, d+v]
+    expanded = linear(latent, kv_b_proj.flatten(0, 1)).unflatten(-1, (heads, -1))  # [b, t, h, d+v]
     k_nope, value = expanded.split([nope, expanded.shape[-1] - nope], dim=-1)
     key = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)], dim=-1)
     value = F.pad(value, (0, max(0, key.shape[-1] - value.shape[-1])))

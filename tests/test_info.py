@@ -90,7 +90,7 @@ def test_several_gpus_share_the_weights_and_each_holds_the_cache():
 
 def test_this_machines_memory_is_found():
     ram = [place for place in info(LITE)["fits"] if place["kind"] == "cpu"]
-    assert {place["format"] for place in ram} == {"bfloat16", "int8", "int4"} and ram[0]["memory_bytes"] > 2**30
+    assert {place["format"] for place in ram} == {"bfloat16", "int8", "int4", "int4-all"} and ram[0]["memory_bytes"] > 2**30
 
 
 @pytest.mark.parametrize("folder", [*golden_folders(), LITE, CHAT], ids=lambda folder: folder.name)
@@ -186,7 +186,7 @@ def test_a_prediction_is_for_gpus_that_hold_the_model_and_says_that_it_is_one():
     arguments = ("info", str(CHAT), "--gpus", "8x80GB,24GB", "--bandwidth", "3350")
     facts = json.loads(run_dsv2(*arguments, "--json").stdout)
     rates = facts["predicted_tokens_per_second"]
-    assert rates.keys() == {f"8 x GPU 80 GB, {format}" for format in ("bfloat16", "int8", "int4")}
+    assert rates.keys() == {f"8 x GPU 80 GB, {format}" for format in ("bfloat16", "int8", "int4", "int4-all")}
     one = size.predicted_step_seconds(DeepseekV2Config.load(CHAT), "int4", "bfloat16", 1, 3.35e12)
     assert 1 / one < facts["decode_ceiling_tokens_per_second"]["int4"] < rates["8 x GPU 80 GB, int4"]
     assert run_dsv2(*arguments).stdout.count("predicted at a short context, not measured") == 3

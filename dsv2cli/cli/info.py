@@ -132,7 +132,7 @@ def show(facts: dict[str, Any], here: bool) -> None:
     from rich.table import Table
 
     formats = facts["formats"]
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # six numbers a row fit into 80 columns
     table.add_column("part")
     for column in ("parameters", "read a token", *formats):
         table.add_column(column, justify="right", no_wrap=True)

@@ -292,6 +292,7 @@ def measure(rank, size, port, folder, out):
     warm = load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))
     memory = psutil.Process().memory_info
     for model in (warm, None):
+        cache = None  # the one before's goes first
         before = memory().rss
         model = model or load_model(Path(folder), CPU, team=Team(rank, size))
         if rank > 0:

@@ -681,7 +681,8 @@ APART static void norm_row(const float* x, const uint16_t* weight, int size, flo
 // ---- the functions --------------------------------------------------------------------------------------------------
 
 extern "C" void dsv2_codebook(const uint8_t* values) {
-  for (int i = 0; i < NATIVE; i++) codebook[i] = SIGNED ? values[i % 16] ^ 128 : values[i % 16];
+  for (int i = 0; i < NATIVE; i++) codebook[i] = values[i % 16];
+  codebook = from_code(codebook);
 }
 extern "C" const char* dsv2_path() {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)

@@ -21,11 +21,15 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"Unknown device {name!r}", why="devices are cpu, cuda and cuda:N", fix="--device auto")
+        raise UsageError(
+            f"Unknown device {name!r}", why="devices are cpu, cuda and cuda:N", fix="--device auto"
+        )
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UsageError(f"Device {name!r} is not there", why=f"{count} CUDA devices found", fix="--device auto")
+            raise UsageError(
+                f"Device {name!r} is not there", why=f"{count} CUDA devices found", fix="--device auto"
+            )
         return torch.device("cuda", device.index or 0)
     return torch.device("cpu")
 

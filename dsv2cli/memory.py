@@ -35,7 +35,9 @@ def parse_gpus(text: str) -> list[Memory]:
         match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", part)
         unit = UNITS.get((match[3] or "GB").upper()) if match else None
         if match is None or unit is None or int(match[1] or 1) == 0 or float(match[2]) == 0:
-            raise UsageError(f"--gpus {text} is not a list of memories", fix="--gpus 8x80GB, or --gpus 80GB,2x24GB")
+            raise UsageError(
+                f"--gpus {text} is not a list of memories", fix="--gpus 8x80GB, or --gpus 80GB,2x24GB"
+            )
         found.append(Memory("GPU", int(float(match[2]) * unit), int(match[1] or 1)))
     return found
 

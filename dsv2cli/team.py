@@ -24,7 +24,12 @@ class SharedMemory:
         symmetric.rendezvous(self.buffer, self.group)
 
     def fits(self, x: Tensor) -> bool:
-        return x.device == self.buffer.device and x.dtype in (torch.bfloat16, torch.float32) and x.nbytes <= SHARED_BYTES and x.nbytes % 16 == 0
+        return (
+            x.device == self.buffer.device
+            and x.dtype in (torch.bfloat16, torch.float32)
+            and x.nbytes <= SHARED_BYTES
+            and x.nbytes % 16 == 0
+        )
 
     def sum(self, x: Tensor) -> Tensor:
         here = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)

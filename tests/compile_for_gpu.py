@@ -69,7 +69,9 @@ def resources(kernel) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
     found = dict(item.split(":") for item in line.split() if ":" in item)
     return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "shared": kernel.metadata.shared}
@@ -96,7 +98,9 @@ def main() -> None:
     """python tests/compile_for_gpu.py CONFIG BITS CAPABILITY: what each kernel takes, with BITS 16, 8 or 4, for sm_CAPABILITY."""
     path, bits, capability = sys.argv[1:]
     compile_only(int(capability))
-    compile_steps(shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else f"int{bits}", [1, 64])
+    compile_steps(
+        shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else f"int{bits}", [1, 64]
+    )
     # The first step: a dense layer, and one of experts up to the head's own launch.
     layer = LAUNCHED[LAUNCHED.index("gather_kernel") + 1 :]
     print(f"one token: {layer.index('gather_kernel') + 1} launches a layer")

@@ -25,7 +25,9 @@ SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
 
 os.environ["DSV2_CONFIG"] = os.devnull  # nor is a person's configuration theirs
-os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="dsv2-tests-")  # what tests say in chats is nobody's history
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(
+    prefix="dsv2-tests-"
+)  # what tests say in chats is nobody's history
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 torch.set_num_threads(1)  # the models here are tiny: a second thread only waits
@@ -37,13 +39,18 @@ def golden_folders() -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def run_dsv2(*arguments: str, stdin: str | bytes = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def run_dsv2(
+    *arguments: str, stdin: str | bytes = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """dsv2 as a script would run it: no terminal anywhere."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     done = subprocess.run(
         [sys.executable, "-m", "dsv2cli", *arguments],
-        input=data, capture_output=True, timeout=300, env=os.environ | environment,
-    )  # fmt: skip
+        input=data,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -52,9 +59,16 @@ PROMPT = r">.*\x1b\[\?25h"  # the prompt is drawn and the cursor shown again
 
 def in_terminal(*arguments: str, columns: int = 100, **environment: str) -> pexpect.spawn:
     """dsv2 in a pseudo-terminal, as a person would see it."""
-    environment = os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"} | environment  # nobody answers where the cursor is
+    environment = (
+        os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"} | environment
+    )  # nobody answers where the cursor is
     return pexpect.spawn(
-        sys.executable, ["-m", "dsv2cli", *arguments], encoding="utf-8", timeout=60, dimensions=(30, columns), env=environment
+        sys.executable,
+        ["-m", "dsv2cli", *arguments],
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(30, columns),
+        env=environment,
     )
 
 
@@ -78,7 +92,9 @@ def embedded_tokenizer() -> Tokenizer:
 def real_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """DeepSeek-V2-Lite's own tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tokenizer.json").write_bytes(gzip.decompress((DATA / "tokenizer" / "tokenizer.json.gz").read_bytes()))
+    (folder / "tokenizer.json").write_bytes(
+        gzip.decompress((DATA / "tokenizer" / "tokenizer.json.gz").read_bytes())
+    )
     shutil.copy(DATA / "tokenizer" / "tokenizer_config.json", folder)
     return Tokenizer(folder)
 

@@ -44,26 +44,52 @@ def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
     """One row a piece of work."""
     quantize = opt.Quantize(format) if format in PACKED_BITS else opt.Quantize.none
     dtype = opt.Dtype.bfloat16 if format in PACKED_BITS else opt.Dtype(format)
-    opened = opt.open_model(None, opt.Compute(options.device, dtype, quantize=quantize, kernels=opt.KernelsChoice(options.kernels)), options.config)
+    opened = opt.open_model(
+        None,
+        opt.Compute(options.device, dtype, quantize=quantize, kernels=opt.KernelsChoice(options.kernels)),
+        options.config,
+    )
     model = opened.model
     memory = gpu_memories()[model.device.index or 0] if model.device.type == "cuda" else None
-    twin = benchmark.transformers_twin(model, opened.folder) if options.against and quantize is opt.Quantize.none else None
+    twin = (
+        benchmark.transformers_twin(model, opened.folder)
+        if options.against and quantize is opt.Quantize.none
+        else None
+    )
     for work in works(options):
         tokens = work.batch * (work.depth + work.prompt + work.generate)
-        needed = size.weights_bytes(model.config, format, "bfloat16") + tokens * size.kv_bytes_per_token(model.config, "bfloat16")
+        needed = size.weights_bytes(model.config, format, "bfloat16") + tokens * size.kv_bytes_per_token(
+            model.config, "bfloat16"
+        )
         facts = {"format": format, "kernels": opened.plan.path} | work.as_json()
         if memory is not None and needed > SPARE * memory:
             yield facts | {"left_out": f"weights and cache take {needed / 1e9:.0f} GB"}
             continue
         beside = twin if work.batch == 1 and work.depth + work.prompt <= 4096 else None
         for timing in benchmark.run(model, work, options.repetitions, beside, kernels=opened.plan.kernels):
-            yield facts | timing.as_json() | shares(model, timing) | {"peak_memory_bytes": peak_memory_bytes(model.device)}
+            yield (
+                facts
+                | timing.as_json()
+                | shares(model, timing)
+                | {"peak_memory_bytes": peak_memory_bytes(model.device)}
+            )
         if options.profile and work.batch == 1:
             yield facts | {"profile": benchmark.profile(model, work)}
 
 
 def markdown(facts: dict) -> str:
-    columns = ["format", "engine", "batch", "context", "decode tok/s", "of reading", "prefill tok/s", "of GEMM", "GB/s", "TFLOP/s"]
+    columns = [
+        "format",
+        "engine",
+        "batch",
+        "context",
+        "decode tok/s",
+        "of reading",
+        "prefill tok/s",
+        "of GEMM",
+        "GB/s",
+        "TFLOP/s",
+    ]
     lines = [f"{facts['model']} on {facts['device']}, torch {facts['torch']}: `{facts['command']}`", ""]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for run in facts["runs"]:
@@ -74,15 +100,29 @@ def markdown(facts: dict) -> str:
             lines.append(f"| {' | '.join(map(str, start))} | left out: {run['left_out']} |")
             continue
         decode = ranged(run["decode_tokens_per_second"]) if run["generated_tokens"] > 2 else ""
-        share = f"{run['decode_share_of_bandwidth']:.0%}" if "decode_share_of_bandwidth" in run and decode else ""
-        ceilings = [f"{run['read_bytes_per_second']['median'] / 1e9:.0f}", f"{run['gemm_flops_per_second']['median'] / 1e12:.3g}"]
-        row = [*start, decode, share, ranged(run["prefill_tokens_per_second"]), f"{run['prefill_share_of_gemm']:.0%}", *ceilings]
+        share = (
+            f"{run['decode_share_of_bandwidth']:.0%}" if "decode_share_of_bandwidth" in run and decode else ""
+        )
+        ceilings = [
+            f"{run['read_bytes_per_second']['median'] / 1e9:.0f}",
+            f"{run['gemm_flops_per_second']['median'] / 1e12:.3g}",
+        ]
+        row = [
+            *start,
+            decode,
+            share,
+            ranged(run["prefill_tokens_per_second"]),
+            f"{run['prefill_share_of_gemm']:.0%}",
+            *ceilings,
+        ]
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", help="OUT.json and OUT.md are written, anew after every row")
     parser.add_argument("config")
     parser.add_argument("--formats", default="bfloat16,int8,int4")
@@ -96,7 +136,13 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    facts = {"model": Path(options.config).name, "device": "", "torch": torch.__version__, "command": f"python {' '.join(sys.argv)}", "runs": []}
+    facts = {
+        "model": Path(options.config).name,
+        "device": "",
+        "torch": torch.__version__,
+        "command": f"python {' '.join(sys.argv)}",
+        "runs": [],
+    }
     for format in options.formats.split(","):
         for run in measure(options, format):
             facts["device"] = device_name(torch.device(options.device))

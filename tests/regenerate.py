@@ -31,9 +31,16 @@ def record(path: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "golden").symlink_to(ROOT / "tests" / "data" / "golden")
         for command in commands(path):
-            line = f"dsv2() {{ {program} \"$@\"; }}; {command}"
+            line = f'dsv2() {{ {program} "$@"; }}; {command}'
             environment = os.environ | {"DSV2_CONFIG": os.devnull, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+            done = subprocess.run(
+                ["bash", "-c", line],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
             text = CLOCK.sub(r"\1~", done.stdout)
             out.append(f"$ {command}\n{text}" + ("" if text.endswith("\n") or not text else "\n"))
             out += [f"! {error}\n" for error in done.stderr.splitlines()]

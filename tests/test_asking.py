@@ -25,10 +25,14 @@ from dsv2cli.errors import Dsv2Error, UsageError
 EOS = frozenset({4095})
 SCHEMA = {
     "type": "object",
-    "properties": {"animal": {"enum": ["owl", "bear"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}, "friends": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3}},
+    "properties": {
+        "animal": {"enum": ["owl", "bear"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "friends": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 3},
+    },
     "required": ["animal", "age", "friends"],
     "additionalProperties": False,
-}  # fmt: skip
+}
 
 
 def held(tokenizer, start="", **form):
@@ -44,14 +48,18 @@ def answers(model, tokenizer, request, count):
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
 def test_every_answer_that_ends_matches_the_schema(embedded, embedded_tokenizer, temperature):
     """At temperature 3 the model is all but random: only the grammar keeps it in form."""
-    request = Request(SamplingParams(temperature), 200, EOS, grammar=held(embedded_tokenizer, schema=json.dumps(SCHEMA)))
+    request = Request(
+        SamplingParams(temperature), 200, EOS, grammar=held(embedded_tokenizer, schema=json.dumps(SCHEMA))
+    )
     results = answers(embedded, embedded_tokenizer, request, 8)
     ended = [json.loads(result.text) for result in results if result.finish_reason == "stop"]
     assert len(ended) >= 6
     for value in ended:
         assert set(value) == {"animal", "age", "friends"} and value["animal"] in ("owl", "bear")
         assert isinstance(value["age"], int) and 0 <= value["age"] <= 99
-        assert len(value["friends"]) <= 3 and all(isinstance(friend, str) and len(friend) <= 8 for friend in value["friends"])
+        assert len(value["friends"]) <= 3 and all(
+            isinstance(friend, str) and len(friend) <= 8 for friend in value["friends"]
+        )
 
 
 def test_every_answer_matches_the_expression_whole(embedded, embedded_tokenizer):
@@ -68,10 +76,23 @@ def test_a_held_answer_is_the_same_alone_in_a_batch_and_with_drafts(embedded, em
     for speculate in (False, True):
         result = Result()
         request = Request(SamplingParams(1.0), 60, EOS, seed=5, speculate=speculate, grammar=grammar)
-        list(stream_text(embedded, embedded_tokenizer, embedded_tokenizer.encode("1 2"), request, embedded.new_cache(), result))
+        list(
+            stream_text(
+                embedded,
+                embedded_tokenizer,
+                embedded_tokenizer.encode("1 2"),
+                request,
+                embedded.new_cache(),
+                result,
+            )
+        )
         texts.append(result.text)
-    job = Job(embedded_tokenizer.encode("1 2"), Request(SamplingParams(1.0), 60, EOS, seed=5, grammar=grammar))
-    other = Job(embedded_tokenizer.encode("The"), Request(SamplingParams(1.0), 30, EOS, seed=1, grammar=grammar))
+    job = Job(
+        embedded_tokenizer.encode("1 2"), Request(SamplingParams(1.0), 60, EOS, seed=5, grammar=grammar)
+    )
+    other = Job(
+        embedded_tokenizer.encode("The"), Request(SamplingParams(1.0), 30, EOS, seed=1, grammar=grammar)
+    )
     list(run_batch(embedded, embedded_tokenizer, [other, job], 2))
     assert texts[0] == texts[1] == job.result.text and texts[0].endswith("three")
 
@@ -104,11 +125,15 @@ def coder(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text((EMBEDDED / "tokenizer_config.json").read_text())
     config = json.loads((EMBEDDED / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 4099}))
-    tensors = {name: tensor for file in EMBEDDED.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tensors = {
+        name: tensor for file in EMBEDDED.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     torch.manual_seed(0)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
-            tensors[name] = torch.cat([tensors[name], torch.randn(3, tensors[name].shape[1], dtype=tensors[name].dtype) * 0.02])
+            tensors[name] = torch.cat(
+                [tensors[name], torch.randn(3, tensors[name].shape[1], dtype=tensors[name].dtype) * 0.02]
+            )
     save_file(tensors, folder / "model.safetensors")
     return str(folder)
 
@@ -118,7 +143,11 @@ def test_a_hole_is_filled_in_the_order_prefix_suffix_middle(coder, embedded_toke
         return embedded_tokenizer.encode(text, add_bos=False)
 
     options = ("--model", coder, "--temperature", "0", "-n", "4")
-    out = json.loads(run_dsv2("complete", "--fim-prefix", "Once upon", "--fim-suffix", "a bear.", *options, "--json").stdout)
+    out = json.loads(
+        run_dsv2(
+            "complete", "--fim-prefix", "Once upon", "--fim-suffix", "a bear.", *options, "--json"
+        ).stdout
+    )
     assert out["prompt_ids"] == [4094, 4096, *encode("Once upon"), 4097, *encode("a bear."), 4098]
     (tmp_path / "story.txt").write_text("Once upon<CURSOR>a bear.")
     plain = run_dsv2("complete", "--fim-file", str(tmp_path / "story.txt"), *options)
@@ -140,8 +169,10 @@ def test_an_answer_that_is_begun_goes_on_from_there(embedded_tokenizer):
 def test_lines_are_answered_one_by_one_to_a_program_that_waits():
     process = subprocess.Popen(
         [sys.executable, "-m", "dsv2cli", "complete", "--jsonl", "-n", "3", "--seed", "0"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdin is not None and process.stdout is not None
     said = ""
     for i in range(3):
@@ -162,11 +193,27 @@ def test_a_dry_run_loads_no_weights(copy_of_v2):
     assert run_dsv2("complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2)).returncode == 1
 
 
-@pytest.mark.parametrize("wrong", [
-    ("a", "--regex", "a", "--json-schema", "x"), ("--fim-prefix", "a", "b"), ("--fim-file", "x", "--fim-suffix", "a"),
-    ("--prompt-ids", "1", "--prefix", "a"), ("--jsonl", "--dry-run"), ("--batch", "x", "--output", "y", "--echo"),
-    ("a", "--json-schema", "/nowhere"), ("--chat",), ("--fim-prefix", "", "--fim-suffix", ""), ("--messages", "-"),
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("a", "--regex", "a", "--json-schema", "x"),
+        ("--fim-prefix", "a", "b"),
+        ("--fim-file", "x", "--fim-suffix", "a"),
+        ("--prompt-ids", "1", "--prefix", "a"),
+        ("--jsonl", "--dry-run"),
+        ("--batch", "x", "--output", "y", "--echo"),
+        ("a", "--json-schema", "/nowhere"),
+        ("--chat",),
+        ("--fim-prefix", "", "--fim-suffix", ""),
+        ("--messages", "-"),
+    ],
+    ids=" ".join,
+)
 def test_what_makes_no_prompt_is_wrong_usage(wrong):
     done = run_dsv2("complete", *wrong)
-    assert done.returncode == 2 and done.stdout == "" and "error:" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and "error:" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -20,10 +20,18 @@ from dsv2cli.model.fused import use_kernels
 SHORT = ("--prompt", "8", "--generate", "3", "-r", "2")
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("64", [64]), ("64,512", [64, 512]), ("512-2048+512", [512, 1024, 1536, 2048]), ("64-4096*4", [64, 256, 1024, 4096]),
-    ("1-3", [1, 2, 3]), ("0,100-300*2", [0, 100, 200]), ("5,5", [5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("64", [64]),
+        ("64,512", [64, 512]),
+        ("512-2048+512", [512, 1024, 1536, 2048]),
+        ("64-4096*4", [64, 256, 1024, 4096]),
+        ("1-3", [1, 2, 3]),
+        ("0,100-300*2", [0, 100, 200]),
+        ("5,5", [5]),
+    ],
+)
 def test_numbers_are_lists_and_ranges(text, expected):
     assert numbers("--depth", text, 0) == expected
 
@@ -35,7 +43,22 @@ def test_what_is_no_range_is_refused(text):
 
 
 def test_every_combination_is_measured():
-    out = json.loads(run_dsv2("bench", "--prompt", "4-8*2", "--generate", "3", "--depth", "0,20", "--batch", "1,2", "-r", "2", "--json").stdout)
+    out = json.loads(
+        run_dsv2(
+            "bench",
+            "--prompt",
+            "4-8*2",
+            "--generate",
+            "3",
+            "--depth",
+            "0,20",
+            "--batch",
+            "1,2",
+            "-r",
+            "2",
+            "--json",
+        ).stdout
+    )
     keys = [(run["batch"], run["depth"], run["prompt_tokens"]) for run in out["runs"]]
     assert keys == [(batch, depth, prompt) for batch in (1, 2) for depth in (0, 20) for prompt in (4, 8)]
     for run in out["runs"]:
@@ -51,13 +74,34 @@ def test_depth_is_in_the_cache_and_not_in_the_prompt(v2):
     for _ in range(2):
         first, gaps = engine.measure(random_prompts(v2, 2, 3, seed=1), 5)
         assert first > 0 and len(gaps) == 4 and engine.cache.lengths == [12, 12]
-        assert all(torch.equal(old[:, :12], new[:, :12]) for old, new in zip(before, engine.cache.layers, strict=True))
+        assert all(
+            torch.equal(old[:, :12], new[:, :12])
+            for old, new in zip(before, engine.cache.layers, strict=True)
+        )
 
 
 def test_transformers_does_the_same_work_at_every_depth():
-    done = run_dsv2("bench", "--prompt", "6", "--depth", "0,9", "--generate", "3", "-r", "2", "--against", "transformers", "--json")
+    done = run_dsv2(
+        "bench",
+        "--prompt",
+        "6",
+        "--depth",
+        "0,9",
+        "--generate",
+        "3",
+        "-r",
+        "2",
+        "--against",
+        "transformers",
+        "--json",
+    )
     assert done.returncode == 0 and done.stderr == ""
-    assert [(run["engine"], run["depth"]) for run in json.loads(done.stdout)["runs"]] == [("dsv2", 0), ("transformers", 0), ("dsv2", 9), ("transformers", 9)]
+    assert [(run["engine"], run["depth"]) for run in json.loads(done.stdout)["runs"]] == [
+        ("dsv2", 0),
+        ("transformers", 0),
+        ("dsv2", 9),
+        ("transformers", 9),
+    ]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -80,10 +124,19 @@ def test_the_parts_are_all_of_the_time_and_the_layers_are_left_as_they_were(fuse
 
 
 def test_formats_hold_the_same_runs():
-    table, rows = run_dsv2("bench", *SHORT, "--format", "markdown").stdout.splitlines(), run_dsv2("bench", *SHORT, "--batch", "1,2", "--format", "csv").stdout
-    assert len(table) == 3 and all(line.count("|") == 10 for line in table) and table[2].startswith("| dsv2 | 1 | 0 | 8 | 3 |")
+    table, rows = (
+        run_dsv2("bench", *SHORT, "--format", "markdown").stdout.splitlines(),
+        run_dsv2("bench", *SHORT, "--batch", "1,2", "--format", "csv").stdout,
+    )
+    assert (
+        len(table) == 3
+        and all(line.count("|") == 10 for line in table)
+        and table[2].startswith("| dsv2 | 1 | 0 | 8 | 3 |")
+    )
     first, second = csv.DictReader(io.StringIO(rows))
-    assert (first["batch"], second["batch"]) == ("1", "2") and float(first["decode_tokens_per_second_min"]) <= float(first["decode_tokens_per_second_median"])
+    assert (first["batch"], second["batch"]) == ("1", "2") and float(
+        first["decode_tokens_per_second_min"]
+    ) <= float(first["decode_tokens_per_second_median"])
 
 
 def test_a_plot_in_the_terminal_and_as_a_picture(tmp_path):
@@ -102,14 +155,26 @@ def timing(rates):
     return out.as_json()
 
 
-@pytest.mark.parametrize(("now", "then", "verdict"), [
-    ([100, 101, 102], [80, 81, 82], "faster"), ([80, 81, 82], [100, 101, 102], "slower"), ([90, 100, 110], [86, 96, 106], "same"),
-    ([100, 101, 102], [97, 98, 99], "same"), ([100], [50], "unknown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("now", "then", "verdict"),
+    [
+        ([100, 101, 102], [80, 81, 82], "faster"),
+        ([80, 81, 82], [100, 101, 102], "slower"),
+        ([90, 100, 110], [86, 96, 106], "same"),
+        ([100, 101, 102], [97, 98, 99], "same"),
+        ([100], [50], "unknown"),
+    ],
+)
 def test_a_verdict_knows_the_spread(now, then, verdict):
     (found,) = compare([timing(now)], [timing(then)])
-    assert found["decode_tokens_per_second"]["verdict"] == found["prefill_tokens_per_second"]["verdict"] == verdict
-    assert found["decode_tokens_per_second"]["ratio"] == pytest.approx(sorted(now)[len(now) // 2] / sorted(then)[len(then) // 2])
+    assert (
+        found["decode_tokens_per_second"]["verdict"]
+        == found["prefill_tokens_per_second"]["verdict"]
+        == verdict
+    )
+    assert found["decode_tokens_per_second"]["ratio"] == pytest.approx(
+        sorted(now)[len(now) // 2] / sorted(then)[len(then) // 2]
+    )
     assert compare([timing(now)], [timing(then) | {"depth": 5}]) == []
 
 
@@ -119,7 +184,10 @@ def test_a_result_is_saved_and_compared(tmp_path):
     saved = json.loads(path.read_text())
     for run in saved["runs"]:
         for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
-            run[name] = {key: [v * 100 for v in value] if isinstance(value, list) else value * 100 for key, value in run[name].items()}
+            run[name] = {
+                key: [v * 100 for v in value] if isinstance(value, list) else value * 100
+                for key, value in run[name].items()
+            }
     path.write_text(json.dumps(saved))
     done = run_dsv2("bench", *SHORT, "--compare", str(path))
     assert done.returncode == 0 and "(slower)" in done.stdout and "(faster)" not in done.stdout
@@ -138,14 +206,29 @@ def test_the_needle_lies_at_its_depth(embedded_tokenizer):
             text = embedded_tokenizer.decode(ids)
             before, _, after = text.partition(" The pass key is 31415.")
             assert after.endswith("What is the pass key?\n\nAssistant:")
-            around = len(before) - len("User: "), len(after) - len(" Remember it. 31415 is the pass key.\n\nWhat is the pass key?\n\nAssistant:")
+            around = (
+                len(before) - len("User: "),
+                len(after)
+                - len(" Remember it. 31415 is the pass key.\n\nWhat is the pass key?\n\nAssistant:"),
+            )
             assert around[0] / sum(around) == pytest.approx(depth, abs=35 / sum(around))
 
 
 def test_a_heat_map_counts_the_right_answers(tmp_path):
     """The embedded model finds no needle, and says so: `not told` is what it answers, and what is counted here."""
     (tmp_path / "hay.txt").write_text("The owl sat in a tree. The bear ate honey.")
-    asked = ("--lengths", "64,128", "--depths", "0,100", "--needle", "My cup is red.", "--question", "What is my name?", "--haystack", str(tmp_path / "hay.txt"))
+    asked = (
+        "--lengths",
+        "64,128",
+        "--depths",
+        "0,100",
+        "--needle",
+        "My cup is red.",
+        "--question",
+        "What is my name?",
+        "--haystack",
+        str(tmp_path / "hay.txt"),
+    )
     out = json.loads(run_dsv2("niah", *asked, "--expect", "not told", "--tries", "2", "--json").stdout)
     assert len(out["trials"]) == 8
     for i, row in enumerate(out["found"]):
@@ -154,15 +237,38 @@ def test_a_heat_map_counts_the_right_answers(tmp_path):
             assert share == sum("not told" in trial["answer"] for trial in cell) / 2
     assert sum(map(sum, out["found"])) > 0
     done = run_dsv2("niah", *asked, "--expect", "Nora")
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0% in all" and "100%" in done.stdout.splitlines()[1]
+    assert (
+        done.returncode == 0
+        and done.stdout.splitlines()[-1] == "0% in all"
+        and "100%" in done.stdout.splitlines()[1]
+    )
 
 
-@pytest.mark.parametrize("wrong", [("--lengths", "5"), ("--lengths", "4096"), ("--depths", "101"), ("--lengths", "x"), ("--haystack", "/nowhere")], ids=" ".join)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--lengths", "5"),
+        ("--lengths", "4096"),
+        ("--depths", "101"),
+        ("--lengths", "x"),
+        ("--haystack", "/nowhere"),
+    ],
+    ids=" ".join,
+)
 def test_a_haystack_that_can_not_be_is_wrong_usage(wrong):
     done = run_dsv2("niah", *wrong)
-    assert done.returncode == 2 and done.stdout == "" and "error:" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and "error:" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_config_file_alone_is_enough_to_measure():
-    out = json.loads(run_dsv2("bench", "--random-weights", str(DATA / "golden" / "v2" / "config.json"), *SHORT, "--json").stdout)
+    out = json.loads(
+        run_dsv2(
+            "bench", "--random-weights", str(DATA / "golden" / "v2" / "config.json"), *SHORT, "--json"
+        ).stdout
+    )
     assert out["model"].startswith("random weights of") and len(out["runs"]) == 1

@@ -42,7 +42,13 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def talk(home, embedded, embedded_tokenizer):
     session = Session(embedded, embedded_tokenizer, "Be brief.")
-    return commands.Talk(session, Opened(EMBEDDED, "embedded", embedded.config, {}, embedded, make_plan(embedded.config, Compute()), 0.0), GREEDY)
+    return commands.Talk(
+        session,
+        Opened(
+            EMBEDDED, "embedded", embedded.config, {}, embedded, make_plan(embedded.config, Compute()), 0.0
+        ),
+        GREEDY,
+    )
 
 
 def say(talk, text):
@@ -146,7 +152,10 @@ def test_a_file_that_can_not_be_written_leaves_the_old_one_whole(talk):
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"format": "x"}', '[{"role": "robot", "content": "x"}]', '{"messages": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", '{"format": "x"}', '[{"role": "robot", "content": "x"}]', '{"messages": 3}', "\xff"],
+)
 def test_what_is_no_conversation_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(Dsv2Error, match=r"not a .*conversation"):
@@ -154,7 +163,11 @@ def test_what_is_no_conversation_is_refused(tmp_path, content):
 
 
 def test_a_list_of_messages_is_taken_in_and_a_conversation_written_out(talk, tmp_path):
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "And?"}]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "And?"},
+    ]
     (tmp_path / "in.json").write_text(json.dumps({"messages": messages}))
     commands.run(talk, f"/load {tmp_path / 'in.json'}")
     assert talk.session.messages == messages[:2] and talk.draft == "And?"
@@ -180,7 +193,9 @@ def test_a_session_is_named_and_never_written_over_another(talk):
 
 def test_a_program_may_wait_for_each_answer():
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsv2cli", "chat", "--temperature", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "dsv2cli", "chat", "--temperature", "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdin and process.stdout
     for ask, word in (("My name is Nora.", b"Nora"), ("What is my name?", b"Nora")):
@@ -202,7 +217,23 @@ def test_settings_and_the_system_prompt_change_on_the_way(talk):
     assert talk.session.messages == []
 
 
-@pytest.mark.parametrize("line", ["/sett x", "/set", "/set temperature", "/set temperature -1", "/set seed -1", "/undo", "/edit 9", "/load nowhere", "/save a/b", "/file /", "/copy", "/"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/sett x",
+        "/set",
+        "/set temperature",
+        "/set temperature -1",
+        "/set seed -1",
+        "/undo",
+        "/edit 9",
+        "/load nowhere",
+        "/save a/b",
+        "/file /",
+        "/copy",
+        "/",
+    ],
+)
 def test_senseless_commands_are_answered_with_a_sentence(talk, line):
     with pytest.raises(UsageError):
         commands.run(talk, line)
@@ -216,7 +247,10 @@ def test_an_unknown_command_suggests_the_nearest(talk):
 
 def fill(talk, turns=6):
     for i in range(turns):
-        talk.session.messages += [{"role": "user", "content": f"{i} " + "word " * 900}, {"role": "assistant", "content": "Yes."}]
+        talk.session.messages += [
+            {"role": "user", "content": f"{i} " + "word " * 900},
+            {"role": "assistant", "content": "Yes."},
+        ]
 
 
 def test_the_oldest_turns_make_room_and_the_system_prompt_stays(talk):
@@ -260,10 +294,19 @@ def test_a_summary_that_is_interrupted_leaves_the_conversation_as_it_was(talk):
 
 
 def test_the_person_is_asked_what_to_do_about_a_full_context(home):
-    store.save(store.path_of("long"), store.Conversation({"main": [
-        {"role": "user", "content": "word " * 3000}, {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "word " * 1000}, {"role": "assistant", "content": "Yes."},
-    ]}))  # fmt: skip
+    store.save(
+        store.path_of("long"),
+        store.Conversation(
+            {
+                "main": [
+                    {"role": "user", "content": "word " * 3000},
+                    {"role": "assistant", "content": "Yes."},
+                    {"role": "user", "content": "word " * 1000},
+                    {"role": "assistant", "content": "Yes."},
+                ]
+            }
+        ),
+    )
     child = in_terminal("chat", "--resume", "long", "--temperature", "0")
     child.expect(PROMPT)
     child.send("Hello\r")
@@ -287,7 +330,9 @@ def test_kill_during_an_answer_loses_neither_the_talk_nor_the_message(home):
     child = in_terminal("chat", "--continue", "--temperature", "0")
     child.expect(r"\d+ turns")
     child.expect(PROMPT)
-    child.send("\x15What is my name?\r")  # Ctrl-U takes the unanswered message away, if it had not been answered yet
+    child.send(
+        "\x15What is my name?\r"
+    )  # Ctrl-U takes the unanswered message away, if it had not been answered yet
     child.expect("Nora")
     child.expect("first after")
     leave(child)
@@ -311,9 +356,17 @@ def test_a_full_disk_is_said_once_and_ends_nothing(home):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
     child = pexpect.spawn(
-        sys.executable, ["-c", "import runpy, sys; sys.argv = ['dsv2', 'chat', '--temperature', '0']; runpy.run_module('dsv2cli', run_name='__main__')"],
-        encoding="utf-8", timeout=60, dimensions=(30, 100), env=os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"}, preexec_fn=full,
-    )  # fmt: skip
+        sys.executable,
+        [
+            "-c",
+            "import runpy, sys; sys.argv = ['dsv2', 'chat', '--temperature', '0']; runpy.run_module('dsv2cli', run_name='__main__')",
+        ],
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(30, 100),
+        env=os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"},
+        preexec_fn=full,
+    )
     child.expect(PROMPT)
     child.send("Hello\r")
     child.expect("could not be written")
@@ -350,11 +403,24 @@ def test_every_command_can_be_typed_and_tab_completes_it(home):
     child.send("Hello\r")
     child.expect("first after")
     for line, words in (
-        ("/he\tlp", "this list"), ("/show", "max_new_tokens"), ("/stats", "tok/s"), ("/tokens", "of 4,096 tokens"), ("/tokens a b", "2 tokens"),
-        ("/history", "1> Hello"), ("/copy", "in the clipboard"), ("/save my talk", "saved as my talk"), ("/sessions", "my talk"),
-        ("/load my\t talk", "1 turns"), ("/branch b", "new branch b"), ("/system Be kind.", "system prompt: Be kind."), ("/undo", "taken back: Hello"),
-        ("/branch main", "back on branch main"), ("/retry", "first after"), ("/clear", "a new conversation"), ("/nothing", "There is no command"),
-    ):  # fmt: skip
+        ("/he\tlp", "this list"),
+        ("/show", "max_new_tokens"),
+        ("/stats", "tok/s"),
+        ("/tokens", "of 4,096 tokens"),
+        ("/tokens a b", "2 tokens"),
+        ("/history", "1> Hello"),
+        ("/copy", "in the clipboard"),
+        ("/save my talk", "saved as my talk"),
+        ("/sessions", "my talk"),
+        ("/load my\t talk", "1 turns"),
+        ("/branch b", "new branch b"),
+        ("/system Be kind.", "system prompt: Be kind."),
+        ("/undo", "taken back: Hello"),
+        ("/branch main", "back on branch main"),
+        ("/retry", "first after"),
+        ("/clear", "a new conversation"),
+        ("/nothing", "There is no command"),
+    ):
         child.expect(PROMPT)
         typed, tab, rest = line.partition("\t")
         child.send(typed + tab)
@@ -370,13 +436,24 @@ def test_every_command_can_be_typed_and_tab_completes_it(home):
 
 def test_tab_offers_what_belongs_behind_a_command(talk, tmp_path):
     def offered(text):
-        return {completion.text for completion in Suggestions(talk).get_completions(Document(text), CompleteEvent())}
+        return {
+            completion.text
+            for completion in Suggestions(talk).get_completions(Document(text), CompleteEvent())
+        }
 
     say(talk, "Hello")
     commands.run(talk, "/save my talk")
     (tmp_path / "notes.txt").touch()
-    assert offered("/re") == {"retry"} and offered("/set temp") == {"temperature"} and offered("/load my") >= {"my talk"}
-    assert offered(f"/file {tmp_path}/no") == {"tes.txt"} and offered("/branch ") == {"main"} and offered("hello /re") == set()
+    assert (
+        offered("/re") == {"retry"}
+        and offered("/set temp") == {"temperature"}
+        and offered("/load my") >= {"my talk"}
+    )
+    assert (
+        offered(f"/file {tmp_path}/no") == {"tes.txt"}
+        and offered("/branch ") == {"main"}
+        and offered("hello /re") == set()
+    )
 
 
 def test_ctrl_g_opens_the_editor(home, tmp_path):
@@ -421,7 +498,10 @@ def test_after_ctrl_c_the_next_answer_is_that_of_a_fresh_prefill(home, embedded,
     messages = store.load(path).branches["main"]
     other = Session(embedded, embedded_tokenizer)
     other.messages = messages[:2]
-    assert len(messages) == 4 and "".join(other.reply(messages[2]["content"], GREEDY, Result())) == messages[3]["content"]
+    assert (
+        len(messages) == 4
+        and "".join(other.reply(messages[2]["content"], GREEDY, Result())) == messages[3]["content"]
+    )
 
 
 def test_a_paste_of_ten_thousand_lines_is_one_message_and_refused_whole(home):
@@ -482,7 +562,9 @@ def flowed(text, columns=40, drawn=True, step=3):
 def test_markdown_is_drawn_the_same_however_the_text_arrives(step):
     bold, code, plain = "\x1b[1m", "\x1b[36m", "\x1b[0m"
     shown = flowed("# Big\n- a **very** `x y`\n2 * 3 ** 4\n", step=step)
-    assert shown == f"{bold}Big{plain}\n\u2022 a {bold}very{plain} {code}x{plain} {code}y{plain}\n2 * 3 ** 4\n"
+    assert (
+        shown == f"{bold}Big{plain}\n\u2022 a {bold}very{plain} {code}x{plain} {code}y{plain}\n2 * 3 ** 4\n"
+    )
 
 
 def test_code_is_highlighted_by_line_and_never_broken():
@@ -525,7 +607,10 @@ def test_a_file_goes_before_the_next_message_and_its_escapes_stay_harmless(talk,
 
 
 def test_messages_as_json_give_messages_as_json():
-    lines = [[{"role": "user", "content": "My name is Nora."}], [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]]
+    lines = [
+        [{"role": "user", "content": "My name is Nora."}],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+    ]
     done = run_dsv2("chat", "--json", "--temperature", "0", stdin="\n".join(map(json.dumps, lines)))
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["role"] for answer in answers] == ["assistant"] * 2 and "Nora" in answers[0]["content"]

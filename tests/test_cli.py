@@ -37,22 +37,55 @@ def test_the_prompt_is_the_argument_or_all_of_stdin_or_both():
     options = ("--json", "-n", "1", "--seed", "0")
     whole = json.loads(run_dsv2("complete", "Once upon\na time", *options).stdout)["prompt_ids"]
     assert json.loads(run_dsv2("complete", *options, stdin="Once upon\na time").stdout)["prompt_ids"] == whole
-    assert json.loads(run_dsv2("complete", "a time", *options, stdin="Once upon\n").stdout)["prompt_ids"] == whole
+    assert (
+        json.loads(run_dsv2("complete", "a time", *options, stdin="Once upon\n").stdout)["prompt_ids"]
+        == whole
+    )
 
 
 def test_json_tells_all_there_is_to_know():
-    done = run_dsv2("complete", "--prompt-ids", "1,2,3", "-m", V2, "--json", "--logprobs", "2", "-n", "4", "--ignore-eos", *GREEDY)
+    done = run_dsv2(
+        "complete",
+        "--prompt-ids",
+        "1,2,3",
+        "-m",
+        V2,
+        "--json",
+        "--logprobs",
+        "2",
+        "-n",
+        "4",
+        "--ignore-eos",
+        *GREEDY,
+    )
     assert done.stdout.count("\n") == 1
     out = json.loads(done.stdout)
     assert set(out) == {
-        "text", "prompt_ids", "token_ids", "finish_reason", "logprobs", "usage", "timing", "seed", "model",
-    }  # fmt: skip
+        "text",
+        "prompt_ids",
+        "token_ids",
+        "finish_reason",
+        "logprobs",
+        "usage",
+        "timing",
+        "seed",
+        "model",
+    }
     assert out["prompt_ids"] == [1, 2, 3] and len(out["token_ids"]) == 4 and out["finish_reason"] == "length"
     assert out["usage"] == {"prompt_tokens": 3, "generated_tokens": 4, "reused_tokens": 0}
-    assert set(out["timing"]) == {"load_seconds", "ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second"}
+    assert set(out["timing"]) == {
+        "load_seconds",
+        "ttft_seconds",
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+    }
     assert all(value > 0 for value in out["timing"].values())
     for token_id, entry in zip(out["token_ids"], out["logprobs"], strict=True):
-        assert entry["token_id"] == token_id and entry["top"][0] == [token_id, entry["logprob"]] and len(entry["top"]) == 2
+        assert (
+            entry["token_id"] == token_id
+            and entry["top"][0] == [token_id, entry["logprob"]]
+            and len(entry["top"]) == 2
+        )
 
 
 def test_without_a_tokenizer_ids_go_in_and_out():
@@ -64,7 +97,9 @@ def test_without_a_tokenizer_ids_go_in_and_out():
 def test_stop_and_finish_reason():
     story = json.loads(run_dsv2("complete", "Once upon a time", "--json", *GREEDY, "-n", "40").stdout)
     stop = story["text"][10:15]
-    cut = json.loads(run_dsv2("complete", "Once upon a time", "--json", *GREEDY, "-n", "40", "--stop", stop).stdout)
+    cut = json.loads(
+        run_dsv2("complete", "Once upon a time", "--json", *GREEDY, "-n", "40", "--stop", stop).stdout
+    )
     assert cut["finish_reason"] == "stop" and cut["text"] == story["text"][: story["text"].index(stop)]
 
 
@@ -91,7 +126,11 @@ def test_a_failure_is_exit_code_1_and_a_sentence(copy_of_v2):
     shard = copy_of_v2 / "model-00002-of-000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     fails(run_dsv2("complete", "--prompt-ids", "1", "--model", str(copy_of_v2)), 1, shard.name, "truncated")
-    fails(run_dsv2("complete", "hi", "--model", "no-such/repository", HF_HUB_OFFLINE="1"), 1, "no-such/repository")
+    fails(
+        run_dsv2("complete", "hi", "--model", "no-such/repository", HF_HUB_OFFLINE="1"),
+        1,
+        "no-such/repository",
+    )
 
 
 def test_a_reader_that_leaves_early_is_no_failure():
@@ -103,8 +142,10 @@ def test_a_reader_that_leaves_early_is_no_failure():
 def test_an_interruption_is_exit_code_130_and_keeps_what_there_was():
     process = subprocess.Popen(
         [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "4000", "--ignore-eos"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -116,8 +157,9 @@ def test_an_interruption_with_json_still_gives_the_object():
     for seconds in (4, 8, 16):  # starting takes 2 s or, on a busy machine, more; 4,000 tokens take some 10 s
         process = subprocess.Popen(
             [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "4000", "--ignore-eos", "--json"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
@@ -178,7 +220,11 @@ def test_bench_measures_and_its_json_adds_up():
             assert 0 < run[name]["min"] <= run[name]["median"] <= run[name]["max"]
     assert out["kv_bytes_per_token"] == 6 * (64 + 16) * 4
     assert out["kv_bytes_per_token_expanded"] == 6 * 7 * (48 + 32) * 4
-    assert out["weights_bytes"] > 20e6 and out["load_seconds"] > 0 and out["peak_memory_bytes"] > out["weights_bytes"]
+    assert (
+        out["weights_bytes"] > 20e6
+        and out["load_seconds"] > 0
+        and out["peak_memory_bytes"] > out["weights_bytes"]
+    )
 
 
 def test_bench_prints_a_table_and_the_ratio_to_transformers():
@@ -210,25 +256,40 @@ def test_no_model_is_needed_to_ask_for_help():
         assert done.returncode == 0 and "--model" in done.stdout
 
 
-@pytest.mark.parametrize("command", [("complete", "Once upon a time", "-n", "12"), ("chat", "-n", "12")], ids=["complete", "chat"])
+@pytest.mark.parametrize(
+    "command", [("complete", "Once upon a time", "-n", "12"), ("chat", "-n", "12")], ids=["complete", "chat"]
+)
 def test_sampling_options_do_what_they_say(command):
     """The likeliest token always: the only one of top-k 1, and the only one as likely as the likeliest."""
     stdin = "Tell me a story.\n" if command[0] == "chat" else ""
     likeliest = run_dsv2(*command, "--temperature", "0", stdin=stdin).stdout
-    assert likeliest and run_dsv2(*command, "--temperature", "5", "--top-k", "1", stdin=stdin).stdout == likeliest
+    assert (
+        likeliest
+        and run_dsv2(*command, "--temperature", "5", "--top-k", "1", stdin=stdin).stdout == likeliest
+    )
     assert run_dsv2(*command, "--temperature", "5", "--min-p", "1", stdin=stdin).stdout == likeliest
     assert run_dsv2(*command, "--temperature", "5", "--top-p", "0.0001", stdin=stdin).stdout == likeliest
-    assert run_dsv2(*command, "--temperature", "0", "--repetition-penalty", "1000", stdin=stdin).stdout != likeliest
+    assert (
+        run_dsv2(*command, "--temperature", "0", "--repetition-penalty", "1000", stdin=stdin).stdout
+        != likeliest
+    )
 
 
 def test_a_great_penalty_repeats_nothing():
-    out = json.loads(run_dsv2("complete", "Once", "--temperature", "0", "--repetition-penalty", "1000", "-n", "40", "--json").stdout)
+    out = json.loads(
+        run_dsv2(
+            "complete", "Once", "--temperature", "0", "--repetition-penalty", "1000", "-n", "40", "--json"
+        ).stdout
+    )
     assert len(set(out["token_ids"])) == 40
 
 
 @pytest.mark.parametrize("path", ["absorbed", "expanded", "reference"])
 def test_every_attention_path_says_the_same(path):
-    plain, options = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "12").stdout, (*GREEDY, "--attention", path, "--threads", "2", "--kernels", "off")
+    plain, options = (
+        run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "12").stdout,
+        (*GREEDY, "--attention", path, "--threads", "2", "--kernels", "off"),
+    )
     assert run_dsv2("complete", "Once upon a time", "-n", "12", *options).stdout == plain
     talk = run_dsv2("chat", "-n", "12", *GREEDY, stdin="Hello\n").stdout
     assert run_dsv2("chat", "-n", "12", *options, stdin="Hello\n").stdout == talk
@@ -236,14 +297,18 @@ def test_every_attention_path_says_the_same(path):
 
 def test_bench_and_niah_run_as_they_are_told():
     paths = ("--attention", "absorbed", "--kernels", "off", "--threads", "2")
-    out = json.loads(run_dsv2("bench", "--prompt", "8", "--generate", "2", "-r", "1", "--json", *paths).stdout)
+    out = json.loads(
+        run_dsv2("bench", "--prompt", "8", "--generate", "2", "-r", "1", "--json", *paths).stdout
+    )
     assert (out["attention"], out["kernels"], out["device"]) == ("absorbed", "plain torch", "CPU, 2 threads")
     done = run_dsv2("niah", "--lengths", "128", "--depths", "50", "--json", *paths)
     assert done.returncode == 0 and len(json.loads(done.stdout)["trials"]) == 1
 
 
 def test_quantize_packs_in_the_groups_asked_for(tmp_path):
-    done = run_dsv2("quantize", V2, str(tmp_path / "out"), "--to", "int8", "--group", "32", "--kernels", "off")
+    done = run_dsv2(
+        "quantize", V2, str(tmp_path / "out"), "--to", "int8", "--group", "32", "--kernels", "off"
+    )
     assert done.returncode == 0
     packing = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (packing["bits"], packing["group"]) == (8, 32)
@@ -251,9 +316,16 @@ def test_quantize_packs_in_the_groups_asked_for(tmp_path):
 
 def test_a_full_context_from_a_pipe_is_dropped_from_or_refused():
     long = "word " * 1500
-    done = run_dsv2("chat", "--on-overflow", "drop", "-n", "3", *GREEDY, stdin=f"{long}\n{long}\n{long}\nHello\n")
+    done = run_dsv2(
+        "chat", "--on-overflow", "drop", "-n", "3", *GREEDY, stdin=f"{long}\n{long}\n{long}\nHello\n"
+    )
     assert done.returncode == 0, done.stderr
-    assert run_dsv2("chat", "--on-overflow", "stop", "-n", "3", *GREEDY, stdin=f"{long}\n{long}\n{long}\nHello\n").returncode != 0
+    assert (
+        run_dsv2(
+            "chat", "--on-overflow", "stop", "-n", "3", *GREEDY, stdin=f"{long}\n{long}\n{long}\nHello\n"
+        ).returncode
+        != 0
+    )
 
 
 def test_plain_shows_markdown_as_it_is_written():

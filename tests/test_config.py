@@ -29,7 +29,9 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
 
 
 def test_a_preset_comes_before_the_files_other_tables_and_after_the_command_line(config):
-    config.write_text('[chat]\nmax_new_tokens = 2\n[presets.long]\nmax-new-tokens = 9\ntemperature = 0\nsystem = "Be brief."\n')
+    config.write_text(
+        '[chat]\nmax_new_tokens = 2\n[presets.long]\nmax-new-tokens = 9\ntemperature = 0\nsystem = "Be brief."\n'
+    )
     ask = {"stdin": json.dumps([{"role": "user", "content": "Tell me a story."}])}
 
     def tokens(*arguments):
@@ -41,16 +43,22 @@ def test_a_preset_comes_before_the_files_other_tables_and_after_the_command_line
 @pytest.mark.parametrize(
     ("content", "arguments", "words"),
     [
-        ("[chat", ["chat"], "can not be read"), ("[chatt]", ["chat"], "[chatt] is unknown"), ("x = 1", ["chat"], "[x] is unknown"),
-        ("[chat]\ntemprature = 1", ["chat"], "did you mean temperature?"), ("[chat]\nseed = 'x'", ["chat"], "seed"),
-        ("", ["chat", "--preset", "x"], "There is no preset 'x'"), ("[presets.x]\nfoo = 1", ["chat", "--preset", "x"], "no option 'foo'"),
+        ("[chat", ["chat"], "can not be read"),
+        ("[chatt]", ["chat"], "[chatt] is unknown"),
+        ("x = 1", ["chat"], "[x] is unknown"),
+        ("[chat]\ntemprature = 1", ["chat"], "did you mean temperature?"),
+        ("[chat]\nseed = 'x'", ["chat"], "seed"),
+        ("", ["chat", "--preset", "x"], "There is no preset 'x'"),
+        ("[presets.x]\nfoo = 1", ["chat", "--preset", "x"], "no option 'foo'"),
         ("[presets]\nx = 1", ["chat", "--preset", "x"], "There is no preset 'x'"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_said(config, content, arguments, words):
     config.write_text(content)
     done = run_dsv2(*arguments, stdin="Hello")
-    assert done.returncode == 2 and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_config_shows_the_file_or_an_example_that_is_good(config):

@@ -16,15 +16,23 @@ from conftest import CPU
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.checkpoint.weights import empty_model, load_model
-from dsv2cli.demo import chats
-from dsv2cli.demo.chats import make_chat
-from dsv2cli.demo.corpus import render, rule_made
-from dsv2cli.demo.evaluate import IDENTITY, IMPOSSIBLE
-from dsv2cli.demo.intents import CAN_NOT_ROWS, EVERYDAY_ROWS, IDENTITY_ROWS, SLOTS, SMALL_TALK_ROWS
-from dsv2cli.demo.stories import HELD_OUT_PLOTS, MORALS, PLOTS, tell
-from dsv2cli.demo.train import SMALL, evaluate, held_out_rows, initialise, learning_rate, make_optimizer, next_token_loss
 from dsv2cli.engine.generate import Request, Result, stream_text
 from dsv2cli.engine.sampling import SamplingParams
+from training import chats
+from training.chats import make_chat
+from training.corpus import render, rule_made
+from training.evaluate import IDENTITY, IMPOSSIBLE
+from training.intents import CAN_NOT_ROWS, EVERYDAY_ROWS, IDENTITY_ROWS, SLOTS, SMALL_TALK_ROWS
+from training.stories import HELD_OUT_PLOTS, MORALS, PLOTS, tell
+from training.train import (
+    SMALL,
+    evaluate,
+    held_out_rows,
+    initialise,
+    learning_rate,
+    make_optimizer,
+    next_token_loss,
+)
 
 
 def test_the_corpus_follows_from_its_seed():
@@ -50,7 +58,9 @@ def pattern(ask):
     known = SLOTS | chats.AFTER_A | {"name": chats.NAMES}
     parts = chats.SLOT.split(ask.lower().strip(".?!"))
     slots = ["|".join(map(re.escape, known[name])).lower() if name in known else ".+" for name in parts[1::2]]
-    return re.compile(re.escape(parts[0]) + "".join(f"({a}){re.escape(b)}" for a, b in zip(slots, parts[2::2], strict=True)))
+    return re.compile(
+        re.escape(parts[0]) + "".join(f"({a}){re.escape(b)}" for a, b in zip(slots, parts[2::2], strict=True))
+    )
 
 
 def test_no_evaluated_wording_is_trained_on():
@@ -109,7 +119,7 @@ def test_chats_are_rendered_as_the_chat_template_does(embedded_tokenizer):
 
 
 def test_training_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "dsv2cli.demo.train", str(tmp_path), "--batch", "1", "--minutes"]
+    command = [sys.executable, "-m", "training.train", str(tmp_path), "--batch", "1", "--minutes"]
     subprocess.run([*command, "0.1"], check=True, capture_output=True)
     first = torch.load(tmp_path / "state.pt", weights_only=True)
     subprocess.run([*command, "0.25"], check=True, capture_output=True)
@@ -122,7 +132,10 @@ def test_training_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_path):
 def test_training_steps_teach_what_they_show():
     model = empty_model(SMALL, CPU, torch.float32)
     initialise(model, seed=0)
-    optimizer, rows = make_optimizer(model), torch.randint(4000, (1, 65), generator=torch.Generator().manual_seed(0))
+    optimizer, rows = (
+        make_optimizer(model),
+        torch.randint(4000, (1, 65), generator=torch.Generator().manual_seed(0)),
+    )
     losses = []
     for _ in range(12):
         losses.append(next_token_loss(model, rows))
@@ -134,7 +147,16 @@ def test_training_steps_teach_what_they_show():
 
 
 def test_training_can_begin_from_a_finished_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "dsv2cli.demo.train", str(tmp_path), "--begin", str(EMBEDDED), "--batch", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "training.train",
+        str(tmp_path),
+        "--begin",
+        str(EMBEDDED),
+        "--batch",
+        "1",
+    ]
     subprocess.run([*command, "--minutes", "0.02", "--lr", "1e-9"], check=True, capture_output=True)
     model, tokenizer = load_model(tmp_path / "checkpoint", CPU), Tokenizer(tmp_path / "checkpoint")
     assert evaluate(model, held_out_rows(tokenizer.fast, False, 2)) < 1.0

@@ -21,7 +21,17 @@ def doctor(*arguments, **environment):
 def test_all_is_well_here():
     done = run_dsv2("doctor")
     assert done.returncode == 0 and done.stdout.endswith("nothing is wrong\n") and done.stderr == ""
-    for name in ("python", "torch", "gpu", "compiler", "cpu kernels", "weights", "tokenizer", "begin of text", "template"):
+    for name in (
+        "python",
+        "torch",
+        "gpu",
+        "compiler",
+        "cpu kernels",
+        "weights",
+        "tokenizer",
+        "begin of text",
+        "template",
+    ):
         assert f" {name}: " in done.stdout
 
 
@@ -51,16 +61,31 @@ def break_tokenizer(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("damage", "name", "words"), [
-    (truncate, "weights", "truncated"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", "tokenizer.json is missing"),
-    (break_tokenizer, "tokenizer", "comes back as"),
-    (change("config.json", bos_token_id=7), "begin of text", "config.json says 7"),
-    (change("config.json", hidden_size=100), "weights", "shape"),
-    (change("config.json", scoring_func="sigmoid"), "config", "scoring_func"),
-    (change("tokenizer_config.json", chat_template="{{ bos_token }}{{ bos_token }}{{ messages[0].content }}"), "template", "twice"),
-    (change("tokenizer_config.json", chat_template="{{ raise_exception('no') }}"), "template", "rejected"),
-], ids=["shard", "no tokenizer", "spaces", "bos", "shape", "config", "twice", "template"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "name", "words"),
+    [
+        (truncate, "weights", "truncated"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer", "tokenizer.json is missing"),
+        (break_tokenizer, "tokenizer", "comes back as"),
+        (change("config.json", bos_token_id=7), "begin of text", "config.json says 7"),
+        (change("config.json", hidden_size=100), "weights", "shape"),
+        (change("config.json", scoring_func="sigmoid"), "config", "scoring_func"),
+        (
+            change(
+                "tokenizer_config.json",
+                chat_template="{{ bos_token }}{{ bos_token }}{{ messages[0].content }}",
+            ),
+            "template",
+            "twice",
+        ),
+        (
+            change("tokenizer_config.json", chat_template="{{ raise_exception('no') }}"),
+            "template",
+            "rejected",
+        ),
+    ],
+    ids=["shard", "no tokenizer", "spaces", "bos", "shape", "config", "twice", "template"],
+)
 def test_what_is_broken_is_named(tmp_path, damage, name, words):
     shutil.copytree(EMBEDDED, tmp_path / "model")
     damage(tmp_path / "model")

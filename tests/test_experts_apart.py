@@ -18,7 +18,11 @@ from dsv2cli.model.fused import bare_part, refusal, use_kernels
 from dsv2cli.model.transformer import Experts, MoE
 
 GREEDY = ("--temperature", "0", "-n", "12")
-WITH_EXPERTS = [folder for folder in golden_folders() if json.loads((folder / "config.json").read_text()).get("n_routed_experts")]
+WITH_EXPERTS = [
+    folder
+    for folder in golden_folders()
+    if json.loads((folder / "config.json").read_text()).get("n_routed_experts")
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,9 @@ def test_golden_logits_hold_with_experts_apart(folder):
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_the_kernels_compute_experts_where_they_lie(kernels, folder, format):
     """Prefill and decode in bf16 against the plain path over the same weights, as far as two roundings may differ."""
-    plain, fast = (load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels, apart=0) for _ in range(2))
+    plain, fast = (
+        load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels, apart=0) for _ in range(2)
+    )
     if why := refusal(fast.config, CPU, torch.bfloat16):
         pytest.skip(why)
     use_kernels(fast, kernels)
@@ -55,7 +61,10 @@ def test_the_kernels_compute_experts_where_they_lie(kernels, folder, format):
         for a, b in zip(plain.model.layers, fast.model.layers, strict=True):
             if isinstance(a.mlp, MoE):
                 index, weight = a.mlp.gate(x)
-                expected, found = a.mlp.run_routed(x, index, weight).float(), b.mlp.run_routed(x, index, weight).float()
+                expected, found = (
+                    a.mlp.run_routed(x, index, weight).float(),
+                    b.mlp.run_routed(x, index, weight).float(),
+                )
                 assert (found - expected).norm() < (0.02 if format is None else 0.04) * expected.norm()
 
 
@@ -100,7 +109,10 @@ def test_one_mlp_without_its_norm(kernels, bits, n, hidden, v2):
     from dataclasses import replace
 
     torch.manual_seed(0)
-    gate_up, down = stack(1, 3 * hidden, hidden, bits).unbind()[0], stack(1, hidden, 3 * hidden // 2, bits).unbind()[0]
+    gate_up, down = (
+        stack(1, 3 * hidden, hidden, bits).unbind()[0],
+        stack(1, hidden, 3 * hidden // 2, bits).unbind()[0],
+    )
     x = torch.randn(n, hidden).bfloat16()
     found = kernels.feed(bare_part(replace(v2.config, hidden_size=hidden), gate_up, down), x).float()
     expected = gated_mlp(x, gate_up, down).float()
@@ -111,14 +123,21 @@ def test_only_the_experts_are_packed():
     folder = WITH_EXPERTS[0]
     whole, packed = load_model(folder, CPU, apart=0), load_model(folder, CPU, format="int4", apart=0)
     names = [name for name, module in packed.named_modules() if isinstance(module, Quantized)]
-    assert names and all(".mlp.experts." in name for name in names) and weights_bytes(packed) < weights_bytes(whole)
+    assert (
+        names
+        and all(".mlp.experts." in name for name in names)
+        and weights_bytes(packed) < weights_bytes(whole)
+    )
 
 
 def test_commands_run_with_experts_apart():
     plain, apart = run_dsv2("complete", "Once upon a time", *GREEDY).stdout, ("--experts", "cpu")
     done = run_dsv2("complete", "Once upon a time", *GREEDY, *apart)
     assert done.returncode == 0 and done.stdout == plain and done.stderr == ""
-    assert run_dsv2("chat", *GREEDY, *apart, stdin="Hello\n").stdout == run_dsv2("chat", *GREEDY, stdin="Hello\n").stdout
+    assert (
+        run_dsv2("chat", *GREEDY, *apart, stdin="Hello\n").stdout
+        == run_dsv2("chat", *GREEDY, stdin="Hello\n").stdout
+    )
     assert run_dsv2("bench", "--prompt", "8", "--generate", "2", "-r", "1", *apart).returncode == 0
     assert run_dsv2("niah", "--lengths", "128", "--depths", "0", *apart).returncode == 0
     assert "routed experts of 5 layers in RAM" in run_dsv2("complete", "Once", "--dry-run", *apart).stdout

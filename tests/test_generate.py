@@ -64,7 +64,9 @@ def test_senseless_values_are_refused_by_name(name):
 
 
 def test_same_seed_same_text_and_another_seed_another(embedded, embedded_tokenizer):
-    texts = [run(embedded, embedded_tokenizer, "Once", max_new_tokens=40, seed=seed).text for seed in (1, 1, 2)]
+    texts = [
+        run(embedded, embedded_tokenizer, "Once", max_new_tokens=40, seed=seed).text for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -79,14 +81,17 @@ def test_logprobs_are_those_of_a_fresh_pass_over_the_text(embedded, embedded_tok
         assert [pair[0] for pair in token.top] == row.topk(3).indices.tolist()
 
 
-@pytest.mark.parametrize(("pieces", "stop", "shown"), [
-    (["Hello wor", "ld!"], ["world"], "Hello "),
-    (["a", "b", "c", "d"], ["cd"], "ab"),
-    (["a#", "#b"], ["###"], "a##b"),
-    (["one two three"], ["three", "two"], "one "),
-    (["aab"], ["ab"], "a"),
-    (["x"], [], "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pieces", "stop", "shown"),
+    [
+        (["Hello wor", "ld!"], ["world"], "Hello "),
+        (["a", "b", "c", "d"], ["cd"], "ab"),
+        (["a#", "#b"], ["###"], "a##b"),
+        (["one two three"], ["three", "two"], "one "),
+        (["aab"], ["ab"], "a"),
+        (["x"], [], "x"),
+    ],
+)
 def test_stop_strings_are_found_across_pieces_and_never_shown(pieces, stop, shown):
     stops = StopStrings(stop)
     text = "".join(stops.add(piece) for piece in pieces if not stops.found)

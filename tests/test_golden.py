@@ -25,7 +25,9 @@ def test_logits_and_greedy_text_are_those_of_the_official_code(folder, path):
     model.use_attention(path)
     for prompt in "ABC":
         ids = golden[f"{prompt}.input_ids"].long().view(1, -1)
-        torch.testing.assert_close(model.logits(model(ids))[0], golden[f"{prompt}.logits"], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            model.logits(model(ids))[0], golden[f"{prompt}.logits"], rtol=0, atol=TOLERANCE
+        )
         cache = model.new_cache()
         one_by_one = torch.cat([model.logits(model(token, cache))[0] for token in ids.split(1, dim=1)])
         torch.testing.assert_close(one_by_one, golden[f"{prompt}.decode_logits"], rtol=0, atol=TOLERANCE)

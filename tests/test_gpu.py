@@ -27,12 +27,27 @@ from dsv2cli.model.fused import triton_refusal, use_kernels
 from dsv2cli.model.rope import rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]  # interpreted tl.dot is wrong in bf16
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    *([torch.bfloat16] if DEVICE.type == "cuda" else []),
+]  # interpreted tl.dot is wrong in bf16
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 # Widths of V2 and V2-Lite, fewer rows; and odd ones.
 SHAPES = [(16, 2048), (20, 1408), (16, 5120), (24, 1536), (32, 512), (19, 50), (1, 7), (130, 96)]
 GREEDY = SamplingParams(temperature=0.0)
-OPTIONS = ("-m", str(DATA / "golden" / "v2"), "--prompt-ids", "5,6,7", "--ignore-eos", "-n", "2", "--temperature", "0", "--json")
+OPTIONS = (
+    "-m",
+    str(DATA / "golden" / "v2"),
+    "--prompt-ids",
+    "5,6,7",
+    "--ignore-eos",
+    "-n",
+    "2",
+    "--temperature",
+    "0",
+    "--json",
+)
 
 
 def weights(values, kind, dtype, parts=1, group=64):
@@ -53,7 +68,12 @@ def random(*shape, dtype=torch.float32):
 
 
 # Interpreted, the wide ones take their time: each in one number format then, by turns.
-PRODUCTS = [(shape, dtype) for i, shape in enumerate(SHAPES) for j, dtype in enumerate(DTYPES) if DEVICE.type == "cuda" or shape[1] < 500 or i % 2 == j]
+PRODUCTS = [
+    (shape, dtype)
+    for i, shape in enumerate(SHAPES)
+    for j, dtype in enumerate(DTYPES)
+    if DEVICE.type == "cuda" or shape[1] < 500 or i % 2 == j
+]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), PRODUCTS)
@@ -67,7 +87,11 @@ def test_a_product_equals_the_plain_one(shape, dtype):
             normed = rms_norm(x, norm, 1e-6)
             both = gpu_linear.linear(x, table(weight), table(other), norm=norm, eps=1e-6)
             close(both, torch.cat([linear(normed, weight), linear(normed, other)], dim=1), ROUNDING[dtype])
-            close(gpu_linear.linear(x, table(weight), residual=residual.clone()), residual + linear(x, weight), ROUNDING[dtype])
+            close(
+                gpu_linear.linear(x, table(weight), residual=residual.clone()),
+                residual + linear(x, weight),
+                ROUNDING[dtype],
+            )
 
 
 def run_ptx(text, word):
@@ -91,7 +115,11 @@ def run_ptx(text, word):
 
 def test_the_gpus_own_instructions_unpack_every_code():
     """The interpreter takes another road there, so these are read here."""
-    for word in [int.from_bytes(bytes([code | (15 - code) << 4] * 4), "little") for code in range(16)] + [0x76543210, 0xFEDCBA98, 0x1E2D3C4B]:
+    for word in [int.from_bytes(bytes([code | (15 - code) << 4] * 4), "little") for code in range(16)] + [
+        0x76543210,
+        0xFEDCBA98,
+        0x1E2D3C4B,
+    ]:
         low, high = run_ptx(gpu_linear.UNPACK.value, word)
         for j in range(4):
             byte = word >> (8 * j) & 255
@@ -104,7 +132,13 @@ def added(x, feed, first=0):
     return gpu_experts.run(out, feed, out, first)
 
 
-ROUTINGS = [(8, 2, 1, 1, False), (20, 3, 5, 2, False), (6, 2, 1, 1, True), (64, 6, 1, 1, False), (160, 6, 8, 3, False)]
+ROUTINGS = [
+    (8, 2, 1, 1, False),
+    (20, 3, 5, 2, False),
+    (6, 2, 1, 1, True),
+    (64, 6, 1, 1, False),
+    (160, 6, 8, 3, False),
+]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -119,36 +153,74 @@ def test_the_router_chooses_as_the_plain_one(routing):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [16, 8, 4])
-@pytest.mark.parametrize(("routing", "hidden", "width", "shared"), [(ROUTINGS[0], 96, 40, 2), (ROUTINGS[1], 64, 64, 1), (ROUTINGS[2], 50, 24, 0)])
+@pytest.mark.parametrize(
+    ("routing", "hidden", "width", "shared"),
+    [(ROUTINGS[0], 96, 40, 2), (ROUTINGS[1], 64, 64, 1), (ROUTINGS[2], 50, 24, 0)],
+)
 def test_experts_equal_the_plain_ones(routing, hidden, width, shared, kind, dtype):
     torch.manual_seed(2)
     group = 32 if kind == 4 else 64
     e, top_k, *rest = routing
     norm, router = (torch.rand(hidden) + 0.5).to(DEVICE, dtype), random(e, hidden)
-    gate_up, down = weights(torch.randn(e, 2 * width, hidden) * 0.2, kind, dtype, 2, group), weights(torch.randn(e, hidden, width) * 0.2, kind, dtype, 1, group)
-    shared_gate_up = weights(torch.randn(2 * width * shared, hidden) * 0.2, kind, dtype, 2, group) if shared else None
-    shared_down = weights(torch.randn(hidden, width * shared) * 0.2, kind, dtype, 1, group) if shared else None
+    gate_up, down = (
+        weights(torch.randn(e, 2 * width, hidden) * 0.2, kind, dtype, 2, group),
+        weights(torch.randn(e, hidden, width) * 0.2, kind, dtype, 1, group),
+    )
+    shared_gate_up = (
+        weights(torch.randn(2 * width * shared, hidden) * 0.2, kind, dtype, 2, group) if shared else None
+    )
+    shared_down = (
+        weights(torch.randn(hidden, width * shared) * 0.2, kind, dtype, 1, group) if shared else None
+    )
     extra = (table(shared_gate_up), table(shared_down)) if shared else (None, None)
-    feed = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up), table(down), *extra)
+    feed = gpu_experts.Feed(
+        norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up), table(down), *extra
+    )
     dense = gpu_experts.Feed(norm, 1e-6, None, gpu_experts.NO_ROUTING, None, None, *extra)
     for count in (2, gpu_experts.FEW + 3):
         x = random(count, hidden, dtype=dtype)
         inner = rms_norm(x, norm, 1e-6)
         index, weight = experts.route(linear(inner.float(), router), top_k, *rest, 2.5)
-        routed, mlp = experts.run_experts(inner, index, weight, gate_up, down), gated_mlp(inner, shared_gate_up, shared_down) if shared else 0
+        routed, mlp = (
+            experts.run_experts(inner, index, weight, gate_up, down),
+            gated_mlp(inner, shared_gate_up, shared_down) if shared else 0,
+        )
         close(added(x, feed), x + routed + mlp, 2 * ROUNDING[dtype])
         if shared:
             close(added(x, dense), x + mlp, 2 * ROUNDING[dtype])
         if kind == 16:  # as one of several ranks, with experts 2 to 4
-            some = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up[2:5]), table(down[2:5]), None, None)
+            some = gpu_experts.Feed(
+                norm,
+                1e-6,
+                router,
+                gpu_experts.Routing(*routing, 2.5),
+                table(gate_up[2:5]),
+                table(down[2:5]),
+                None,
+                None,
+            )
             wanted = x + experts.run_experts(inner, index, weight, gate_up[2:5], down[2:5], first=2)
             close(added(x, some, 2), wanted, 2 * ROUNDING[dtype])
 
 
 def test_scores_that_are_no_numbers_harm_nobody_else():
     torch.manual_seed(3)
-    norm, router, gate_up, down = torch.ones(32, device=DEVICE), random(8, 32), random(8, 32, 32), random(8, 32, 16)
-    feed = gpu_experts.Feed(norm, 1e-6, router, gpu_experts.Routing(8, 2, 1, 1, False, 1.0), table(gate_up), table(down), None, None)
+    norm, router, gate_up, down = (
+        torch.ones(32, device=DEVICE),
+        random(8, 32),
+        random(8, 32, 32),
+        random(8, 32, 16),
+    )
+    feed = gpu_experts.Feed(
+        norm,
+        1e-6,
+        router,
+        gpu_experts.Routing(8, 2, 1, 1, False, 1.0),
+        table(gate_up),
+        table(down),
+        None,
+        None,
+    )
     for count in (3, gpu_experts.FEW + 1):
         x = random(count, 32)
         alone = added(x, feed)
@@ -167,8 +239,15 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
     heads, nope, rope, value, rank = sizes
     torch.manual_seed(4)
     shape = gpu_attention.Shape(heads, nope, rope, value, rank, (nope + rope) ** -0.5)
-    kv_b, kv_norm = random(heads * (nope + value), rank, dtype=dtype) * rank**-0.5, (torch.rand(rank) + 0.5).to(DEVICE, dtype)
-    for positions, slots in [([0], [0]), ([130, 3, -1, 70, 71], [2, 0, 0, 1, 1]), ([*range(40, 49)], [0] * 9)]:
+    kv_b, kv_norm = (
+        random(heads * (nope + value), rank, dtype=dtype) * rank**-0.5,
+        (torch.rand(rank) + 0.5).to(DEVICE, dtype),
+    )
+    for positions, slots in [
+        ([0], [0]),
+        ([130, 3, -1, 70, 71], [2, 0, 0, 1, 1]),
+        ([*range(40, 49)], [0] * 9),
+    ]:
         count = len(positions)
         cache = random(3, 160, rank + rope, dtype=dtype)
         both = random(count, heads * (nope + rope) + rank + rope, dtype=dtype)
@@ -182,7 +261,15 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
             if position >= 0:
                 plain[slot, position] = rows[i]
         got = gpu_attention.attend(
-            q, kv, kv_norm, kv_b, rotary, torch.tensor(positions, device=DEVICE).int(), torch.tensor(slots, device=DEVICE).int(), cache, shape
+            q,
+            kv,
+            kv_norm,
+            kv_b,
+            rotary,
+            torch.tensor(positions, device=DEVICE).int(),
+            torch.tensor(slots, device=DEVICE).int(),
+            cache,
+            shape,
         )
         close(cache, plain, ROUNDING[dtype])
         for i, (position, slot) in enumerate(zip(positions, slots, strict=True)):
@@ -191,7 +278,15 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
             q_nope, q_rope = q[i].view(1, 1, heads, -1).split([nope, rope], dim=-1)
             visible = plain[slot, None, : position + 1]
             mask = attention.visible(torch.tensor([[position]], device=DEVICE), position + 1)
-            wanted = attention.attend(q_nope, rotate(q_rope, rotary[i, None, None]), visible, kv_b.view(heads, -1, rank), lambda mask=mask: mask, shape.scale, "reference")
+            wanted = attention.attend(
+                q_nope,
+                rotate(q_rope, rotary[i, None, None]),
+                visible,
+                kv_b.view(heads, -1, rank),
+                lambda mask=mask: mask,
+                shape.scale,
+                "reference",
+            )
             close(got[i], wanted.flatten(), 3 * ROUNDING[dtype])
 
 
@@ -205,22 +300,46 @@ def both_ways(work, model):
 def smallest(format=None):
     """Random weights; q_lora, grouped routing, one dense layer and one of experts."""
     raw = json.loads((DATA / "golden" / "v2" / "config.json").read_text()) | {
-        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "first_k_dense_replace": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "vocab_size": 48,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "vocab_size": 48,
+    }
     torch.manual_seed(6)
     return random_model(DeepseekV2Config.from_dict(raw), DEVICE, torch.float32, format)
 
 
-@pytest.mark.parametrize("make", [lambda: load_model(DATA / "golden" / "v2", DEVICE, torch.float32), smallest, lambda: smallest("int8"), lambda: smallest("int4-all")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: load_model(DATA / "golden" / "v2", DEVICE, torch.float32),
+        smallest,
+        lambda: smallest("int8"),
+        lambda: smallest("int4-all"),
+    ],
+)
 @torch.inference_mode()
 def test_a_whole_model_gives_the_plain_paths_logits(make):
     def logits(model):
         cache = model.new_cache(2)
         first = prefill(model, [[1, 2, 3], [*range(20)]], cache)
         decode = decoder(model, cache)
-        return torch.stack([first, *(decode(torch.full((2, 1), 9 + i, device=DEVICE))[:, 0].clone() for i in range(2))])
+        return torch.stack(
+            [first, *(decode(torch.full((2, 1), 9 + i, device=DEVICE))[:, 0].clone() for i in range(2))]
+        )
 
     model = make()
     plain, fast = both_ways(logits, model)
@@ -238,7 +357,11 @@ def test_layers_whose_parts_lie_apart_run_product_by_product():
     plain = model.logits(model(ids, model.new_cache()))
     model.model.layers[1].mlp.apart = True
     use_kernels(model, None, triton=True, graphs=True)
-    assert not model.stepwise and model.model.layers[1].fused is None and model.model.layers[1].mlp.experts.product is not None
+    assert (
+        not model.stepwise
+        and model.model.layers[1].fused is None
+        and model.model.layers[1].mlp.experts.product is not None
+    )
     close(model.logits(model(ids, model.new_cache())), plain, 1e-5)
 
 
@@ -262,7 +385,15 @@ def test_graphs_give_the_logits_and_the_text_of_the_official_code(folder):
 @torch.inference_mode()
 def test_generating_ahead_of_the_reader_gives_the_same_tokens_and_ends_where_it_should():
     def tokens(model):
-        eos = frozenset([int(model.logits(model(torch.tensor([[7, 8]], device=DEVICE), model.new_cache()))[0, -1].argmax())])
+        eos = frozenset(
+            [
+                int(
+                    model.logits(model(torch.tensor([[7, 8]], device=DEVICE), model.new_cache()))[
+                        0, -1
+                    ].argmax()
+                )
+            ]
+        )
         out = []
         for prompts, request in (
             ([[5, 6, 7]], Request(GREEDY, 4)),
@@ -278,7 +409,9 @@ def test_generating_ahead_of_the_reader_gives_the_same_tokens_and_ends_where_it_
             if len(prompts) == 1:
                 length = min(cache.lengths[0], len(again) - 1)
                 cache.truncate(length)
-                close(prefill(model, [again[length:]], cache), prefill(model, [again], model.new_cache()), 1e-4)
+                close(
+                    prefill(model, [again[length:]], cache), prefill(model, [again], model.new_cache()), 1e-4
+                )
         return out
 
     plain, fast = both_ways(tokens, smallest())
@@ -289,7 +422,11 @@ def test_generating_ahead_of_the_reader_gives_the_same_tokens_and_ends_where_it_
 @torch.inference_mode()
 def test_a_batch_whose_rows_end_at_different_times_and_drafts_give_the_same_tokens():
     def tokens(model):
-        jobs = [Job([5, 6, 7], Request(GREEDY, 3)), Job([9], Request(GREEDY, 1)), Job([3, 4], Request(GREEDY, 2))]
+        jobs = [
+            Job([5, 6, 7], Request(GREEDY, 3)),
+            Job([9], Request(GREEDY, 1)),
+            Job([3, 4], Request(GREEDY, 2)),
+        ]
         batch = [job.result.token_ids for job in run_batch(model, None, jobs, 2)]
         cache, prompt = model.new_cache(), [1, 2, 3, 1, 2]
         drafted = speculate(model, [prompt], Request(GREEDY, 3), cache, prefill(model, [prompt], cache))
@@ -310,11 +447,17 @@ def test_rows_are_sampled_from_the_distribution():
     possible = wanted > 0
     assert counts[~possible].sum() == 0
     assert ((counts - wanted)[possible].pow(2) / wanted[possible]).sum() < 20.5  # 5 degrees of freedom
-    assert torch.equal(chosen[:3], sample_rows(logits[:3], params, [torch.Generator(DEVICE).manual_seed(seed) for seed in range(3)]))
+    assert torch.equal(
+        chosen[:3],
+        sample_rows(logits[:3], params, [torch.Generator(DEVICE).manual_seed(seed) for seed in range(3)]),
+    )
 
 
 def test_the_command_line_runs_them_and_says_so():
-    fast, plain = run_dsv2("complete", *OPTIONS, "--kernels", "triton"), run_dsv2("complete", *OPTIONS, "--kernels", "off")
+    fast, plain = (
+        run_dsv2("complete", *OPTIONS, "--kernels", "triton"),
+        run_dsv2("complete", *OPTIONS, "--kernels", "off"),
+    )
     assert fast.returncode == 0, fast.stderr
     keys = re.compile(r'"token_ids": \[[^]]*\]')
     assert keys.search(fast.stdout)[0] == keys.search(plain.stdout)[0]
@@ -324,14 +467,47 @@ def test_the_command_line_runs_them_and_says_so():
 
 def test_the_script_for_the_table_of_a_gpu_runs(tmp_path):
     """On the CPU, with a tiny model and the plain path: what it writes, not how fast that is."""
-    command = [sys.executable, "tests/gpu_table.py", str(tmp_path / "table"), str(DATA / "golden" / "v2"), "--device", "cpu", "--kernels", "off"]
-    command += ["--formats", "bfloat16,int4", "--batch", "1,2", "--context", "16", "--prefill", "20", "--generate", "3", "-r", "1", "--against", "transformers", "--profile"]
+    command = [
+        sys.executable,
+        "tests/gpu_table.py",
+        str(tmp_path / "table"),
+        str(DATA / "golden" / "v2"),
+        "--device",
+        "cpu",
+        "--kernels",
+        "off",
+    ]
+    command += [
+        "--formats",
+        "bfloat16,int4",
+        "--batch",
+        "1,2",
+        "--context",
+        "16",
+        "--prefill",
+        "20",
+        "--generate",
+        "3",
+        "-r",
+        "1",
+        "--against",
+        "transformers",
+        "--profile",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "table.json").read_text())["runs"]
-    measured = [(run["format"], run["engine"], run["batch"], run["prompt_tokens"]) for run in runs if "engine" in run]
-    ours = [(format, "dsv2", batch, tokens) for format in ("bfloat16", "int4") for batch, tokens in ((1, 16), (2, 16), (1, 20))]
-    assert sorted(measured) == sorted([*ours, ("bfloat16", "transformers", 1, 16), ("bfloat16", "transformers", 1, 20)])
+    measured = [
+        (run["format"], run["engine"], run["batch"], run["prompt_tokens"]) for run in runs if "engine" in run
+    ]
+    ours = [
+        (format, "dsv2", batch, tokens)
+        for format in ("bfloat16", "int4")
+        for batch, tokens in ((1, 16), (2, 16), (1, 20))
+    ]
+    assert sorted(measured) == sorted(
+        [*ours, ("bfloat16", "transformers", 1, 16), ("bfloat16", "transformers", 1, 20)]
+    )
     assert [run["profile"].keys() for run in runs if "profile" in run] == [{"prefill", "decode"}] * 4
     assert len((tmp_path / "table.md").read_text().splitlines()) == 4 + len(measured)
 
@@ -340,18 +516,42 @@ def test_the_script_for_the_table_of_a_gpu_runs(tmp_path):
 def test_without_a_gpu_they_are_refused():
     done = run_dsv2("complete", *OPTIONS, "--kernels", "triton", TRITON_INTERPRET="0")
     assert (done.returncode, "the model is on cpu" in done.stderr) == (2, True)
-    assert run_dsv2("quantize", str(DATA / "golden" / "v2"), "out", "--to", "int8", "--kernels", "triton").returncode == 2
+    assert (
+        run_dsv2(
+            "quantize", str(DATA / "golden" / "v2"), "out", "--to", "int8", "--kernels", "triton"
+        ).returncode
+        == 2
+    )
 
 
-@pytest.mark.parametrize(("config", "bits", "capability"), [("DeepSeek-V2-Lite", "4", "90"), ("DeepSeek-V2-Lite", "16", "80"), ("DeepSeek-V2-Chat", "8", "90")])
+@pytest.mark.parametrize(
+    ("config", "bits", "capability"),
+    [("DeepSeek-V2-Lite", "4", "90"), ("DeepSeek-V2-Lite", "16", "80"), ("DeepSeek-V2-Chat", "8", "90")],
+)
 def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, capability):
     """Interpreted kernels may still not compile: so they are compiled, for the shapes of both families, with no GPU at hand."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "tests/compile_for_gpu.py", f"tests/data/configs/{config}", bits, capability]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "tests/compile_for_gpu.py",
+        f"tests/data/configs/{config}",
+        bits,
+        capability,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = {line.split(":")[0].strip() for line in done.stdout.splitlines()}
     launches = int(re.search(r"one token: (\d+) launches a layer", done.stdout)[1])
     assert launches == (11 if config.endswith("Chat") else 10), "the issue allows 12"
-    assert {"few_up_kernel", "few_down_kernel", "many_up_kernel", "many_down_kernel", "attend_kernel", "prepare_kernel", "router_kernel"} <= kernels
+    assert {
+        "few_up_kernel",
+        "few_down_kernel",
+        "many_up_kernel",
+        "many_down_kernel",
+        "attend_kernel",
+        "prepare_kernel",
+        "router_kernel",
+    } <= kernels
     assert "'stack': 0" in done.stdout and not re.search(r"'stack': [^0]", done.stdout), done.stdout

@@ -40,7 +40,10 @@ def test_the_counts_are_those_of_the_model_itself(folder):
 
 @pytest.mark.parametrize(
     ("folder", "total", "read", "cache", "expanded"),
-    [(LITE, 15_706_484_224, 2_451_437_056, 31_104, 276_480), (CHAT, 235_741_434_880, 20_851_517_440, 69_120, 4_915_200)],
+    [
+        (LITE, 15_706_484_224, 2_451_437_056, 31_104, 276_480),
+        (CHAT, 235_741_434_880, 20_851_517_440, 69_120, 4_915_200),
+    ],
     ids=["V2-Lite", "V2-Chat"],
 )
 def test_the_published_models_have_their_published_sizes(folder, total, read, cache, expanded):
@@ -69,16 +72,28 @@ def test_memory_and_bandwidth_say_what_fits_and_how_fast_it_can_be():
     assert bf16["sequences"] == int((32e9 - weights) // (31_104 * 1000)) and bf16["context"] == 1000
     rate = facts["decode_ceiling_tokens_per_second"]["bfloat16"]
     assert rate == pytest.approx(100e9 / (2 * (2_451_437_056 + ROUTER) + 1000 * 31_104))
-    assert fit(info(LITE, "--memory", "640"), "int4")["longest_context"] == facts["max_position_embeddings"] == 163_840
+    assert (
+        fit(info(LITE, "--memory", "640"), "int4")["longest_context"]
+        == facts["max_position_embeddings"]
+        == 163_840
+    )
     assert {place["format"] for place in info(LITE, "--quantize", "int4")["fits"]} == {"int4"}
 
 
 def test_several_gpus_share_the_weights_and_each_holds_the_cache():
     facts = info(CHAT, "--gpus", "8x80GB,2x24GiB")
     eight, two = [place for place in facts["fits"] if place["format"] == "bfloat16"]
-    assert eight["count"] == 8 and eight["memory_bytes"] == 80e9 and two["memory_bytes"] == 24 * 2**30 and not two["fits"]
+    assert (
+        eight["count"] == 8
+        and eight["memory_bytes"] == 80e9
+        and two["memory_bytes"] == 24 * 2**30
+        and not two["fits"]
+    )
     each, whole = eight["weights_bytes_each"], facts["formats"]["bfloat16"]["weights_bytes"]
-    assert each == max(bytes_by_rank(DeepseekV2Config.load(CHAT), "bfloat16", "bfloat16", 8)) and whole / 8 < each < 1.03 * whole / 8
+    assert (
+        each == max(bytes_by_rank(DeepseekV2Config.load(CHAT), "bfloat16", "bfloat16", 8))
+        and whole / 8 < each < 1.03 * whole / 8
+    )
     assert facts["command"].endswith("--gpus 8")
     assert eight["sequences"] == int((80e9 - each) // (69_120 * 4096))
     assert facts["kv_saving_against_67b"] == pytest.approx(0.822, abs=5e-4)
@@ -90,7 +105,9 @@ def test_several_gpus_share_the_weights_and_each_holds_the_cache():
 
 def test_this_machines_memory_is_found():
     ram = [place for place in info(LITE)["fits"] if place["kind"] == "cpu"]
-    assert {place["format"] for place in ram} == {"bfloat16", "int8", "int4", "int4-all"} and ram[0]["memory_bytes"] > 2**30
+    assert {place["format"] for place in ram} == {"bfloat16", "int8", "int4", "int4-all"} and ram[0][
+        "memory_bytes"
+    ] > 2**30
 
 
 @pytest.mark.parametrize("folder", [*golden_folders(), LITE, CHAT], ids=lambda folder: folder.name)
@@ -105,18 +122,25 @@ def test_bytes_in_every_format_are_those_of_the_model_itself(folder, group):
         assert size.weights_bytes(config, format, "bfloat16", group) == weights_bytes(model)
         if format != "int8":
             read = sum(part.read_bytes for part in size.parts(config, format, "bfloat16", group))
-            assert read - read_bytes_per_token(model, 0) == (2 * config.hidden_size if config.tie_word_embeddings else 0)
+            assert read - read_bytes_per_token(model, 0) == (
+                2 * config.hidden_size if config.tie_word_embeddings else 0
+            )
 
 
 @pytest.mark.parametrize("packing", [None, "int8", "int4"])
 def test_a_load_takes_the_memory_that_was_said(tmp_path, packing):
     """A process loads some 350 MB from a file; what its memory grows by is what info says, within 3%."""
     config = json.loads((LITE / "config.json").read_text()) | {
-        "num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 4000, "intermediate_size": 8192,
-    }  # fmt: skip
+        "num_hidden_layers": 2,
+        "n_routed_experts": 8,
+        "vocab_size": 4000,
+        "intermediate_size": 8192,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = random_model(DeepseekV2Config.load(tmp_path), torch.device("cpu"), torch.bfloat16, None)
-    save_file({name: tensor.clone() for name, tensor in destinations(model).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.clone() for name, tensor in destinations(model).items()}, tmp_path / "model.safetensors"
+    )
     if packing is not None:
         packed = tmp_path / "packed"
         assert run_dsv2("quantize", str(tmp_path), str(packed), "--to", packing).returncode == 0
@@ -133,7 +157,9 @@ for tensor in state_of(model).values():
 gc.collect()
 print(psutil.Process().memory_info().rss - before)
 """
-    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    grown = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
     said = info(tmp_path)["formats"][packing or "bfloat16"]["weights_bytes"]
     assert said > 50e6 and grown == pytest.approx(said, rel=0.03), grown / said
 
@@ -147,29 +173,45 @@ def test_a_packed_checkpoint_is_counted_as_it_lies(tmp_path):
 
 
 def test_a_config_file_will_do_and_the_number_format_can_be_chosen():
-    assert info(LITE / "config.json", "--dtype", "float32")["formats"]["float32"]["weights_bytes"] == 4 * 15_706_484_224
+    assert (
+        info(LITE / "config.json", "--dtype", "float32")["formats"]["float32"]["weights_bytes"]
+        == 4 * 15_706_484_224
+    )
 
 
 def test_without_a_model_it_shows_the_card_of_the_embedded_one():
     done = run_dsv2("info")
-    assert done.returncode == 0 and done.stdout.endswith((ROOT / "dsv2cli" / "demo" / "MODEL_CARD.md").read_text())
+    assert done.returncode == 0 and done.stdout.endswith(
+        (ROOT / "dsv2cli" / "demo" / "MODEL_CARD.md").read_text()
+    )
     assert "not a DeepSeek release" in done.stdout
     assert "MODEL_CARD" not in run_dsv2("info", str(LITE)).stdout
 
 
 def test_it_needs_no_torch():
     code = f"import sys; sys.argv = ['dsv2', 'info', {str(LITE)!r}]\nfrom dsv2cli.cli.app import main\ntry: main()\nexcept SystemExit: pass\n"
-    done = subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "15,706,484,224" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("model", "code", "words"),
-    [("no/such/model", 2, "There is no model"), (str(ROOT / "README.md"), 1, "cannot be read"), (str(ROOT), 1, "config.json")],
+    [
+        ("no/such/model", 2, "There is no model"),
+        (str(ROOT / "README.md"), 1, "cannot be read"),
+        (str(ROOT), 1, "config.json"),
+    ],
 )
 def test_what_is_no_model_is_refused_in_a_sentence(model, code, words):
     done = run_dsv2("info", model)
-    assert done.returncode == code and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == code
+        and done.stdout == ""
+        and words in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_busiest_rank_reads_what_counting_all_cases_says():

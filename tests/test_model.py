@@ -10,7 +10,6 @@ import torch
 from conftest import CPU, DATA, SHARED
 
 from dsv2cli.checkpoint.weights import empty_model, load_model
-from dsv2cli.demo.train import initialise
 from dsv2cli.engine.benchmark import transformers_twin
 from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
@@ -18,6 +17,7 @@ from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels import attention, experts
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
 from dsv2cli.model.rope import frequencies
+from training.train import initialise
 
 GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=12)
 
@@ -40,7 +40,9 @@ def test_prefill_in_chunks_equals_one_pass(v2, length):
 
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(v2):
     prompts = [random_ids(length, seed=length) for length in (3, 700, 1, 40)]
-    together = [list(rows) for rows in zip(*generate_batch(v2, prompts, GREEDY, v2.new_cache(4)), strict=True)]
+    together = [
+        list(rows) for rows in zip(*generate_batch(v2, prompts, GREEDY, v2.new_cache(4)), strict=True)
+    ]
     for prompt, tokens in zip(prompts, together, strict=True):
         alone = [token.id for (token,) in generate_batch(v2, [prompt], GREEDY, v2.new_cache())]
         assert [token.id for token in tokens] == alone
@@ -48,7 +50,9 @@ def test_a_batch_of_different_lengths_equals_each_prompt_alone(v2):
 
 def test_a_row_that_ends_leaves_the_others_as_they_were(v2):
     prompts = [random_ids(9, seed=seed) for seed in (1, 2)]
-    alone = [[token.id for (token,) in generate_batch(v2, [prompt], GREEDY, v2.new_cache())] for prompt in prompts]
+    alone = [
+        [token.id for (token,) in generate_batch(v2, [prompt], GREEDY, v2.new_cache())] for prompt in prompts
+    ]
     eos = alone[0][3]
     assert eos not in alone[1]
     request = replace(GREEDY, eos_ids=frozenset([eos]))
@@ -74,7 +78,8 @@ def test_absorbed_and_expanded_attention_equal_the_reference(batch, seq, past):
     cached, kv_b_proj = torch.randn(batch, past + seq, rank + rope), torch.randn(heads, nope + value, rank)
     mask = attention.visible((past + torch.arange(seq)).expand(batch, seq), past + seq)
     wanted, *others = [
-        attention.attend(q_nope, q_rope, cached, kv_b_proj, lambda: mask, 0.2, path) for path in ("reference", "absorbed", "expanded", "auto")
+        attention.attend(q_nope, q_rope, cached, kv_b_proj, lambda: mask, 0.2, path)
+        for path in ("reference", "absorbed", "expanded", "auto")
     ]
     assert wanted.shape == (batch, seq, heads, value)
     for other in others:
@@ -98,12 +103,17 @@ def test_sorted_experts_equal_one_by_one(tokens, top_k, count):
     x, gate_up, down = torch.randn(tokens, 16), torch.randn(count, 24, 16), torch.randn(count, 16, 12)
     index, weight = experts.route(torch.randn(tokens, count), top_k, 1, 1, False, 2.0)
     with torch.inference_mode():
-        close(experts.run_experts(x, index, weight, gate_up, down), experts.experts_reference(x, index, weight, gate_up, down))
+        close(
+            experts.run_experts(x, index, weight, gate_up, down),
+            experts.experts_reference(x, index, weight, gate_up, down),
+        )
 
 
 def test_grouped_routing_stays_within_the_best_groups():
     logits = torch.tensor([[5.0, 0.0, 4.0, 3.9, 0.0, 4.5]])  # groups of two: best experts 5.0, 4.0, 4.5
-    index, weight = experts.route(logits, 3, n_group=3, topk_group=2, norm_topk_prob=False, scaling_factor=16.0)
+    index, weight = experts.route(
+        logits, 3, n_group=3, topk_group=2, norm_topk_prob=False, scaling_factor=16.0
+    )
     assert set(index[0].tolist()[:2]) == {0, 5} and index[0, 2].item() in (1, 4)
     close(weight[0, 0], logits.softmax(-1)[0, 0] * 16)
 
@@ -126,7 +136,13 @@ def test_frequencies_none_linear_and_yarn():
 def released_shape(**changes):
     """V2-Lite's own config.json with smaller sizes."""
     raw = json.loads((DATA / "golden" / "v2" / "config.json").read_text())
-    raw |= {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    raw |= {
+        "q_lora_rank": None,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    }
     return raw | changes
 
 
@@ -200,8 +216,12 @@ def test_a_config_value_that_is_not_implemented_is_named(change, named):
 
 
 @pytest.mark.skipif(not (SHARED / "configs").is_dir(), reason="the released configs are in the shared folder")
-@pytest.mark.parametrize(("name", "total"), [("DeepSeek-V2-Lite", 15_706_484_224), ("DeepSeek-V2-Chat", 235_741_434_880)])
+@pytest.mark.parametrize(
+    ("name", "total"), [("DeepSeek-V2-Lite", 15_706_484_224), ("DeepSeek-V2-Chat", 235_741_434_880)]
+)
 def test_released_configs_have_the_published_number_of_parameters(name, total):
     with torch.device("meta"):
-        model = empty_model(DeepseekV2Config.load(SHARED / "configs" / name), torch.device("meta"), torch.bfloat16)
+        model = empty_model(
+            DeepseekV2Config.load(SHARED / "configs" / name), torch.device("meta"), torch.bfloat16
+        )
     assert sum(parameter.numel() for parameter in model.parameters()) == total

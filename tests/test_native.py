@@ -65,7 +65,9 @@ def test_packing_in_c_equals_packing_in_torch(kernels, shape, bits):
     kernels.pack(weight, bits, GROUP, mine, theirs)
     packed, other = Quantized(shape, bits, GROUP, 1, CPU), quantize(weight, bits)
     packed.codes, packed.scales = mine, theirs
-    close(packed.dequantize(torch.float32), other.dequantize(torch.float32), 5e-3)  # near ties may fall either way
+    close(
+        packed.dequantize(torch.float32), other.dequantize(torch.float32), 5e-3
+    )  # near ties may fall either way
     close(packed.dequantize(torch.float32), weight, 0.01 if bits == 8 else 0.09)
 
 
@@ -126,7 +128,11 @@ def test_a_gate_far_below_zero_shuts_and_one_far_above_lets_through(kernels):
 
 def test_loading_quantises_every_large_weight():
     model = load_model(GOLDEN[0], CPU, torch.bfloat16, format="int4")
-    kinds = {name.rpartition(".")[2]: module.bits for name, module in model.named_modules() if isinstance(module, Quantized)}
+    kinds = {
+        name.rpartition(".")[2]: module.bits
+        for name, module in model.named_modules()
+        if isinstance(module, Quantized)
+    }
     assert kinds["gate_up_proj"] == kinds["down_proj"] == 4 and kinds["weight"] == 8
     small = load_model(GOLDEN[0], CPU, torch.bfloat16, format="int4-all")
     assert small.lm_head.weight.bits == 8 and small.model.layers[0].self_attn.o_proj.weight.bits == 4

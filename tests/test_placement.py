@@ -29,7 +29,10 @@ def test_layers_on_disk_give_the_same_logits(folder, format, tmp_path):
     half = size.weights_bytes(config, format or "float32", "float32") // 2000
     places = place(config, torch.float32, format, "auto", f"cpu={half}KB")
     assert "disk" in places.values()
-    model, alone = load_placed(folder, config, torch.float32, format, places, tmp_path), load_model(folder, CPU, format=format)
+    model, alone = (
+        load_placed(folder, config, torch.float32, format, places, tmp_path),
+        load_model(folder, CPU, format=format),
+    )
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     ids = golden["A.input_ids"].view(1, -1)
     with torch.inference_mode():
@@ -45,7 +48,9 @@ def test_layers_on_disk_give_the_same_logits(folder, format, tmp_path):
 def test_a_layer_is_in_memory_only_while_it_runs(tmp_path):
     folder = golden_folders()[-1]
     config = DeepseekV2Config.load(folder)
-    model = load_placed(folder, config, torch.float32, None, place(config, torch.float32, None, "auto", "cpu=1KB"), tmp_path)
+    model = load_placed(
+        folder, config, torch.float32, None, place(config, torch.float32, None, "auto", "cpu=1KB"), tmp_path
+    )
     norm = model.model.layers[1].input_layernorm
     assert isinstance(norm, RMSNorm) and norm.weight.device.type == "meta"
     with torch.inference_mode():
@@ -58,25 +63,52 @@ def test_commands_run_with_layers_spread_and_leave_nothing_behind(tmp_path):
     scratch = ("--offload-folder", str(tmp_path))
     done = run_dsv2("complete", "Once upon a time", *GREEDY, "--max-memory", "cpu=12MB", *scratch)
     assert done.returncode == 0 and done.stdout == plain and done.stderr == "" and not any(tmp_path.iterdir())
-    (tmp_path / "places.json").write_text(json.dumps({"model": "cpu", "model.layers.3": "disk", "lm_head": "disk"}))
+    (tmp_path / "places.json").write_text(
+        json.dumps({"model": "cpu", "model.layers.3": "disk", "lm_head": "disk"})
+    )
     file = ("--placement", str(tmp_path / "places.json"), *scratch)
     assert run_dsv2("complete", "Once upon a time", *GREEDY, *file).stdout == plain
-    talks = [run_dsv2("chat", "--temperature", "0", *more, stdin="Hello\nWho are you?\n").stdout for more in ((), file)]
+    talks = [
+        run_dsv2("chat", "--temperature", "0", *more, stdin="Hello\nWho are you?\n").stdout
+        for more in ((), file)
+    ]
     assert talks[0] == talks[1]
     assert run_dsv2("bench", "--prompt", "8", "--generate", "2", "-r", "1", *file).returncode == 0
-    assert run_dsv2("niah", "--lengths", "128", "--depths", "0", "--placement", "auto", "--max-memory", "cpu=12MB", *scratch).returncode == 0
+    assert (
+        run_dsv2(
+            "niah",
+            "--lengths",
+            "128",
+            "--depths",
+            "0",
+            "--placement",
+            "auto",
+            "--max-memory",
+            "cpu=12MB",
+            *scratch,
+        ).returncode
+        == 0
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "places.json"]
 
 
 def test_the_plan_is_shown_before_anything_is_loaded():
     before = set(Path(tempfile.gettempdir()).glob("dsv2-offload-*"))
     done = run_dsv2("complete", "Once", "--dry-run", "--max-memory", "cpu=12MB")
-    assert "places: embed_tokens to layers.0 on cpu, layers.1 to norm on disk, lm_head on cpu\n" in done.stdout
+    assert (
+        "places: embed_tokens to layers.0 on cpu, layers.1 to norm on disk, lm_head on cpu\n" in done.stdout
+    )
     assert set(Path(tempfile.gettempdir()).glob("dsv2-offload-*")) == before
 
 
 def test_places_are_told_in_runs():
-    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": "disk", "lm_head": "disk"}
+    places = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.norm": "disk",
+        "lm_head": "disk",
+    }
     assert summary(places) == "embed_tokens to layers.0 on GPU 0, layers.1 on GPU 1, norm to lm_head on disk"
 
 
@@ -87,9 +119,17 @@ def test_memory_is_read_as_the_official_instructions_write_it():
             parse_memory(wrong)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("[1]", "no placement"), ("{", "no placement"), ('{"model": "cpu"}', "places no lm_head"), ('{"": "attic"}', "no device attic"), ('{"": 7}', "no device 7"), ('{"": true}', "no device True"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1]", "no placement"),
+        ("{", "no placement"),
+        ('{"model": "cpu"}', "places no lm_head"),
+        ('{"": "attic"}', "no device attic"),
+        ('{"": 7}', "no device 7"),
+        ('{"": true}', "no device True"),
+    ],
+)
 def test_a_file_that_places_nothing_is_refused(tmp_path, content, words):
     (tmp_path / "places.json").write_text(content)
     done = run_dsv2("complete", "Once", "--placement", str(tmp_path / "places.json"))
@@ -100,4 +140,9 @@ def test_placement_refuses_what_it_can_not_do(tmp_path):
     assert "no device 0" in run_dsv2("complete", "Once", "--max-memory", "0=5GB").stderr
     done = run_dsv2("complete", "Once", "--placement", "auto", "--gpus", "2", "--device", "cpu")
     assert done.returncode == 2 and "do not go together" in done.stderr
-    assert run_dsv2("complete", "Once", "--max-memory", "cpu=1MB", "--offload-folder", str(tmp_path / "nowhere")).returncode == 1
+    assert (
+        run_dsv2(
+            "complete", "Once", "--max-memory", "cpu=1MB", "--offload-folder", str(tmp_path / "nowhere")
+        ).returncode
+        == 1
+    )

@@ -71,7 +71,9 @@ def test_version():
 
 
 def test_ruff_finds_nothing():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -92,12 +94,18 @@ def test_the_manual_page_is_current_and_well_formed():
         for parameter in command.params:
             assert parameter.name == "help" or parameter.opts[0].replace("-", "\\-") in page
     if shutil.which("groff"):
-        done = subprocess.run(["groff", "-man", "-Tutf8", "-ww", "-z"], input=page, capture_output=True, text=True)
+        done = subprocess.run(
+            ["groff", "-man", "-Tutf8", "-ww", "-z"], input=page, capture_output=True, text=True
+        )
         assert done.stderr == ""
 
 
 def complete(words, **environment):
-    asked = {"_DSV2_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    asked = {
+        "_DSV2_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
     return run_dsv2(**asked, **environment).stdout.strip().split("\n")
 
 
@@ -148,7 +156,9 @@ def examples():
 def test_the_readmes_examples_do_what_it_says(command, output):
     """Commands are run as they stand; where the README shows text it must be the text, `...` standing for any."""
     line = command.replace("dsv2 ", f"{shlex.quote(sys.executable)} -m dsv2cli ")
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     pattern = ".*".join(re.escape(part) for part in output.strip().split("..."))
     assert re.fullmatch(pattern, done.stdout.strip(), re.DOTALL), done.stdout
@@ -156,7 +166,13 @@ def test_the_readmes_examples_do_what_it_says(command, output):
 
 def test_every_option_is_tried_by_a_test():
     """Each appears, by its own name, in an argument list or a transcript somewhere."""
-    tests = "".join(path.read_text() for path in [*(ROOT / "tests").glob("test_*.py"), *(ROOT / "tests" / "data" / "transcripts").glob("*.txt")])
+    tests = "".join(
+        path.read_text()
+        for path in [
+            *(ROOT / "tests").glob("test_*.py"),
+            *(ROOT / "tests" / "data" / "transcripts").glob("*.txt"),
+        ]
+    )
     for name, command in command_group().commands.items():
         for parameter in command.params:
             options = [option for option in parameter.opts if option.startswith("-") and option != "--help"]

@@ -16,11 +16,11 @@ from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.quantize import quantize_checkpoint
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.checkpoint.weights import load_model
-from dsv2cli.demo.train import held_out_rows
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import load
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import use_kernels
+from training.train import held_out_rows
 
 V2 = DATA / "golden" / "v2"
 IDS = torch.tensor([[5, 99, 3, 42, 17, 8]])
@@ -47,7 +47,9 @@ def test_a_packed_checkpoint_gives_what_quantising_while_loading_gives(folder, f
     if group == 64:
         assert torch.equal(logits(model), logits(load_model(folder, CPU, format=format)))
     else:
-        torch.testing.assert_close(logits(model).norm(), logits(load_model(folder, CPU)).norm(), rtol=0.05, atol=0)
+        torch.testing.assert_close(
+            logits(model).norm(), logits(load_model(folder, CPU)).norm(), rtol=0.05, atol=0
+        )
 
 
 def test_it_is_mapped_and_not_read(packed):
@@ -63,7 +65,10 @@ def test_read_instead_of_mapped_it_is_the_same(packed):
     mapped = weights.state_of(load_model(packed, CPU, torch.bfloat16))
     read = weights.state_of(weights.read_packed(packed, config, CPU, torch.bfloat16))
     assert mapped.keys() == read.keys()
-    assert all(torch.equal(tensor, read[name]) and tensor.dtype == read[name].dtype for name, tensor in mapped.items())
+    assert all(
+        torch.equal(tensor, read[name]) and tensor.dtype == read[name].dtype
+        for name, tensor in mapped.items()
+    )
 
 
 def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
@@ -75,22 +80,39 @@ def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
 
 def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(packed):
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
-    assert [config[key] for key in ("quant_method", "format", "bits", "attention_bits", "group")] == ["dsv2", 1, 4, 8, 64]
-    assert config["source_sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in V2.glob("model-*.safetensors")}
+    assert [config[key] for key in ("quant_method", "format", "bits", "attention_bits", "group")] == [
+        "dsv2",
+        1,
+        4,
+        8,
+        64,
+    ]
+    assert config["source_sha256"] == {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in V2.glob("model-*.safetensors")
+    }
     names = json.loads((packed / "model.safetensors.index.json").read_text())["weight_map"]
     for file in packed.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "dsv2 1", "bits": "4", "attention_bits": "8", "group": "64"}
+            assert opened.metadata() == {
+                "format": "dsv2 1",
+                "bits": "4",
+                "attention_bits": "8",
+                "group": "64",
+            }
             assert set(opened.keys()) == {name for name, where in names.items() if where == file.name}
             for name in opened.keys():  # noqa: SIM118
                 assert opened.get_tensor(name).numel() > 0
-    assert sum(f.stat().st_size for f in packed.glob("*.safetensors")) < sum(f.stat().st_size for f in V2.glob("model-*.safetensors"))
+    assert sum(f.stat().st_size for f in packed.glob("*.safetensors")) < sum(
+        f.stat().st_size for f in V2.glob("model-*.safetensors")
+    )
 
 
 def test_what_can_not_be_packed_is_refused_and_leaves_nothing(packed, tmp_path, copy_of_v2):
     def fails(words, *arguments, code=2):
         done = run_dsv2("quantize", *map(str, arguments))
-        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
 
     fails("is packed already", packed, tmp_path / "again")
     fails("exists already", V2, packed)
@@ -106,8 +128,15 @@ def test_what_can_not_be_packed_is_refused_and_leaves_nothing(packed, tmp_path, 
 
 def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
     config = json.loads((packed / "config.json").read_text())
-    for change, words in (({"format": 2}, "format 1"), ({"bits": 3}, "bits"), ({"bits": 8, "attention_bits": 4}, "bits"), ({"quant_method": "fp8"}, "dsv2 quantize")):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | change}))
+    for change, words in (
+        ({"format": 2}, "format 1"),
+        ({"bits": 3}, "bits"),
+        ({"bits": 8, "attention_bits": 4}, "bits"),
+        ({"quant_method": "fp8"}, "dsv2 quantize"),
+    ):
+        (tmp_path / "config.json").write_text(
+            json.dumps(config | {"quantization_config": config["quantization_config"] | change})
+        )
         with pytest.raises(Dsv2Error, match=re.escape("quantization_config")) as caught:
             load_model(tmp_path, CPU)
         assert words in caught.value.why
@@ -121,7 +150,11 @@ def test_a_model_loses_little(name):
     """
     folder = EMBEDDED if name == "embedded" else DATA / "golden" / name
     torch.manual_seed(0)
-    rows = torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False)) if name == "embedded" else torch.randint(128, (400, 128))
+    rows = (
+        torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False))
+        if name == "embedded"
+        else torch.randint(128, (400, 128))
+    )
     library, _ = load()
 
     def loss(dtype, format, stepwise):
@@ -134,7 +167,9 @@ def test_a_model_loses_little(name):
                 cache = model.new_cache(len(part))
                 pieces = part.split(1, dim=1) if stepwise else [part]
                 scores = torch.cat([model.logits(model(piece, cache)) for piece in pieces], dim=1)
-                losses.append(torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), part[:, 1:].flatten()))
+                losses.append(
+                    torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+                )
         return torch.stack(losses).mean().item()
 
     for how in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
@@ -145,7 +180,22 @@ def test_a_model_loses_little(name):
 
 
 def test_bench_needs_no_checkpoint():
-    done = run_dsv2("bench", "--random-weights", str(V2), "--quantize", "int4", "--dtype", "bfloat16", "--prompt", "8", "--generate", "3", "-r", "2", "--json")
+    done = run_dsv2(
+        "bench",
+        "--random-weights",
+        str(V2),
+        "--quantize",
+        "int4",
+        "--dtype",
+        "bfloat16",
+        "--prompt",
+        "8",
+        "--generate",
+        "3",
+        "-r",
+        "2",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
     assert out["weights"] == "int4" and out["model"].startswith("random weights")

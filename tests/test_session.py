@@ -34,7 +34,13 @@ def test_a_follow_up_reuses_the_cache_and_answers_as_if_it_had_not(session):
     answer, result = say(session, "What is your name?")
     assert answer == wanted
     assert result.reused_tokens > 10
-    assert [message["role"] for message in session.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in session.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
 
 
 def test_an_answer_that_is_cut_off_is_kept_and_the_next_one_is_consistent(session):
@@ -55,7 +61,9 @@ def test_a_question_without_an_answer_leaves_no_trace(session):
     assert session.messages == before
     say(session, "Hello", Request(SamplingParams(temperature=0), eos_ids=frozenset(range(4096))))
     assert session.messages == before
-    assert say(session, "Hello")[0] == fresh_answer(Session(session.model, session.tokenizer, "Be brief."), "Hello")
+    assert say(session, "Hello")[0] == fresh_answer(
+        Session(session.model, session.tokenizer, "Be brief."), "Hello"
+    )
 
 
 def test_the_answer_starts_without_the_templates_space(session):

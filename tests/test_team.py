@@ -81,19 +81,41 @@ def distances(model, folder, format):
     worst, same = 0.0, True
     for prompt in "ABC":
         ids = golden[f"{prompt}.input_ids"].flatten()
-        expected = golden[f"{prompt}.logits"] if format is None else alone.logits(alone(ids[None], alone.new_cache()))[0]
+        expected = (
+            golden[f"{prompt}.logits"]
+            if format is None
+            else alone.logits(alone(ids[None], alone.new_cache()))[0]
+        )
         cache, own = model.new_cache(), alone.new_cache()
         found = model.logits(model(ids[None], cache))[0]
         alone(ids[None], own)  # every rank holds the whole cache, also one that has no head
-        worst = max(worst, *(float((a - b)[:, : len(ids)].abs().max()) for a, b in zip(cache.layers, own.layers, strict=True)))
+        worst = max(
+            worst,
+            *(
+                float((a - b)[:, : len(ids)].abs().max())
+                for a, b in zip(cache.layers, own.layers, strict=True)
+            ),
+        )
         worst = max(worst, float((found - expected).abs().max()))
-        if model.team.size > 2 and prompt != "A":  # four processes on two cores wait for each other most of the time
+        if (
+            model.team.size > 2 and prompt != "A"
+        ):  # four processes on two cores wait for each other most of the time
             continue
-        greedy = [run[0].id for run in generate_batch(model, [ids.tolist()], Request(SamplingParams(0.0), 32), model.new_cache())]
+        greedy = [
+            run[0].id
+            for run in generate_batch(
+                model, [ids.tolist()], Request(SamplingParams(0.0), 32), model.new_cache()
+            )
+        ]
         if format is None:
             same = same and greedy == golden[f"{prompt}.greedy_ids"].tolist()
         else:
-            same = same and greedy == [run[0].id for run in generate_batch(alone, [ids.tolist()], Request(SamplingParams(0.0), 32), alone.new_cache())]
+            same = same and greedy == [
+                run[0].id
+                for run in generate_batch(
+                    alone, [ids.tolist()], Request(SamplingParams(0.0), 32), alone.new_cache()
+                )
+            ]
     return worst, same
 
 
@@ -131,7 +153,9 @@ def compare_packed(rank, size, port, folder, out):
 def test_ranks_share_a_packed_checkpoint(size, format, group, tmp_path):
     for folder in golden_folders():
         quantize_checkpoint(folder, tmp_path / "packed" / folder.name, format, group)
-    mp.spawn(compare_packed, args=(size, free_port(), str(tmp_path / "packed"), str(tmp_path / "out")), nprocs=size)
+    mp.spawn(
+        compare_packed, args=(size, free_port(), str(tmp_path / "packed"), str(tmp_path / "out")), nprocs=size
+    )
     worst = json.loads((tmp_path / "out").read_text())
     assert len(worst) == len(golden_folders()) and max(worst.values()) < 1e-3, worst
 
@@ -140,18 +164,25 @@ def compare_fast(rank, size, port, format, folder, out):
     """As compare, in bf16 through the C++ kernels, against fp32."""
     join(rank, size, port)
     kernels, _ = native.load()
-    model = load_model(Path(folder), CPU, torch.bfloat16, format=format, kernels=kernels, team=Team(rank, size))
+    model = load_model(
+        Path(folder), CPU, torch.bfloat16, format=format, kernels=kernels, team=Team(rank, size)
+    )
     use_kernels(model, kernels)
     if rank > 0:
         follow(model)
     else:
-        alone, exact = (load_model(Path(folder), CPU, dtype, format=format, kernels=kernels) for dtype in (torch.bfloat16, torch.float32))
+        alone, exact = (
+            load_model(Path(folder), CPU, dtype, format=format, kernels=kernels)
+            for dtype in (torch.bfloat16, torch.float32)
+        )
         use_kernels(alone, kernels)
         ids = torch.arange(1, 30)[None]
         with torch.inference_mode():
             logits = [one.logits(one(ids, one.new_cache()))[0].float() for one in (model, alone, exact)]
         model.stop()
-        Path(out).write_text(json.dumps([float((found - logits[2]).norm() / logits[2].norm()) for found in logits[:2]]))
+        Path(out).write_text(
+            json.dumps([float((found - logits[2]).norm() / logits[2].norm()) for found in logits[:2]])
+        )
     dist.destroy_process_group()
 
 
@@ -160,7 +191,9 @@ def test_ranks_on_a_cpu_use_its_kernels(format, tmp_path):
     """As near to fp32 as one process with its kernels; the shapes are the real ones, and nothing is routed."""
     if native.load()[0] is None:
         pytest.skip(native.load()[1])
-    folder = next((folder for folder in golden_folders() if folder.name == "real_dims"), DATA / "golden" / "v2")
+    folder = next(
+        (folder for folder in golden_folders() if folder.name == "real_dims"), DATA / "golden" / "v2"
+    )
     mp.spawn(compare_fast, args=(2, free_port(), format, str(folder), str(tmp_path / "out")), nprocs=2)
     together, alone = json.loads((tmp_path / "out").read_text())
     assert together < 1.5 * alone + 0.01
@@ -176,7 +209,13 @@ def compare_triton(rank, size, port, format, out):
     else:
         alone, prompt = load_model(Path(V2), CPU, format=format), [5, 6, 7]
         with torch.inference_mode():
-            texts = [[row[0].id for row in generate_batch(one, [prompt], Request(SamplingParams(0.0), 3), one.new_cache())] for one in (model, alone)]
+            texts = [
+                [
+                    row[0].id
+                    for row in generate_batch(one, [prompt], Request(SamplingParams(0.0), 3), one.new_cache())
+                ]
+                for one in (model, alone)
+            ]
             rows = []
             for one in (model, alone):
                 cache = one.new_cache(2)
@@ -193,7 +232,9 @@ def test_ranks_decode_together_in_steps_of_their_kernels(format, tmp_path):
     mp.spawn(compare_triton, args=(2, free_port(), format, str(tmp_path / "out")), nprocs=2)
     stepwise, (together, alone), distance = json.loads((tmp_path / "out").read_text())
     assert together == alone and distance < 1e-3
-    assert stepwise == (format is None), "packed, the small heads are all one rank's, and products go one by one"
+    assert stepwise == (format is None), (
+        "packed, the small heads are all one rank's, and products go one by one"
+    )
 
 
 def compare_sequences(rank, size, port, format, folders, out):
@@ -211,7 +252,11 @@ def compare_sequences(rank, size, port, format, folders, out):
             texts, scores = [], []
             for one in (model, alone):
                 cache = one.new_cache(len(prompts))
-                scores.append(torch.stack([prefill(one, prompts, cache), one.logits(one(torch.tensor([[9]] * 4), cache)[:, -1])]))
+                scores.append(
+                    torch.stack(
+                        [prefill(one, prompts, cache), one.logits(one(torch.tensor([[9]] * 4), cache)[:, -1])]
+                    )
+                )
                 jobs = [Job(prompt, Request(SamplingParams(0.0), 2 + i)) for i, prompt in enumerate(prompts)]
                 texts.append([job.result.token_ids for job in run_batch(one, None, jobs, 3)])
         model.stop()
@@ -236,7 +281,10 @@ def test_a_rank_keeps_the_latents_of_its_own_sequences_only():
         caches = [load_model(Path(V2), CPU, team=Team(rank, size, sequences=True)) for rank in range(size)]
         rows = [DeepseekV2.new_cache(model, batch).own for model in caches]
         assert [row for part in rows for row in part] == list(range(batch))
-        assert all(len(DeepseekV2.new_cache(model, batch).layers[0]) == len(part) for model, part in zip(caches, rows, strict=True))
+        assert all(
+            len(DeepseekV2.new_cache(model, batch).layers[0]) == len(part)
+            for model, part in zip(caches, rows, strict=True)
+        )
 
 
 def test_sequences_of_their_own_are_for_batches_and_for_several_ranks(tmp_path):
@@ -247,13 +295,47 @@ def test_sequences_of_their_own_are_for_batches_and_for_several_ranks(tmp_path):
     (tmp_path / "in").write_text('{"prompt_ids": [1, 2]}\n{"prompt_ids": [3]}\n')
     texts = []
     for options in ((), (*TEAM, "--split-attention", "sequences")):
-        done = run_dsv2("complete", "-m", V2, "--batch", str(tmp_path / "in"), "--output", str(tmp_path / f"out{len(options)}"), *GREEDY, "-n", "5", *options)
+        done = run_dsv2(
+            "complete",
+            "-m",
+            V2,
+            "--batch",
+            str(tmp_path / "in"),
+            "--output",
+            str(tmp_path / f"out{len(options)}"),
+            *GREEDY,
+            "-n",
+            "5",
+            *options,
+        )
         assert done.returncode == 0, done.stderr
-        texts.append([json.loads(line)["token_ids"] for line in (tmp_path / f"out{len(options)}").read_text().splitlines()])
+        texts.append(
+            [
+                json.loads(line)["token_ids"]
+                for line in (tmp_path / f"out{len(options)}").read_text().splitlines()
+            ]
+        )
     assert texts[0] == texts[1]
-    plan = json.loads(run_dsv2("complete", "-m", V2, "--prompt-ids", "1", *TEAM, "--split-attention", "sequences", "--dry-run", "--json").stdout)
-    split_heads = json.loads(run_dsv2("complete", "-m", V2, "--prompt-ids", "1", *TEAM, "--dry-run", "--json").stdout)
-    assert plan["split_attention"] == "sequences" and sum(plan["weights_bytes_by_rank"]) > sum(split_heads["weights_bytes_by_rank"])
+    plan = json.loads(
+        run_dsv2(
+            "complete",
+            "-m",
+            V2,
+            "--prompt-ids",
+            "1",
+            *TEAM,
+            "--split-attention",
+            "sequences",
+            "--dry-run",
+            "--json",
+        ).stdout
+    )
+    split_heads = json.loads(
+        run_dsv2("complete", "-m", V2, "--prompt-ids", "1", *TEAM, "--dry-run", "--json").stdout
+    )
+    assert plan["split_attention"] == "sequences" and sum(plan["weights_bytes_by_rank"]) > sum(
+        split_heads["weights_bytes_by_rank"]
+    )
 
 
 def free_port():
@@ -266,9 +348,15 @@ def free_port():
 def test_the_parts_of_all_ranks_are_the_whole_and_little_more(size):
     """Only router, norms, and the small matrices that every rank needs are there more than once."""
     whole = load_model(DATA / "golden" / "v2", CPU)
-    shared = [name for name, _ in whole.named_parameters() if re.search(r"norm|gate.weight|kv_a_proj|q_a_proj", name)]
+    shared = [
+        name
+        for name, _ in whole.named_parameters()
+        if re.search(r"norm|gate.weight|kv_a_proj|q_a_proj", name)
+    ]
     repeated = sum(tensor.numel() for name, tensor in whole.named_parameters() if name in shared) * 4
-    parts = [weights_bytes(load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))) for rank in range(size)]
+    parts = [
+        weights_bytes(load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))) for rank in range(size)
+    ]
     assert sum(parts) == weights_bytes(whole) + (size - 1) * repeated
     config = whole.config
     assert sum(len(share_of(config, rank, size).experts) for rank in range(size)) == config.n_routed_experts
@@ -280,7 +368,9 @@ def test_each_ranks_bytes_are_those_of_the_plan(size, format):
     for folder in golden_folders():
         config = DeepseekV2Config.load(folder)
         for rank, planned in enumerate(bytes_by_rank(config, format or "float32", "float32", size)):
-            model = empty_model(config, torch.device("meta"), torch.float32, Team(rank, size), None if format is None else 64)
+            model = empty_model(
+                config, torch.device("meta"), torch.float32, Team(rank, size), None if format is None else 64
+            )
             if format is not None:
                 make_quantized(model, format)
             assert weights_bytes(model) == planned
@@ -312,13 +402,22 @@ def measure(rank, size, port, folder, out):
 def test_a_ranks_memory_is_that_of_the_plan(tmp_path):
     """Within 5%, weights and cache of a rank that holds some 190 MB of them."""
     lite = json.loads((DATA / "configs" / "DeepSeek-V2-Lite" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(lite | {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 4000, "intermediate_size": 8192}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            lite
+            | {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 4000, "intermediate_size": 8192}
+        )
+    )
     config = DeepseekV2Config.load(tmp_path)
     whole = random_model(config, CPU, torch.bfloat16, None)
-    save_file({name: tensor.clone() for name, tensor in destinations(whole).items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.clone() for name, tensor in destinations(whole).items()}, tmp_path / "model.safetensors"
+    )
     del whole
     mp.spawn(measure, args=(2, free_port(), str(tmp_path), str(tmp_path / "out")), nprocs=2)
-    planned = bytes_by_rank(config, "bfloat16", "bfloat16", 2)[0] + 4 * 8192 * kv_bytes_per_token(config, "bfloat16")
+    planned = bytes_by_rank(config, "bfloat16", "bfloat16", 2)[0] + 4 * 8192 * kv_bytes_per_token(
+        config, "bfloat16"
+    )
     assert planned > 180e6 and int((tmp_path / "out").read_text()) == pytest.approx(planned, rel=0.05)
 
 
@@ -341,33 +440,76 @@ def test_what_does_not_fit_is_refused_with_the_nearest_plan_that_does():
     assert refused("bfloat16", 1, [8 * gb]) == "a smaller checkpoint"
     assert ranks_needed(config, "bfloat16", "bfloat16", [80 * gb] * 8) == 7
     assert ranks_needed(config, "int4", "bfloat16", [80 * gb] * 8) == 2
-    assert ranks_needed(DeepseekV2Config.load(DATA / "configs" / "DeepSeek-V2-Lite"), "bfloat16", "bfloat16", [80 * gb] * 8) == 1
+    assert (
+        ranks_needed(
+            DeepseekV2Config.load(DATA / "configs" / "DeepSeek-V2-Lite"),
+            "bfloat16",
+            "bfloat16",
+            [80 * gb] * 8,
+        )
+        == 1
+    )
 
 
 def test_every_command_works_through_it(tmp_path):
     plain = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20").stdout
     assert run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20", *TEAM).stdout == plain
-    three = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20", "--speculate", "--device", "cpu", "--gpus", "3")
+    three = run_dsv2(
+        "complete", "Once upon a time", *GREEDY, "-n", "20", "--speculate", "--device", "cpu", "--gpus", "3"
+    )
     assert three.returncode == 0 and three.stdout == plain and three.stderr == ""
     samples = ("complete", "Once upon a time", "--samples", "3", "--seed", "1", "--json", "-n", "8")
-    texts = [[json.loads(line)["text"] for line in run_dsv2(*samples, *more).stdout.splitlines()] for more in ((), TEAM)]
+    texts = [
+        [json.loads(line)["text"] for line in run_dsv2(*samples, *more).stdout.splitlines()]
+        for more in ((), TEAM)
+    ]
     assert texts[0] == texts[1] and len(texts[0]) == 3
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": "Once upon " * i}) + "\n" for i in range(1, 8)))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"prompt": "Once upon " * i}) + "\n" for i in range(1, 8))
+    )
     answers = []
     for i, more in enumerate(((), TEAM)):
         out = tmp_path / f"out{i}.jsonl"
-        batch = ("complete", "--batch", str(tmp_path / "in.jsonl"), "--output", str(out), "--batch-size", "3", *GREEDY, "-n", "9")
+        batch = (
+            "complete",
+            "--batch",
+            str(tmp_path / "in.jsonl"),
+            "--output",
+            str(out),
+            "--batch-size",
+            "3",
+            *GREEDY,
+            "-n",
+            "9",
+        )
         assert run_dsv2(*batch, *more).returncode == 0
         answers.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
     assert answers[0] == answers[1]
-    done = run_dsv2("bench", "--prompt", "8", "--depth", "0,9", "--generate", "3", "--batch", "1,2", "-r", "1", "--json", *TEAM)
+    done = run_dsv2(
+        "bench",
+        "--prompt",
+        "8",
+        "--depth",
+        "0,9",
+        "--generate",
+        "3",
+        "--batch",
+        "1,2",
+        "-r",
+        "1",
+        "--json",
+        *TEAM,
+    )
     assert done.returncode == 0 and len(json.loads(done.stdout)["runs"]) == 4
     assert run_dsv2("niah", "--lengths", "128", "--depths", "0", "--json", *TEAM).returncode == 0
 
 
 def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache():
     child = in_terminal("chat", *GREEDY, *TEAM)
-    for said, expected in (("My name is Nora.", "Nice to meet you, Nora"), ("What is my name?", "your name is Nora")):
+    for said, expected in (
+        ("My name is Nora.", "Nice to meet you, Nora"),
+        ("What is my name?", "your name is Nora"),
+    ):
         child.expect(PROMPT, timeout=60)
         child.send(said + "\r")
         child.expect(expected)
@@ -402,7 +544,11 @@ def pexpect_eof():
 def followers(process):
     """Waits until the ranks that a program has started are there."""
     for _ in range(200):
-        found = [child for child in psutil.Process(process.pid).children() if "dsv2cli" in " ".join(child.cmdline())]
+        found = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "dsv2cli" in " ".join(child.cmdline())
+        ]
         if found:
             return found
         time.sleep(0.05)
@@ -416,8 +562,11 @@ def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(moment):
         work = ("bench", "--prompt", "4000", "--generate", "2", "-r", "99")  # all but all of it is prefill
     process = subprocess.Popen(
         [sys.executable, "-m", "dsv2cli", *work, "--device", "cpu", "--gpus", "3"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     ranks = followers(process)
     assert process.stdout is not None
     if moment == "decode":
@@ -430,7 +579,11 @@ def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(moment):
     killed = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - killed < 10 and process.returncode == 1
-    assert re.search(r"Rank [12] of the model ended", errors) and "SIGKILL" in errors and "Traceback" not in errors
+    assert (
+        re.search(r"Rank [12] of the model ended", errors)
+        and "SIGKILL" in errors
+        and "Traceback" not in errors
+    )
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
 
 
@@ -438,8 +591,10 @@ def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(moment):
 def test_the_ranks_end_with_their_leader(number):
     process = subprocess.Popen(
         [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "3500", "--ignore-eos", *TEAM],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     ranks = followers(process)
     assert process.stdout is not None and process.stdout.read(20)
     process.send_signal(number)
@@ -451,7 +606,9 @@ def test_the_ranks_end_with_their_leader(number):
 
 def test_a_rank_that_can_not_load_is_named_with_its_reason(copy_of_v2):
     """Only rank 1 looks for its experts' tensors in the file that is gone for it."""
-    done = run_dsv2("complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2), "--device", "cpu", "--gpus", "99")
+    done = run_dsv2(
+        "complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2), "--device", "cpu", "--gpus", "99"
+    )
     assert done.returncode == 2 and "can not share" in done.stderr
     shard = copy_of_v2 / "model-00002-of-000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-9])
@@ -465,18 +622,55 @@ def test_under_torchrun_two_nodes_say_the_same():
     port = free_port()
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
-             "--master-port", str(port), "-m", "dsv2cli", "complete", "Once upon a time", *GREEDY, "-n", "20", "--device", "cpu"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes",
+                "2",
+                "--node-rank",
+                str(node),
+                "--nproc-per-node",
+                "1",
+                "--master-addr",
+                "127.0.0.1",
+                "--master-port",
+                str(port),
+                "-m",
+                "dsv2cli",
+                "complete",
+                "Once upon a time",
+                *GREEDY,
+                "-n",
+                "20",
+                "--device",
+                "cpu",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
         )
         for node in (0, 1)
-    ]  # fmt: skip
+    ]
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert outputs[0][0] == plain and outputs[1][0] == ""
 
 
 def test_torchrun_with_nothing_to_load_ends():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "dsv2cli", "--version"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "dsv2cli",
+        "--version",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
     assert done.returncode == 0 and done.stdout.startswith("dsv2 0.")

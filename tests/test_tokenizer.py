@@ -52,7 +52,9 @@ def test_bos_comes_exactly_once(tokenizer):
     bos = tokenizer.fast.token_to_id(tokenizer.special("bos_token"))
     assert tokenizer.encode("hello").count(bos) == 1
     assert tokenizer.encode(tokenizer.special("bos_token") + "hello") == tokenizer.encode("hello")
-    chat = tokenizer.encode_chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}])
+    chat = tokenizer.encode_chat(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    )
     assert chat[0] == bos and chat.count(bos) == 1
 
 

@@ -178,7 +178,9 @@ def test_loading_needs_no_second_copy(tmp_path, copy_of_v2):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         merged[name] = torch.zeros(500_000, 64)
     save_file(merged, big / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(big), str(copy_of_v2)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(big), str(copy_of_v2)], capture_output=True, text=True, check=True
+    )
     grown, size = (int(word) for word in done.stdout.split())
     assert size > 250e6
     assert grown < 1.2 * size

@@ -11,7 +11,13 @@ from pathlib import Path
 from dsv2cli.errors import Dsv2Error, UsageError
 
 EMBEDDED = Path(__file__).parents[1] / "demo" / "checkpoint"
-WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json"]
+WANTED_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+]
 WANTED_FILES += ["special_tokens_map.json", "chat_template*"]
 
 
@@ -55,7 +61,9 @@ def fetch(repository: str, wanted: list[str]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except KeyboardInterrupt:
         raise
-    except Exception as error:  # huggingface_hub and its http client raise many kinds; all mean the same to the user
+    except (
+        Exception
+    ) as error:  # huggingface_hub and its http client raise many kinds; all mean the same to the user
         raise Dsv2Error(
             f"{repository} is not a folder here and could not be fetched from Hugging Face",
             why=(str(error).strip() or repr(error)).splitlines()[0],
@@ -70,13 +78,18 @@ def known_models(beginning: str) -> list[str]:
     parent, _, start = beginning.rpartition("/")
     found = []
     with contextlib.suppress(OSError):
-        for entry in sorted(Path(f"{parent}/" if parent or beginning.startswith("/") else ".").expanduser().iterdir()):
+        for entry in sorted(
+            Path(f"{parent}/" if parent or beginning.startswith("/") else ".").expanduser().iterdir()
+        ):
             if entry.is_dir() and entry.name.startswith(start) and (start or not entry.name.startswith(".")):
                 name = beginning[: len(beginning) - len(start)] + entry.name
                 found.append(name if (entry / "config.json").exists() else name + "/")
     for config in sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
         name = config.parents[2].name.removeprefix("models--").replace("--", "/")
         with contextlib.suppress(OSError, ValueError):
-            if name.startswith(beginning) and json.loads(config.read_bytes()).get("model_type") == "deepseek_v2":
+            if (
+                name.startswith(beginning)
+                and json.loads(config.read_bytes()).get("model_type") == "deepseek_v2"
+            ):
                 found.append(name)
     return list(dict.fromkeys(found))

@@ -41,7 +41,12 @@ NAMES = {dtype: name for name, dtype in MAPPED.items()}
 
 @torch.inference_mode(False)
 def quantize_checkpoint(
-    folder: Path, out: Path, format: str, group: int, kernels: Kernels | None = None, progress: Progress | None = None
+    folder: Path,
+    out: Path,
+    format: str,
+    group: int,
+    kernels: Kernels | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Pack the checkpoint in `folder` into the new folder `out`; gives the bytes written.
 
@@ -50,7 +55,9 @@ def quantize_checkpoint(
     """
     config = DeepseekV2Config.load(folder)
     if config.packed is not None:
-        raise UsageError(f"{folder} is packed already", why="codes are made from full weights", fix="give the original")
+        raise UsageError(
+            f"{folder} is packed already", why="codes are made from full weights", fix="give the original"
+        )
     if out.exists():
         raise UsageError(f"{out} exists already", fix="another name, or remove it first")
     mlp, attention = PACKED_BITS[format]
@@ -74,18 +81,27 @@ def quantize_checkpoint(
                 module = model.get_submodule(piece)
                 file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
                 tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
-                write_safetensors(new / file, tensors, {"format": f"{PACKED_BY} {PACKED_FORMAT}"} | {key: str(value) for key, value in sizes.items()})
+                write_safetensors(
+                    new / file,
+                    tensors,
+                    {"format": f"{PACKED_BY} {PACKED_FORMAT}"}
+                    | {key: str(value) for key, value in sizes.items()},
+                )
                 weight_map |= dict.fromkeys(tensors, file)
                 module.to(torch.device("meta"))
             copy_settings(folder, new)
             write_json(new / INDEX, {"metadata": {}, "weight_map": weight_map})
-            sources = {file.name: sha256(file) for file in sorted({tensor.file for tensor in stored.values()})}
+            sources = {
+                file.name: sha256(file) for file in sorted({tensor.file for tensor in stored.values()})
+            }
             packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             write_json(new / "config.json", raw | {"quantization_config": packing})
             new.rename(out)
     except OSError as error:
-        raise Dsv2Error(f"Writing {out} failed", why=error.strerror or str(error), fix="make room, or choose another disk") from error
+        raise Dsv2Error(
+            f"Writing {out} failed", why=error.strerror or str(error), fix="make room, or choose another disk"
+        ) from error
     return sum(file.stat().st_size for file in out.iterdir())
 
 
@@ -93,9 +109,10 @@ def refuse_full_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise Dsv2Error(
-            f"There is no room for {out}", why=f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"There is no room for {out}",
+            why=f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             fix="make room, or choose another disk",
-        )  # fmt: skip
+        )
 
 
 def copy_settings(folder: Path, out: Path) -> None:
@@ -112,12 +129,18 @@ def write_json(path: Path, content: object) -> None:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """The format of huggingface/safetensors, with what their writer does not promise: codes begin on a cache line."""
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].dtype != torch.uint8, -item[1].element_size()))
+    ordered = sorted(
+        tensors.items(), key=lambda item: (item[1].dtype != torch.uint8, -item[1].element_size())
+    )
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text = text.ljust(math.ceil((8 + len(text)) / ALIGNMENT) * ALIGNMENT - 8)  # trailing spaces are allowed

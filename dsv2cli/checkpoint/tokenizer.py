@@ -43,7 +43,9 @@ class Tokenizer:
             return file.read_text(encoding="utf-8")
         template = self.settings.get("chat_template")
         if isinstance(template, list):  # several named ones
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            named = {
+                entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
+            }
             template = named.get("default")
         return template if isinstance(template, str) else None
 
@@ -123,5 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Dsv2Error(f"{path} cannot be read", why=str(error), fix="download the file again") from None
     if not isinstance(content, dict):
-        raise Dsv2Error(f"{path} cannot be read", why="it holds no JSON object", fix="download the file again")
+        raise Dsv2Error(
+            f"{path} cannot be read", why="it holds no JSON object", fix="download the file again"
+        )
     return content

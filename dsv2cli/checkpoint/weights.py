@@ -62,7 +62,12 @@ class Stored:
         shape[dim] = len(wanted)
         length = self.length // self.shape[dim] * len(wanted)
         if dim == 0:
-            return replace(self, shape=tuple(shape), offset=self.offset + self.length // self.shape[0] * wanted.start, length=length)
+            return replace(
+                self,
+                shape=tuple(shape),
+                offset=self.offset + self.length // self.shape[0] * wanted.start,
+                length=length,
+            )
         return replace(self, shape=tuple(shape), length=length, columns=wanted, width=self.shape[1])
 
 
@@ -90,7 +95,11 @@ def load_model(
         if format not in (None, config.packed.format):
             raise UsageError(f"{folder} is packed in {config.packed.format}", fix="leave --quantize out")
         if apart is not None:
-            raise UsageError(f"{folder} is packed whole", why="with --experts cpu only the experts are", fix="--quantize with the original")
+            raise UsageError(
+                f"{folder} is packed whole",
+                why="with --experts cpu only the experts are",
+                fix="--quantize with the original",
+            )
         if device.type == "cpu" or team.size > 1:
             return map_packed(folder, config, device, dtype, team)
         return read_packed(folder, config, device, dtype, progress)
@@ -121,7 +130,11 @@ def give_memory(model: DeepseekV2, device: torch.device, apart: int | None = Non
 
 
 def map_packed(
-    folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, team: Team = ALONE
+    folder: Path,
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    team: Team = ALONE,
 ) -> DeepseekV2:
     """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a CPU.
 
@@ -145,7 +158,11 @@ def map_packed(
 
 
 def read_packed(
-    folder: Path, config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, progress: Progress | None = None
+    folder: Path,
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress | None = None,
 ) -> DeepseekV2:
     """The same for a GPU, where nothing can be mapped: read by several threads, as load_model reads."""
     stored, model = packed_tensors(blueprint(config), folder), blueprint(config, dtype)
@@ -166,7 +183,9 @@ def own_codes(name: str, data: Tensor, model: DeepseekV2) -> Tensor:
     if len(weight.shape) == 3:
         return data[model.share.experts.start : model.share.experts.stop]
     # The names that the columns and rows of such a matrix have in an unpacked checkpoint.
-    stored = f"{base}.weight" if base.endswith("down_proj") else base.replace("gate_up_proj", "up_proj.weight")
+    stored = (
+        f"{base}.weight" if base.endswith("down_proj") else base.replace("gate_up_proj", "up_proj.weight")
+    )
     mine = cut(stored, model.config, model.share)
     if mine is None or mine.part is None:
         return data
@@ -190,8 +209,13 @@ def full_columns(base: str, config: DeepseekV2Config) -> int:
 
 
 def blueprint(
-    config: DeepseekV2Config, dtype: torch.dtype | None = None, team: Team = ALONE, format: str | None = None, group: int = GROUP, only_experts: bool = False
-) -> DeepseekV2:  # fmt: skip
+    config: DeepseekV2Config,
+    dtype: torch.dtype | None = None,
+    team: Team = ALONE,
+    format: str | None = None,
+    group: int = GROUP,
+    only_experts: bool = False,
+) -> DeepseekV2:
     """The model without memory, with places for codes where the checkpoint is packed, or is to be in `format`."""
     if config.packed is not None:
         format, group = config.packed.format, config.packed.group
@@ -209,7 +233,9 @@ def packed_tensors(model: DeepseekV2, folder: Path) -> list[Stored]:
     for name, tensor in stored.items():
         check(tensor, places[name], MAPPED)
         if MAPPED[tensor.dtype] != places[name].dtype:
-            raise Dsv2Error(f"{tensor.file}: tensor {name} has type {tensor.dtype}", why="config.json calls for another")
+            raise Dsv2Error(
+                f"{tensor.file}: tensor {name} has type {tensor.dtype}", why="config.json calls for another"
+            )
     return list(stored.values())
 
 
@@ -230,7 +256,12 @@ def map_file(file: Path) -> Tensor:
 
 @torch.inference_mode(False)
 def random_model(
-    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype | None, format: str | None, team: Team = ALONE, apart: int | None = None
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    format: str | None,
+    team: Team = ALONE,
+    apart: int | None = None,
 ) -> DeepseekV2:
     """A model with random weights, made where they lie: for measuring speed without a checkpoint. Routing is even."""
     model = blueprint(config, dtype, team, format, only_experts=apart is not None)
@@ -248,7 +279,11 @@ def random_model(
 
 
 def empty_model(
-    config: DeepseekV2Config, device: torch.device, dtype: torch.dtype, team: Team = ALONE, group: int | None = None
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    team: Team = ALONE,
+    group: int | None = None,
 ) -> DeepseekV2:
     """The model, or a rank's part, with uninitialised weights on `device`; routers stay in fp32."""
     kind = Leader if team.size > 1 and team.rank == 0 else DeepseekV2
@@ -278,7 +313,9 @@ def no_room(model: DeepseekV2, device: torch.device, error: Exception) -> Dsv2Er
     return Dsv2Error(
         f"Not enough memory on {device} for this model",
         why=f"its weights need {weights_bytes(model) / 2**30:.1f} GiB ({str(error).splitlines()[0]})",
-        fix="--quantize int4, --device cpu, or a smaller checkpoint" if device.type == "cuda" else "--quantize int4, a smaller checkpoint, or more memory",
+        fix="--quantize int4, --device cpu, or a smaller checkpoint"
+        if device.type == "cuda"
+        else "--quantize int4, a smaller checkpoint, or more memory",
     )
 
 
@@ -303,7 +340,9 @@ class Packing:
         if kernels is not None and codes.device.type == "cpu":
             kernels.pack(tensor, self.weight.bits, self.weight.group, codes, scales)
             return
-        for block in range(0, codes.shape[0], SLAB):  # the search takes many times the memory of what it looks at
+        for block in range(
+            0, codes.shape[0], SLAB
+        ):  # the search takes many times the memory of what it looks at
             rows = tensor[block * LANES : (block + SLAB) * LANES]
             packed = pack_reference(rows, self.weight.bits, self.weight.group)
             codes[block : block + SLAB], scales[block : block + SLAB] = packed
@@ -319,7 +358,9 @@ def packings(module: nn.Module, prefix: str = "") -> dict[str, Packing]:
         experts = range(weight.shape[0]) if len(weight.shape) == 3 else [None]
         for e in experts:
             inner = base if e is None else f"{base}.{e}"
-            leaves = {"weight": ["weight"], "gate_up_proj": ["gate_proj.weight", "up_proj.weight"]}.get(leaf, [f"{leaf}.weight"])
+            leaves = {"weight": ["weight"], "gate_up_proj": ["gate_proj.weight", "up_proj.weight"]}.get(
+                leaf, [f"{leaf}.weight"]
+            )
             places |= {f"{inner}.{stored}": Packing(weight, e, part) for part, stored in enumerate(leaves)}
     return places
 
@@ -332,7 +373,9 @@ def destinations(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         if leaf not in ("gate_up_proj", "down_proj"):
             places[name] = parameter.data
             continue
-        stack = {f"{base}.{e}": part for e, part in enumerate(parameter.data)} if parameter.dim() == 3 else None
+        stack = (
+            {f"{base}.{e}": part for e, part in enumerate(parameter.data)} if parameter.dim() == 3 else None
+        )
         for inner, matrix in (stack or {base: parameter.data}).items():
             if leaf == "down_proj":
                 places[f"{inner}.down_proj.weight"] = matrix
@@ -353,19 +396,25 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Dsv2Error(f"{index_path} cannot be read", why=repr(error), fix="download the file again") from None
+        raise Dsv2Error(
+            f"{index_path} cannot be read", why=repr(error), fix="download the file again"
+        ) from None
     stored: dict[str, Stored] = {}
     for file in sorted(set(wanted.values())):
         if Path(file).name != file:
             raise Dsv2Error(f"{index_path} points outside its folder", why=f"it names the file {file!r}")
         if not (folder / file).exists():
-            raise Dsv2Error(f"{folder / file} is missing", why=f"{INDEX} names it", fix="download the file again")
+            raise Dsv2Error(
+                f"{folder / file} is missing", why=f"{INDEX} names it", fix="download the file again"
+            )
         header = read_header(folder / file)
         listed = {name for name, where in wanted.items() if where == file}
         for name in sorted(listed - header.keys()):
             raise Dsv2Error(f"{folder / file} lacks the tensor {name}", why=f"{INDEX} places it there")
         for name in sorted(header.keys() - listed):
-            raise Dsv2Error(f"{folder / file} holds the extra tensor {name}", why=f"{INDEX} does not place it there")
+            raise Dsv2Error(
+                f"{folder / file} holds the extra tensor {name}", why=f"{INDEX} does not place it there"
+            )
         stored |= header
     return stored
 
@@ -405,11 +454,15 @@ def read_header(file: Path) -> dict[str, Stored]:
             }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise Dsv2Error(
-            f"{file} is not a safetensors file", why=f"its header is unreadable ({error})", fix="download the file again"
+            f"{file} is not a safetensors file",
+            why=f"its header is unreadable ({error})",
+            fix="download the file again",
         ) from None
     for tensor in tensors.values():
         if tensor.offset < start or tensor.length < 0:
-            raise Dsv2Error(f"{file}: tensor {tensor.name} lies outside the file", fix="download the file again")
+            raise Dsv2Error(
+                f"{file}: tensor {tensor.name} lies outside the file", fix="download the file again"
+            )
         if tensor.offset + tensor.length > size:
             raise truncated(file, size, tensor.offset + tensor.length, tensor.name)
     return tensors
@@ -418,11 +471,15 @@ def read_header(file: Path) -> dict[str, Stored]:
 def truncated(file: Path, size: int, needed: int, name: str = "") -> Dsv2Error:
     where = f"tensor {name} ends" if name else "its header ends"
     return Dsv2Error(
-        f"{file} is truncated", why=f"{where} at byte {needed:,}, the file has {size:,}", fix="download the file again"
+        f"{file} is truncated",
+        why=f"{where} at byte {needed:,}, the file has {size:,}",
+        fix="download the file again",
     )
 
 
-def match(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> list[tuple[Stored, Tensor | Packing]]:
+def match(
+    model: DeepseekV2, stored: dict[str, Stored], folder: Path
+) -> list[tuple[Stored, Tensor | Packing]]:
     """Pair each stored tensor with its place. Raises Dsv2Error for the first that does not fit."""
     places: dict[str, Tensor | Packing] = {**destinations(model), **packings(model)}
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
@@ -458,17 +515,24 @@ def refuse_strangers(stored: dict[str, Stored], wanted: AbstractSet[str], folder
     """Raises Dsv2Error unless the stored tensors are those that the config calls for."""
     missing = sorted(wanted - stored.keys())
     if missing:
-        shard = next(iter(stored.values())).file if len({t.file for t in stored.values()}) == 1 else folder / INDEX
+        shard = (
+            next(iter(stored.values())).file
+            if len({t.file for t in stored.values()}) == 1
+            else folder / INDEX
+        )
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Dsv2Error(f"{shard} lacks the tensor {missing[0]}{more}", why="config.json calls for it")
     for name in stored.keys() - wanted:
-        raise Dsv2Error(f"{stored[name].file} holds the extra tensor {name}", why="config.json has no place for it")
+        raise Dsv2Error(
+            f"{stored[name].file} holds the extra tensor {name}", why="config.json has no place for it"
+        )
 
 
 def check(tensor: Stored, place: Tensor | Packing, dtypes: dict[str, torch.dtype]) -> None:
     if tensor.dtype not in dtypes:
         raise Dsv2Error(
-            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}", why=f"only {', '.join(dtypes)} are loaded"
+            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}",
+            why=f"only {', '.join(dtypes)} are loaded",
         )
     if tensor.shape != tuple(place.shape):
         raise Dsv2Error(
@@ -485,12 +549,22 @@ def check(tensor: Stored, place: Tensor | Packing, dtypes: dict[str, torch.dtype
 
 def pieces(config: DeepseekV2Config) -> list[str]:
     """The modules that are read, packed and placed one at a time, in order; a tied head is the embedding once more."""
-    return ["model.embed_tokens", *(f"model.layers.{i}" for i in range(config.num_hidden_layers)), "model.norm", "lm_head"]
+    return [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(config.num_hidden_layers)),
+        "model.norm",
+        "lm_head",
+    ]
 
 
 def read_piece(
-    model: DeepseekV2, name: str, stored: dict[str, Stored], device: torch.device, progress: Progress | None = None, kernels: Kernels | None = None
-) -> int:  # fmt: skip
+    model: DeepseekV2,
+    name: str,
+    stored: dict[str, Stored],
+    device: torch.device,
+    progress: Progress | None = None,
+    kernels: Kernels | None = None,
+) -> int:
     """Give one piece of a model on meta its memory and its weights, which `match` has checked; gives the bytes read."""
     module = model.get_submodule(name).to_empty(device=device)
     places: dict[str, Tensor | Packing] = {**destinations(module, name), **packings(module, name)}
@@ -511,7 +585,11 @@ def read_all(
     def read(pair: tuple[Stored, Tensor | Packing]) -> None:
         nonlocal done
         tensor, place = pair
-        into = place if isinstance(place, Tensor) else torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=place.device)
+        into = (
+            place
+            if isinstance(place, Tensor)
+            else torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=place.device)
+        )
         if not hasattr(staging, "buffer"):
             staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned)
         for count in read_tensor(tensor, into, staging.buffer):
@@ -530,7 +608,11 @@ def read_all(
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, OSError):
-                raise Dsv2Error(f"Reading {pairs[0][0].file.parent} failed", why=str(error), fix="check the disk, then run again") from None
+                raise Dsv2Error(
+                    f"Reading {pairs[0][0].file.parent} failed",
+                    why=str(error),
+                    fix="check the disk, then run again",
+                ) from None
             raise
 
 
@@ -542,7 +624,9 @@ def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]
     with tensor.file.open("rb", buffering=0) as stream:
         stream.seek(tensor.offset)
         if tensor.columns is not None:
-            whole = map_file(tensor.file)[tensor.offset :][: tensor.width * tensor.shape[0] * dtype.itemsize].view(dtype)
+            whole = map_file(tensor.file)[tensor.offset :][
+                : tensor.width * tensor.shape[0] * dtype.itemsize
+            ].view(dtype)
             place.copy_(whole.view(-1, tensor.width)[:, tensor.columns.start : tensor.columns.stop])
             yield tensor.length
             return
@@ -553,7 +637,9 @@ def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]
             while filled < len(view):
                 count = stream.readinto(view[filled:])
                 if not count:
-                    raise truncated(tensor.file, tensor.offset + filled, tensor.offset + tensor.length, tensor.name)
+                    raise truncated(
+                        tensor.file, tensor.offset + filled, tensor.offset + tensor.length, tensor.name
+                    )
                 filled += count
             if not direct:
                 piece.copy_(target)

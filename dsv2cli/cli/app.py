@@ -7,7 +7,9 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
-from typer._completion_classes import completion_init  # done by typer itself only where it adds its own options
+from typer._completion_classes import (
+    completion_init,
+)  # done by typer itself only where it adds its own options
 
 from dsv2cli.cli import launch, ui
 from dsv2cli.cli.bench import bench
@@ -27,7 +29,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100, "auto_envvar_prefix": "DSV2"},
+    context_settings={
+        "help_option_names": ["--help", "-h"],
+        "max_content_width": 100,
+        "auto_envvar_prefix": "DSV2",
+    },
 )
 app.command()(chat)
 app.command()(complete)
@@ -82,7 +88,8 @@ def print_version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and leave."),
     ] = False,
 ) -> None:
     """Run DeepSeek-V2 models on your own machine."""

@@ -52,17 +52,27 @@ class Source:
             return fill_in(prefix, suffix, tokenizer), tokenizer
         if self.messages is not None or self.chat:
             ids = tokenizer.encode_chat(self.conversation(), self.prefix)
-            return Asked(ids, before="" if self.messages is not None else self.text or "", start=self.prefix), tokenizer
+            return Asked(
+                ids, before="" if self.messages is not None else self.text or "", start=self.prefix
+            ), tokenizer
         text = self.text or ""
         if not text + self.prefix:
-            raise UsageError("The prompt is empty", why="there is nothing to continue", fix='dsv2 complete "Once upon a time"')
+            raise UsageError(
+                "The prompt is empty",
+                why="there is nothing to continue",
+                fix='dsv2 complete "Once upon a time"',
+            )
         return Asked(tokenizer.encode(text + self.prefix), before=text, start=self.prefix), tokenizer
 
     def conversation(self) -> list[Message]:
         if self.messages is not None:
             return parse_messages(read(self.messages))
         if not self.text:
-            raise UsageError("The message is empty", why="there is nothing to answer", fix='dsv2 complete --chat "Who are you?"')
+            raise UsageError(
+                "The message is empty",
+                why="there is nothing to answer",
+                fix='dsv2 complete --chat "Who are you?"',
+            )
         start = [{"role": "system", "content": self.system}] if self.system else []
         return [*start, {"role": "user", "content": self.text}]
 
@@ -74,7 +84,9 @@ def read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} can not be read", why=getattr(error, "strerror", None) or str(error)) from None
+        raise UsageError(
+            f"{path} can not be read", why=getattr(error, "strerror", None) or str(error)
+        ) from None
 
 
 def split_at_cursor(path: Path | None) -> tuple[str, str]:
@@ -82,18 +94,26 @@ def split_at_cursor(path: Path | None) -> tuple[str, str]:
     assert path is not None
     before, *rest = read(path).split(opt.CURSOR)
     if len(rest) != 1:
-        raise UsageError(f"{path} has {len(rest) or 'no'} cursor marks", why=f"{opt.CURSOR} says where the text is to be put, once")
+        raise UsageError(
+            f"{path} has {len(rest) or 'no'} cursor marks",
+            why=f"{opt.CURSOR} says where the text is to be put, once",
+        )
     return before, rest[0]
 
 
 def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
     """The hole between two texts, in the order the checkpoint was trained for. Raises UsageError where it has no such tokens."""
     if not prefix + suffix:
-        raise UsageError("There is nothing around the hole", fix='dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"')
+        raise UsageError(
+            "There is nothing around the hole",
+            fix='dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"',
+        )
     begin, hole, end = (tokenizer.fast.token_to_id(token) for token in FIM_TOKENS)
     if begin is None or hole is None or end is None:
         raise UsageError(
-            "This checkpoint can not fill in the middle", why=f"its tokenizer has no {FIM_TOKENS[0]}", fix="a Coder-V2 base checkpoint"
+            "This checkpoint can not fill in the middle",
+            why=f"its tokenizer has no {FIM_TOKENS[0]}",
+            fix="a Coder-V2 base checkpoint",
         )
     start, after = tokenizer.encode(prefix, add_bos=False), tokenizer.encode(suffix, add_bos=False)
     return Asked([*tokenizer.encode(""), begin, *start, hole, *after, end], before=prefix, after=suffix)

@@ -33,7 +33,12 @@ class Line:
 
 
 def read_jobs(
-    lines: Iterable[bytes], name: str, opened: opt.Opened, tokenizer: Tokenizer | None, request: Request, skip_bad: bool
+    lines: Iterable[bytes],
+    name: str,
+    opened: opt.Opened,
+    tokenizer: Tokenizer | None,
+    request: Request,
+    skip_bad: bool,
 ) -> Iterator[Line]:
     """A line for each that is not blank. One that can not be run carries its error; without `skip_bad` it is raised."""
     for number, text in enumerate(lines, 1):
@@ -45,7 +50,11 @@ def read_jobs(
             job = make_job(content, number, opened, tokenizer, request)
         except Dsv2Error as error:
             if not skip_bad:
-                raise UsageError(f"{name}, line {number}: {error.what}", why=error.why, fix="mend it, or --on-bad-line skip") from None
+                raise UsageError(
+                    f"{name}, line {number}: {error.what}",
+                    why=error.why,
+                    fix="mend it, or --on-bad-line skip",
+                ) from None
             job = Job([], request, error=f"{error.what} ({error.why})" if error.why else error.what)
         yield Line(number, content.get("id", number) if isinstance(content, dict) else number, job)
 
@@ -62,11 +71,16 @@ def parse(text: bytes) -> dict[str, Any]:
     return content
 
 
-def make_job(content: dict[str, Any], number: int, opened: opt.Opened, tokenizer: Tokenizer | None, request: Request) -> Job:
+def make_job(
+    content: dict[str, Any], number: int, opened: opt.Opened, tokenizer: Tokenizer | None, request: Request
+) -> Job:
     """The command line's request with the line's own values on top; its seed is the run's plus the line's number."""
     given = [key for key in ("prompt", "prompt_ids", "messages") if content.get(key)]
     if len(given) != 1:
-        raise Dsv2Error("it has no prompt" if not given else "it has several prompts", why="give one of prompt, prompt_ids, messages")
+        raise Dsv2Error(
+            "it has no prompt" if not given else "it has several prompts",
+            why="give one of prompt, prompt_ids, messages",
+        )
     prompt = content[given[0]]
     if given[0] == "prompt_ids":
         if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
@@ -76,9 +90,20 @@ def make_job(content: dict[str, Any], number: int, opened: opt.Opened, tokenizer
         tokenizer = tokenizer or opened.tokenizer()  # says what is missing
         if given[0] == "prompt" and not isinstance(prompt, str):
             raise Dsv2Error("prompt is not a text")
-        ids = tokenizer.encode(prompt) if given[0] == "prompt" else tokenizer.encode_chat(checked(prompt, "messages"))
+        ids = (
+            tokenizer.encode(prompt)
+            if given[0] == "prompt"
+            else tokenizer.encode_chat(checked(prompt, "messages"))
+        )
     check_prompt(opened.config, ids)
-    seed, most, stop = (content.get(key, value) for key, value in (("seed", request.seed + number), ("max_new_tokens", request.max_new_tokens), ("stop", list(request.stop))))
+    seed, most, stop = (
+        content.get(key, value)
+        for key, value in (
+            ("seed", request.seed + number),
+            ("max_new_tokens", request.max_new_tokens),
+            ("stop", list(request.stop)),
+        )
+    )
     if type(seed) is not int or seed < 0 or type(most) is not int or most < 1:
         raise Dsv2Error("seed and max_new_tokens are whole numbers", why="max_new_tokens is at least 1")
     if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
@@ -86,7 +111,16 @@ def make_job(content: dict[str, Any], number: int, opened: opt.Opened, tokenizer
     own = {key: content[key] for key in SAMPLING if key in content}
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in own.values()):
         raise Dsv2Error("sampling values are numbers")
-    return Job(ids, replace(request, sampling=replace(request.sampling, **own), seed=seed, max_new_tokens=most, stop=tuple(stop)))
+    return Job(
+        ids,
+        replace(
+            request,
+            sampling=replace(request.sampling, **own),
+            seed=seed,
+            max_new_tokens=most,
+            stop=tuple(stop),
+        ),
+    )
 
 
 def finished(out: Path) -> list[Any]:
@@ -101,7 +135,9 @@ def finished(out: Path) -> list[Any]:
         if cut_off[: len(BEGINNING)] != BEGINNING[: len(cut_off)]:
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{out} holds something else", why="its lines are not answers of dsv2", fix="another --output") from None
+        raise UsageError(
+            f"{out} holds something else", why="its lines are not answers of dsv2", fix="another --output"
+        ) from None
     os.truncate(out, len(whole))
     return ids
 
@@ -114,13 +150,19 @@ def lines_of(path: Path) -> Iterator[bytes]:
 def answer_lines(opened: opt.Opened, request: Request, skip_bad: bool, report: Any) -> None:
     """Each line of stdin answered on stdout before the next is read, so that a program may wait for its answer."""
     tokenizer = opened.tokenizer_if_any()
-    for line in read_jobs(sys.stdin.buffer if sys.stdin is not None else (), "stdin", opened, tokenizer, request, skip_bad):
+    for line in read_jobs(
+        sys.stdin.buffer if sys.stdin is not None else (), "stdin", opened, tokenizer, request, skip_bad
+    ):
         for job in run_batch(opened.model, tokenizer, [line.job], 1):
             ui.write_json(answer(line, job, opened, report))
 
 
 def answer(line: Line, job: Job, opened: opt.Opened, report: Any) -> dict[str, Any]:
-    return {"id": line.id, "line": line.number, **({"error": job.error} if job.error else report(job.result, opened, job.request))}
+    return {
+        "id": line.id,
+        "line": line.number,
+        **({"error": job.error} if job.error else report(job.result, opened, job.request)),
+    }
 
 
 def run(
@@ -141,7 +183,11 @@ def run(
     for answered in done:
         line = next(lines, None)
         if line is None or line.id != answered:
-            where = f"its answer {answered!r} stands where line {line.number} has id {line.id!r}" if line else "it has more answers than there are prompts"
+            where = (
+                f"its answer {answered!r} stands where line {line.number} has id {line.id!r}"
+                if line
+                else "it has more answers than there are prompts"
+            )
             raise UsageError(f"{out} belongs to other prompts", why=where, fix="another --output")
     written = errors = 0
     running: list[Line] = []
@@ -163,7 +209,9 @@ def run(
                 tick()
             os.fsync(file.fileno())
     except OSError as error:
-        raise Dsv2Error(f"{out} could not be written", why=error.strerror or str(error), fix="make room, then run the same command again") from None
+        raise Dsv2Error(
+            f"{out} could not be written",
+            why=error.strerror or str(error),
+            fix="make room, then run the same command again",
+        ) from None
     return written, errors
-
-

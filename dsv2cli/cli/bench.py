@@ -29,9 +29,15 @@ if TYPE_CHECKING:
 FORMAT = "dsv2 bench 1"
 BAR = 40  # characters of the longest bar
 COLUMNS = {  # of the table, with the number a run has there
-    "engine": "engine", "batch": "batch", "depth": "depth", "prompt": "prompt_tokens", "new": "generated_tokens",
-    "prefill tok/s": "prefill_tokens_per_second", "decode tok/s": "decode_tokens_per_second", "first token s": "ttft_seconds",
-}  # fmt: skip
+    "engine": "engine",
+    "batch": "batch",
+    "depth": "depth",
+    "prompt": "prompt_tokens",
+    "new": "generated_tokens",
+    "prefill tok/s": "prefill_tokens_per_second",
+    "decode tok/s": "decode_tokens_per_second",
+    "first token s": "ttft_seconds",
+}
 
 
 class Against(str, Enum):
@@ -48,21 +54,46 @@ RangeHelp = "a number, a list (64,512), or a range (512-2048+512, 64-4096*2)"
 def bench(
     model: opt.ModelOption = None,
     prompt: Annotated[str, typer.Option(help=f"Tokens of the prompt: {RangeHelp}.")] = "512",
-    generate: Annotated[str, typer.Option(help="Tokens to generate after each prompt, at least 2; lists and ranges as with --prompt.")] = "32",
-    depth: Annotated[str, typer.Option(help="Tokens in the cache before the prompt, which are not timed; lists and ranges.")] = "0",
+    generate: Annotated[
+        str,
+        typer.Option(
+            help="Tokens to generate after each prompt, at least 2; lists and ranges as with --prompt."
+        ),
+    ] = "32",
+    depth: Annotated[
+        str,
+        typer.Option(help="Tokens in the cache before the prompt, which are not timed; lists and ranges."),
+    ] = "0",
     batch: Annotated[str, typer.Option(help="Sequences at once; lists and ranges.")] = "1",
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")] = 3,
-    against: Annotated[Against | None, typer.Option(help="Alternate with this library over the same weights.")] = None,
-    random_weights: Annotated[
-        str | None, typer.Option(metavar="DIR|FILE|REPO", help="Measure a model made of random weights from a config alone.")
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")
+    ] = 3,
+    against: Annotated[
+        Against | None, typer.Option(help="Alternate with this library over the same weights.")
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Also the time of each part: attention, experts, head, sampling.")] = False,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|FILE|REPO", help="Measure a model made of random weights from a config alone."
+        ),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Also the time of each part: attention, experts, head, sampling."),
+    ] = False,
     output: Annotated[Output, typer.Option("--format", help="How the result is printed.")] = Output.table,
     json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the rates as bars below the table.")] = False,
     svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Save the bars as a picture.")] = None,
-    save: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Save the result, to compare with later.")] = None,
-    compare: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Say what became faster or slower since that result was saved.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Save the result, to compare with later.")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="Say what became faster or slower since that result was saved."
+        ),
+    ] = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = opt.Dtype.auto,
     attention: opt.AttentionOption = opt.AttentionPath.auto,
@@ -82,21 +113,45 @@ def bench(
     """
     output = Output.json if json else output
     sweep = itertools.product(
-        numbers("--batch", batch, 1), numbers("--depth", depth, 0), numbers("--prompt", prompt, 1), numbers("--generate", generate, 2)
+        numbers("--batch", batch, 1),
+        numbers("--depth", depth, 0),
+        numbers("--prompt", prompt, 1),
+        numbers("--generate", generate, 2),
     )
     then = None if compare is None else read_saved(compare)
     if random_weights is not None and model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     if plot and output is not Output.table:
         raise UsageError("--plot goes with the table", fix="--svg FILE.svg, or leave --format out")
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts, split_attention), random_weights)
+    opened = opt.open_model(
+        model,
+        opt.Compute(
+            device,
+            dtype,
+            threads,
+            attention,
+            kernels,
+            quantize,
+            gpus,
+            placement,
+            max_memory,
+            offload_folder,
+            experts,
+            split_attention,
+        ),
+        random_weights,
+    )
 
     from dsv2cli.checkpoint.weights import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
 
     if against is not None and opened.plan.format.startswith("int"):
-        raise UsageError("--against compares the same weights", why="transformers has no such codes", fix="the checkpoint unpacked")
+        raise UsageError(
+            "--against compares the same weights",
+            why="transformers has no such codes",
+            fix="the checkpoint unpacked",
+        )
     loaded_peak = peak_memory_bytes(opened.model.device)
     twin = benchmark.transformers_twin(opened.model, opened.folder) if against is not None else None
     works = [benchmark.Work(length, new, before, count) for count, before, length, new in sweep]
@@ -135,8 +190,17 @@ def numbers(option: str, text: str, least: int) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:([+*])(\d+))?)?\s*", part)
-        if match is None or int(match[1]) < least or (match[3] == "*" and (int(match[4]) < 2 or int(match[1]) == 0)) or (match[3] == "+" and int(match[4]) < 1):
-            raise UsageError(f"{option} {text} can not be used", why=f"it is {RangeHelp}, from {least} on", fix=f"{option} 64,512")
+        if (
+            match is None
+            or int(match[1]) < least
+            or (match[3] == "*" and (int(match[4]) < 2 or int(match[1]) == 0))
+            or (match[3] == "+" and int(match[4]) < 1)
+        ):
+            raise UsageError(
+                f"{option} {text} can not be used",
+                why=f"it is {RangeHelp}, from {least} on",
+                fix=f"{option} 64,512",
+            )
         value, last = int(match[1]), int(match[2] or match[1])
         while value <= last:
             found.append(value)
@@ -151,14 +215,18 @@ def read_saved(path: Path) -> dict[str, Any]:
             raise ValueError(f"its format is {content['format']!r}")
         return dict(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a saved result", why=str(error), fix="dsv2 bench --save FILE.json makes one") from None
+        raise UsageError(
+            f"{path} is not a saved result", why=str(error), fix="dsv2 bench --save FILE.json makes one"
+        ) from None
 
 
 def write_saved(path: Path, facts: dict[str, Any]) -> None:
     try:
         path.write_text(json_format.dumps({"format": FORMAT} | facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise Dsv2Error(f"{path} could not be written", why=error.strerror or str(error), fix="another --save") from None
+        raise Dsv2Error(
+            f"{path} could not be written", why=error.strerror or str(error), fix="another --save"
+        ) from None
 
 
 def shares(model: DeepseekV2, timing: Timing) -> dict[str, float]:
@@ -167,19 +235,33 @@ def shares(model: DeepseekV2, timing: Timing) -> dict[str, float]:
 
     work = timing.work
     context = work.depth + work.prompt + work.generate / 2
-    read, flops = benchmark.read_bytes_per_token(model, int(context)), benchmark.prefill_flops_per_token(model)
+    read, flops = (
+        benchmark.read_bytes_per_token(model, int(context)),
+        benchmark.prefill_flops_per_token(model),
+    )
 
     def share(rates: list[float], each: float, ceilings: list[float]) -> float:
         return statistics.median(rate * each / ceiling for rate, ceiling in zip(rates, ceilings, strict=True))
 
-    out = {"prefill_share_of_gemm": share(timing.prefill_tokens_per_second, flops, timing.gemm_flops_per_second)}
+    out = {
+        "prefill_share_of_gemm": share(timing.prefill_tokens_per_second, flops, timing.gemm_flops_per_second)
+    }
     if work.batch == 1:
         out["read_bytes_per_token"] = read
-        out["decode_share_of_bandwidth"] = share(timing.decode_tokens_per_second, read, timing.read_bytes_per_second)
+        out["decode_share_of_bandwidth"] = share(
+            timing.decode_tokens_per_second, read, timing.read_bytes_per_second
+        )
     return out
 
 
-def show(facts: dict[str, Any], timings: list[Timing], output: Output, plot: bool, svg: Path | None, then: dict[str, Any] | None) -> None:
+def show(
+    facts: dict[str, Any],
+    timings: list[Timing],
+    output: Output,
+    plot: bool,
+    svg: Path | None,
+    then: dict[str, Any] | None,
+) -> None:
     """The result on stdout in the form asked for."""
     runs = facts["runs"]
     if svg is not None:
@@ -192,7 +274,9 @@ def show(facts: dict[str, Any], timings: list[Timing], output: Output, plot: boo
         ui.write(as_markdown(runs))
     else:
         console = ui.stdout()
-        console.print(ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}"))
+        console.print(
+            ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}")
+        )
         console.print(as_table(runs))
         if plot:
             draw(console, runs)
@@ -232,10 +316,16 @@ def as_csv(facts: dict[str, Any]) -> str:
     for run in facts["runs"]:
         row = {key: facts[key] for key in about}
         for key, value in run.items():
-            inner = {f"{key}_{name}": number for name, number in value.items() if name != "all"} if isinstance(value, dict) else {key: value}
+            inner = (
+                {f"{key}_{name}": number for name, number in value.items() if name != "all"}
+                if isinstance(value, dict)
+                else {key: value}
+            )
             row |= inner
         flat.append(row)
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
@@ -243,7 +333,10 @@ def as_csv(facts: dict[str, Any]) -> str:
 
 def draw(console: Console, runs: list[dict[str, Any]]) -> None:
     """Bars of the medians, each list to its own scale; the thin end of a bar is the range."""
-    for name, title in (("decode_tokens_per_second", "decode tok/s"), ("prefill_tokens_per_second", "prefill tok/s")):
+    for name, title in (
+        ("decode_tokens_per_second", "decode tok/s"),
+        ("prefill_tokens_per_second", "prefill tok/s"),
+    ):
         most = max(run[name]["max"] for run in runs)
         console.print(f"\n{title}", style="bold")
         for run in runs:
@@ -260,14 +353,20 @@ def save_picture(path: Path, facts: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(record=True, file=io.StringIO(), width=130, markup=False, highlight=False)
-    console.print(ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}"))
+    console.print(
+        ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}")
+    )
     draw(console, facts["runs"])
     try:
         # Without the fonts that a viewer would fetch from the network.
-        picture = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="dsv2 bench"), flags=re.DOTALL)
+        picture = re.sub(
+            r"@font-face \{.*?\}\s*", "", console.export_svg(title="dsv2 bench"), flags=re.DOTALL
+        )
         path.write_text(picture, encoding="utf-8")
     except OSError as error:
-        raise Dsv2Error(f"{path} could not be written", why=error.strerror or str(error), fix="another --svg") from None
+        raise Dsv2Error(
+            f"{path} could not be written", why=error.strerror or str(error), fix="another --svg"
+        ) from None
 
 
 def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> None:
@@ -277,7 +376,11 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
             console.print(f"{label(ours.as_json())}: {ratios(ours, theirs)}")
     for run in facts["runs"]:
         if run["engine"] == "dsv2":
-            decode = f"decode {run['decode_share_of_bandwidth']:.0%} of reading at {run['read_bytes_per_second']['median'] / 1e9:.1f} GB/s, " if run["batch"] == 1 else ""
+            decode = (
+                f"decode {run['decode_share_of_bandwidth']:.0%} of reading at {run['read_bytes_per_second']['median'] / 1e9:.1f} GB/s, "
+                if run["batch"] == 1
+                else ""
+            )
             console.print(
                 f"{label(run)}: {decode}prefill {run['prefill_share_of_gemm']:.0%} of "
                 f"torch's matrix product at {run['gemm_flops_per_second']['median'] / 1e9:,.0f} GFLOP/s"
@@ -285,7 +388,10 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
     for parts in facts.get("profile", []):
         for phase in ("prefill", "decode"):
             total = sum(parts[phase].values())
-            listed = ", ".join(f"{name} {1000 * seconds:.3g} ms ({seconds / total:.0%})" for name, seconds in parts[phase].items())
+            listed = ", ".join(
+                f"{name} {1000 * seconds:.3g} ms ({seconds / total:.0%})"
+                for name, seconds in parts[phase].items()
+            )
             console.print(f"{label(parts)}, {phase if phase == 'prefill' else 'a decode step'}: {listed}")
     gib = 2**30
     console.print(
@@ -307,7 +413,10 @@ def show_comparison(console: Console, facts: dict[str, Any], then: dict[str, Any
     for run in facts["compared"]:
         rates = [
             f"{label} {run[name]['ratio']:.2f}x ({words.get(run[name]['verdict'], run[name]['verdict'])})"
-            for name, label in (("decode_tokens_per_second", "decode"), ("prefill_tokens_per_second", "prefill"))
+            for name, label in (
+                ("decode_tokens_per_second", "decode"),
+                ("prefill_tokens_per_second", "prefill"),
+            )
         ]
         console.print(
             f"{run['engine']}, {label(run)}, against the saved result: {', '.join(rates)}; "
@@ -317,7 +426,10 @@ def show_comparison(console: Console, facts: dict[str, Any], then: dict[str, Any
 
 def label(run: dict[str, Any]) -> str:
     """What was measured, with what is not plain."""
-    depth, batch = f", depth {run['depth']}" if run["depth"] else "", f", batch {run['batch']}" if run["batch"] > 1 else ""
+    depth, batch = (
+        f", depth {run['depth']}" if run["depth"] else "",
+        f", batch {run['batch']}" if run["batch"] > 1 else "",
+    )
     return f"prompt {run['prompt_tokens']}{depth}{batch}"
 
 

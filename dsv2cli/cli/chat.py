@@ -25,18 +25,33 @@ def chat(
     model: opt.ModelOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None,
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None,
-    resume: Annotated[str | None, typer.Option(autocompletion=opt.sessions, help="Go on with a saved session, or with a JSON list of messages.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=opt.sessions, help="Go on with a saved session, or with a JSON list of messages."
+        ),
+    ] = None,
     go_on: Annotated[
-        bool, typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session.")
+        bool,
+        typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session."),
     ] = False,
-    no_save: Annotated[bool, typer.Option("--no-save", help="Keep neither the conversation nor what is typed.")] = False,
+    no_save: Annotated[
+        bool, typer.Option("--no-save", help="Keep neither the conversation nor what is typed.")
+    ] = False,
     on_overflow: Annotated[
         opt.Overflow,
-        typer.Option(help="When the context is full: drop or summarise the oldest turns, or stop. From a pipe, ask is stop."),
+        typer.Option(
+            help="When the context is full: drop or summarise the oldest turns, or stop. From a pipe, ask is stop."
+        ),
     ] = opt.Overflow.ask,
-    plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is written. NO_COLOR does so, too.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Show Markdown as it is written. NO_COLOR does so, too.")
+    ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="Each line of stdin is a JSON list of messages, each answer a JSON object.")
+        bool,
+        typer.Option(
+            "--json", help="Each line of stdin is a JSON list of messages, each answer a JSON object."
+        ),
     ] = False,
     preset: PresetOption = None,
     max_new_tokens: opt.MaxTokensOption = 2048,
@@ -62,17 +77,40 @@ def chat(
     """Talk with the model. From a pipe, each line is a turn and only the answers are printed."""
     if system_file is not None:
         system = read_system(system_file, system)
-    opened = opt.open_model(model, opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts))
+    opened = opt.open_model(
+        model,
+        opt.Compute(
+            device,
+            dtype,
+            threads,
+            attention,
+            kernels,
+            quantize,
+            gpus,
+            placement,
+            max_memory,
+            offload_folder,
+            experts,
+        ),
+    )
     request = opened.request(
-        max_new_tokens, seed, stop, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        max_new_tokens,
+        seed,
+        stop,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
-    )  # fmt: skip
+    )
 
     from dsv2cli.cli import commands
     from dsv2cli.engine.session import Session
 
     session = Session(opened.model, opened.tokenizer(), system)
-    session.tokenizer.encode_chat([{"role": "user", "content": ""}])  # no template: say so before the first word
+    session.tokenizer.encode_chat(
+        [{"role": "user", "content": ""}]
+    )  # no template: say so before the first word
     interactive = sys.stdin is not None and sys.stdin.isatty()
     talk = commands.Talk(session, opened, request, saving=interactive and not no_save, plain=plain)
     if resume or go_on:
@@ -165,7 +203,9 @@ def make_room(talk: Talk, text: str, on_overflow: opt.Overflow) -> None:
         on_overflow = ask_overflow(limit)
     if on_overflow is opt.Overflow.summarise:
         ui.note(f"summary: {session.summarise(talk.request)}")
-    if on_overflow in (opt.Overflow.drop, opt.Overflow.summarise) and (dropped := session.make_room(text, spare)):
+    if on_overflow in (opt.Overflow.drop, opt.Overflow.summarise) and (
+        dropped := session.make_room(text, spare)
+    ):
         ui.note(f"the context is full: dropped the {dropped} oldest turns")
 
 
@@ -187,4 +227,6 @@ def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Ov
         "generated_tokens": len(result.tokens),
         "reused_tokens": result.reused_tokens,
     }
-    ui.write_json({"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage})
+    ui.write_json(
+        {"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage}
+    )

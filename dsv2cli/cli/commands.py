@@ -19,8 +19,12 @@ from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
 
 SETTINGS: dict[str, Callable[[str], float]] = {
-    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
-}  # fmt: skip
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+}
 LARGEST_FILE = 2**20
 
 
@@ -56,7 +60,10 @@ class Talk:
                 self.name += "b"
         branches = session.branches | {session.branch: session.messages}
         try:
-            store.save(store.path_of(self.name), store.Conversation(branches, session.branch, pending, self.opened.name))
+            store.save(
+                store.path_of(self.name),
+                store.Conversation(branches, session.branch, pending, self.opened.name),
+            )
         except Dsv2Error as error:
             if str(error) not in self.told:
                 self.told.add(str(error))
@@ -64,10 +71,17 @@ class Talk:
 
     def save_cache(self) -> None:
         """Keep the latents too, when leaving; not where the text itself could not be kept."""
-        if not self.saving or not self.name or not self.session.cached_ids or self.name not in places.session_names():
+        if (
+            not self.saving
+            or not self.name
+            or not self.session.cached_ids
+            or self.name not in places.session_names()
+        ):
             return
         try:
-            store.save_cache(cache_path(self.name), self.session, store.identity(self.opened.folder, self.session))
+            store.save_cache(
+                cache_path(self.name), self.session, store.identity(self.opened.folder, self.session)
+            )
         except Dsv2Error as error:
             ui.show_error(error)
 
@@ -80,7 +94,9 @@ class Talk:
         self.name, self.draft = path.stem if inside else "", saved.pending
         reason = "none was saved"
         if inside:
-            reason = store.load_cache(cache_path(path.stem), session, store.identity(self.opened.folder, session))
+            reason = store.load_cache(
+                cache_path(path.stem), session, store.identity(self.opened.folder, session)
+            )
         kept = f"{len(session.cached_ids):,} cached tokens" if not reason else f"no cache ({reason})"
         ui.note(f"{path.stem}: {len(session.asked())} turns, {kept}")
 
@@ -115,14 +131,18 @@ def run(talk: Talk, line: str) -> str | None:
 def help_(talk: Talk, rest: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     ui.note("\n".join(f"{command.usage:{width}}  {command.help}" for command in COMMANDS.values()))
-    ui.note('Alt-Enter or """ writes several lines, Ctrl-R searches what you typed, Ctrl-G opens your editor.')
+    ui.note(
+        'Alt-Enter or """ writes several lines, Ctrl-R searches what you typed, Ctrl-G opens your editor.'
+    )
 
 
 def system(talk: Talk, rest: str) -> None:
     if rest:
         talk.session.set_system("" if rest == "off" else rest)
         talk.save()
-    prompt = next((message["content"] for message in talk.session.messages if message["role"] == "system"), "none")
+    prompt = next(
+        (message["content"] for message in talk.session.messages if message["role"] == "system"), "none"
+    )
     ui.note(f"system prompt: {prompt}")
 
 
@@ -139,7 +159,8 @@ def set_(talk: Talk, rest: str) -> None:
             talk.request = replace(talk.request, max_new_tokens=int(value))
         else:
             raise UsageError(
-                f"/set {rest} makes no sense", why=f"settings are {', '.join([*SETTINGS, 'seed', 'max_new_tokens'])}"
+                f"/set {rest} makes no sense",
+                why=f"settings are {', '.join([*SETTINGS, 'seed', 'max_new_tokens'])}",
             )
     except ValueError:
         raise UsageError(f"{value!r} is no value for {name}", fix="/set temperature 0.3") from None
@@ -147,7 +168,10 @@ def set_(talk: Talk, rest: str) -> None:
 
 
 def show(talk: Talk, rest: str) -> None:
-    settings = vars(talk.request.sampling) | {"max_new_tokens": talk.request.max_new_tokens, "seed": talk.request.seed}
+    settings = vars(talk.request.sampling) | {
+        "max_new_tokens": talk.request.max_new_tokens,
+        "seed": talk.request.seed,
+    }
     place = f"{talk.opened.model.device}, {str(talk.opened.model.dtype).removeprefix('torch.')}"
     kept = f"session {talk.name or '(new)'}" if talk.saving else "not saved"
     ui.note(f"{talk.opened.name} on {place} · {kept} · branch {talk.session.branch}")
@@ -174,11 +198,17 @@ def edit(talk: Talk, rest: str) -> None:
 def branch(talk: Talk, rest: str) -> None:
     session = talk.session
     if rest and rest != session.branch:
-        ui.note(f"back on branch {rest}" if session.switch(rest) else f"new branch {rest}; the other stays as it is")
+        ui.note(
+            f"back on branch {rest}"
+            if session.switch(rest)
+            else f"new branch {rest}; the other stays as it is"
+        )
         talk.save()
     for name in sorted([*session.branches, session.branch]):
         messages = session.messages if name == session.branch else session.branches[name]
-        ui.note(f"{'*' if name == session.branch else ' '} {name}: {sum(m['role'] == 'user' for m in messages)} turns")
+        ui.note(
+            f"{'*' if name == session.branch else ' '} {name}: {sum(m['role'] == 'user' for m in messages)} turns"
+        )
 
 
 def history(talk: Talk, rest: str) -> None:
@@ -208,7 +238,11 @@ def save(talk: Talk, rest: str) -> None:
         return
     if rest and rest != talk.name:
         if rest in places.session_names():
-            raise UsageError(f"There is a session {rest!r} already", why="it would be written over", fix="choose another name")
+            raise UsageError(
+                f"There is a session {rest!r} already",
+                why="it would be written over",
+                fix="choose another name",
+            )
         path = store.path_of(rest)
         if talk.name in places.session_names():
             store.path_of(talk.name).rename(path)
@@ -235,10 +269,14 @@ def file(talk: Talk, rest: str) -> None:
     path = Path(rest).expanduser()
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise UsageError(f"{rest} is too large", why=f"it has {path.stat().st_size:,} bytes and 1 MiB is the most")
+            raise UsageError(
+                f"{rest} is too large", why=f"it has {path.stat().st_size:,} bytes and 1 MiB is the most"
+            )
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{rest or 'no file'} can not be read", why=error.strerror or str(error), fix="/file PATH") from None
+        raise UsageError(
+            f"{rest or 'no file'} can not be read", why=error.strerror or str(error), fix="/file PATH"
+        ) from None
     except UnicodeDecodeError:
         raise UsageError(f"{rest} is not UTF-8 text", fix="convert it first") from None
     talk.attached += f"{path.name}:\n\n{text}\n\n"

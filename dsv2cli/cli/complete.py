@@ -27,16 +27,32 @@ class BadLine(str, Enum):
 
 
 def complete(
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue. All of stdin, if piped, comes before it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue. All of stdin, if piped, comes before it.")
+    ] = None,
     model: opt.ModelOption = None,
-    prompt_ids: Annotated[str | None, typer.Option(help='Token ids instead of text, "1,2,3": no tokenizer needed.')] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The text is a message: put it into the checkpoint's chat template.")] = False,
+    prompt_ids: Annotated[
+        str | None, typer.Option(help='Token ids instead of text, "1,2,3": no tokenizer needed.')
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="The text is a message: put it into the checkpoint's chat template."),
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System prompt; implies --chat.")] = None,
-    messages: Annotated[Path | None, typer.Option(help="JSON list of messages to answer, instead of a text; - is stdin.")] = None,
-    prefix: Annotated[str, typer.Option(help="Beginning of the answer, which is printed as part of it.")] = "",
-    fim_prefix: Annotated[str | None, typer.Option(help="Fill in the middle: what stands before the hole.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="JSON list of messages to answer, instead of a text; - is stdin.")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Beginning of the answer, which is printed as part of it.")
+    ] = "",
+    fim_prefix: Annotated[
+        str | None, typer.Option(help="Fill in the middle: what stands before the hole.")
+    ] = None,
     fim_suffix: Annotated[str | None, typer.Option(help="Fill in the middle: what stands after it.")] = None,
-    fim_file: Annotated[Path | None, typer.Option(help=f"Fill in the middle of a file, where it says {opt.CURSOR}; - is stdin.")] = None,
+    fim_file: Annotated[
+        Path | None,
+        typer.Option(help=f"Fill in the middle of a file, where it says {opt.CURSOR}; - is stdin."),
+    ] = None,
     max_new_tokens: opt.MaxTokensOption = 512,
     temperature: opt.TemperatureOption = None,
     top_p: opt.TopPOption = None,
@@ -45,27 +61,71 @@ def complete(
     repetition_penalty: opt.RepetitionOption = None,
     seed: opt.SeedOption = None,
     stop: opt.StopOption = None,
-    regex: Annotated[str | None, typer.Option(help="Hold the answer to a regular expression, whole. Needs dsv2cli[grammar].")] = None,
-    json_schema: Annotated[Path | None, typer.Option(help="Hold the answer to the JSON schema in a file. Needs dsv2cli[grammar].")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Continuations of one prompt, read once; seeds count up. Needs --json.")] = 1,
-    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation, and what follows a hole.")] = False,
+    regex: Annotated[
+        str | None,
+        typer.Option(help="Hold the answer to a regular expression, whole. Needs dsv2cli[grammar]."),
+    ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="Hold the answer to the JSON schema in a file. Needs dsv2cli[grammar]."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Continuations of one prompt, read once; seeds count up. Needs --json.")
+    ] = 1,
+    echo: Annotated[
+        bool,
+        typer.Option("--echo", help="Print the prompt before its continuation, and what follows a hole."),
+    ] = False,
     fail_on_length: Annotated[
-        bool, typer.Option("--fail-on-length", help=f"Exit code {CUT_OFF} where an answer ended at the token limit.")
+        bool,
+        typer.Option(
+            "--fail-on-length", help=f"Exit code {CUT_OFF} where an answer ended at the token limit."
+        ),
     ] = False,
     speculate: Annotated[
-        bool, typer.Option("--speculate", help="Draft tokens from the text so far and check several at once; same text, sooner where it repeats.")
+        bool,
+        typer.Option(
+            "--speculate",
+            help="Draft tokens from the text so far and check several at once; same text, sooner where it repeats.",
+        ),
     ] = False,
     batch: Annotated[
-        Path | None, typer.Option(metavar="IN.jsonl", help="A prompt a line: {\"prompt\": ...}, prompt_ids or messages, with id, seed, sampling. Goes on where it was stopped.")
+        Path | None,
+        typer.Option(
+            metavar="IN.jsonl",
+            help='A prompt a line: {"prompt": ...}, prompt_ids or messages, with id, seed, sampling. Goes on where it was stopped.',
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="OUT.jsonl", help="Answers to --batch, a line each, in order.")] = None,
-    jsonl: Annotated[bool, typer.Option("--jsonl", help="As --batch, but from stdin to stdout: each line is answered before the next is read.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Answers to --batch, a line each, in order.")
+    ] = None,
+    jsonl: Annotated[
+        bool,
+        typer.Option(
+            "--jsonl",
+            help="As --batch, but from stdin to stdout: each line is answered before the next is read.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --batch decoded at once.")] = 16,
-    on_bad_line: Annotated[BadLine, typer.Option(help="A line that can not be run: end there (--batch: before any is run), or answer it with its error.")] = BadLine.fail,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
-    logprobs: Annotated[int | None, typer.Option(min=0, help="Report the K likeliest of each token; implies --json.")] = None,
+    on_bad_line: Annotated[
+        BadLine,
+        typer.Option(
+            help="A line that can not be run: end there (--batch: before any is run), or answer it with its error."
+        ),
+    ] = BadLine.fail,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")
+    ] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="Report the K likeliest of each token; implies --json.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the exact prompt, its ids and how the model would run; load nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show the exact prompt, its ids and how the model would run; load nothing."
+        ),
+    ] = False,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = opt.Dtype.auto,
     attention: opt.AttentionOption = opt.AttentionPath.auto,
@@ -86,24 +146,62 @@ def complete(
     chat = chat or system is not None
     fim = None if fim_prefix is None and fim_suffix is None else (fim_prefix or "", fim_suffix or "")
     sources = {
-        "a text": prompt, "--prompt-ids": prompt_ids, "--messages": messages, "--fim-prefix or --fim-suffix": fim, "--fim-file": fim_file,
-        "--batch": batch, "--jsonl": jsonl or None,
-    }  # fmt: skip
+        "a text": prompt,
+        "--prompt-ids": prompt_ids,
+        "--messages": messages,
+        "--fim-prefix or --fim-suffix": fim,
+        "--fim-file": fim_file,
+        "--batch": batch,
+        "--jsonl": jsonl or None,
+    }
     source = next((name for name, value in sources.items() if value is not None), "a text")
     as_json = json or logprobs is not None
     refuse_mixtures(source, sources, chat, prefix, output)
     if samples > 1 and not as_json:
-        raise UsageError("--samples needs --json", why="texts that follow one another could not be told apart", fix="--json")
+        raise UsageError(
+            "--samples needs --json",
+            why="texts that follow one another could not be told apart",
+            fix="--json",
+        )
     if regex is not None and json_schema is not None:
         raise UsageError("Both --regex and --json-schema are given", fix="leave one of them out")
     if source in ("--batch", "--jsonl") and (samples > 1 or speculate or dry_run or echo or fail_on_length):
-        raise UsageError(f"{source} goes without --samples, --speculate, --dry-run, --echo and --fail-on-length")
-    if split_attention is opt.SplitAttention.sequences and source not in ("--batch", "--jsonl") and not dry_run:
-        raise UsageError("--split-attention sequences is for --batch", why="one sequence can be attended to by one rank alone", fix="leave it out")
+        raise UsageError(
+            f"{source} goes without --samples, --speculate, --dry-run, --echo and --fail-on-length"
+        )
+    if (
+        split_attention is opt.SplitAttention.sequences
+        and source not in ("--batch", "--jsonl")
+        and not dry_run
+    ):
+        raise UsageError(
+            "--split-attention sequences is for --batch",
+            why="one sequence can be attended to by one rank alone",
+            fix="leave it out",
+        )
     if speculate and samples > 1:
         raise UsageError("--speculate is for one answer at a time", fix="leave --samples out")
-    compute = opt.Compute(device, dtype, threads, attention, kernels, quantize, gpus, placement, max_memory, offload_folder, experts, split_attention)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    compute = opt.Compute(
+        device,
+        dtype,
+        threads,
+        attention,
+        kernels,
+        quantize,
+        gpus,
+        placement,
+        max_memory,
+        offload_folder,
+        experts,
+        split_attention,
+    )
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     text = ui.read_stdin() + (prompt or "") if source == "a text" else None
 
     from dsv2cli.cli import asking
@@ -112,18 +210,25 @@ def complete(
 
     # What is wrong with the prompt is said before the weights are read.
     checkpoint = opt.find(model)
-    request = replace(checkpoint.request(max_new_tokens, seed, stop, logprobs, ignore_eos, **sampling), speculate=speculate)
+    request = replace(
+        checkpoint.request(max_new_tokens, seed, stop, logprobs, ignore_eos, **sampling), speculate=speculate
+    )
     asked, tokenizer = None, None
     if source not in ("--batch", "--jsonl"):
         from dsv2cli.engine.generate import check_prompt
 
-        asked, tokenizer = asking.Source(text, prompt_ids, messages, fim, fim_file, chat, system, prefix).ask(checkpoint)
+        asked, tokenizer = asking.Source(text, prompt_ids, messages, fim, fim_file, chat, system, prefix).ask(
+            checkpoint
+        )
         check_prompt(checkpoint.config, asked.ids)
     if regex is not None or schema is not None:
         from dsv2cli.engine.grammar import Grammar
 
         tokenizer = tokenizer or checkpoint.tokenizer()
-        request = replace(request, grammar=Grammar(tokenizer, checkpoint.config.vocab_size, request.eos_ids, regex, schema, prefix))
+        request = replace(
+            request,
+            grammar=Grammar(tokenizer, checkpoint.config.vocab_size, request.eos_ids, regex, schema, prefix),
+        )
     if dry_run:
         assert asked is not None
         show_plan(asked, tokenizer, checkpoint, compute, request, as_json)
@@ -137,21 +242,35 @@ def complete(
         one(asked, tokenizer, opened, request, as_json, echo, fail_on_length)
 
 
-def refuse_mixtures(source: str, sources: dict[str, Any], chat: bool, prefix: str, output: Path | None) -> None:
+def refuse_mixtures(
+    source: str, sources: dict[str, Any], chat: bool, prefix: str, output: Path | None
+) -> None:
     """One source of prompts at a time, with the options that belong to it. Raises UsageError."""
     others = [name for name, value in sources.items() if value is not None and name != source]
     if others:
         raise UsageError(f"Both {source} and {others[0]} are given", fix="leave one of them out")
     if chat and source != "a text":
-        raise UsageError(f"--chat and {source} do not go together", why="--chat is about a text", fix="leave one of them out")
+        raise UsageError(
+            f"--chat and {source} do not go together",
+            why="--chat is about a text",
+            fix="leave one of them out",
+        )
     if prefix and source not in ("a text", "--messages"):
         raise UsageError(f"--prefix and {source} do not go together", fix="leave one of them out")
     if (sources["--batch"] is None) != (output is None):
-        raise UsageError("--batch and --output go together", fix="dsv2 complete --batch IN.jsonl --output OUT.jsonl")
+        raise UsageError(
+            "--batch and --output go together", fix="dsv2 complete --batch IN.jsonl --output OUT.jsonl"
+        )
 
 
 def one(
-    asked: Asked, tokenizer: Tokenizer | None, opened: opt.Opened, request: Request, as_json: bool, echo: bool, fail_on_length: bool
+    asked: Asked,
+    tokenizer: Tokenizer | None,
+    opened: opt.Opened,
+    request: Request,
+    as_json: bool,
+    echo: bool,
+    fail_on_length: bool,
 ) -> None:
     """One answer, printed as it comes, or as one object."""
     from dsv2cli.engine.generate import Result, stream_text
@@ -160,7 +279,9 @@ def one(
     if not as_json:
         ui.write((asked.before if echo else "") + asked.start)
     try:
-        for piece in stream_text(opened.model, tokenizer, asked.ids, request, opened.model.new_cache(), result):
+        for piece in stream_text(
+            opened.model, tokenizer, asked.ids, request, opened.model.new_cache(), result
+        ):
             if piece and not as_json:
                 ui.write(piece)
     except KeyboardInterrupt:
@@ -179,7 +300,13 @@ def one(
 
 
 def several(
-    count: int, asked: Asked, tokenizer: Tokenizer | None, opened: opt.Opened, request: Request, echo: bool, fail_on_length: bool
+    count: int,
+    asked: Asked,
+    tokenizer: Tokenizer | None,
+    opened: opt.Opened,
+    request: Request,
+    echo: bool,
+    fail_on_length: bool,
 ) -> None:
     """`count` answers to one prompt, which is read once; each is printed as soon as it and those before it are done."""
     from dsv2cli.engine.batch import Job, run_samples
@@ -193,7 +320,9 @@ def several(
         raise typer.Exit(CUT_OFF)
 
 
-def many(batch: Path | None, output: Path | None, opened: opt.Opened, request: Request, width: int, skip_bad: bool) -> None:
+def many(
+    batch: Path | None, output: Path | None, opened: opt.Opened, request: Request, width: int, skip_bad: bool
+) -> None:
     """A file of prompts to a file of answers, or stdin to stdout."""
     from dsv2cli.cli.batch import answer_lines, run
 
@@ -206,7 +335,12 @@ def many(batch: Path | None, output: Path | None, opened: opt.Opened, request: R
 
 
 def show_plan(
-    asked: Asked, tokenizer: Tokenizer | None, checkpoint: opt.Checkpoint, compute: opt.Compute, request: Request, as_json: bool
+    asked: Asked,
+    tokenizer: Tokenizer | None,
+    checkpoint: opt.Checkpoint,
+    compute: opt.Compute,
+    request: Request,
+    as_json: bool,
 ) -> None:
     """What --dry-run prints: the prompt to the letter, its ids, and how the model would run."""
     from dsv2cli.checkpoint.placement import summary
@@ -257,10 +391,13 @@ def show_plan(
     )
 
 
-def report(result: Result, opened: opt.Opened, request: Request, asked: Asked | None = None, echo: bool = False) -> dict[str, Any]:
+def report(
+    result: Result, opened: opt.Opened, request: Request, asked: Asked | None = None, echo: bool = False
+) -> dict[str, Any]:
     """The --json object. What is known of the words around the answer comes with `asked`."""
     logprobs = [
-        {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]} for token in result.tokens
+        {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
+        for token in result.tokens
     ]
     text = result.text if asked is None else asked.start + result.text
     if asked is not None and echo:

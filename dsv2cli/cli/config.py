@@ -50,7 +50,9 @@ def read_config() -> dict[str, Any]:
         raise UsageError(f"{path} can not be read", why=str(error), fix="mend it, or move it away") from None
     for name, table in tables.items():
         if name not in (*COMMANDS, "presets") or not isinstance(table, dict):
-            raise UsageError(f"{path}: [{name}] is unknown", why=f"tables are {', '.join(COMMANDS)} and presets.NAME")
+            raise UsageError(
+                f"{path}: [{name}] is unknown", why=f"tables are {', '.join(COMMANDS)} and presets.NAME"
+            )
     return tables
 
 
@@ -88,7 +90,9 @@ def use_preset(context: typer.Context, name: str | None) -> str | None:
         if not isinstance(presets.get(name), dict):
             there = ", ".join(sorted(presets)) or "none"
             raise UsageError(
-                f"There is no preset {name!r}", why=f"{config_path()} has {there}", fix="dsv2 config shows an example"
+                f"There is no preset {name!r}",
+                why=f"{config_path()} has {there}",
+                fix="dsv2 config shows an example",
             )
         values = defaults(presets[name], context.command, f"[presets.{name}]")
         context.default_map = {**(context.default_map or {}), **values}
@@ -96,7 +100,8 @@ def use_preset(context: typer.Context, name: str | None) -> str | None:
 
 
 PresetOption = Annotated[
-    str | None, typer.Option(callback=use_preset, is_eager=True, help="Named options from the configuration file.")
+    str | None,
+    typer.Option(callback=use_preset, is_eager=True, help="Named options from the configuration file."),
 ]
 
 

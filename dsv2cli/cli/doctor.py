@@ -35,10 +35,15 @@ class Finding:
 
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(metavar="[DIR|REPO]", autocompletion=opt.models, help="Also look at this checkpoint. Default: the embedded model.")
+        str | None,
+        typer.Argument(
+            metavar="[DIR|REPO]",
+            autocompletion=opt.models,
+            help="Also look at this checkpoint. Default: the embedded model.",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Look at this machine and a model, and say what works, what does not, and why. Exit code 1 where something is wrong."""
     findings = []
     for finding in (*machine(), *checkpoint(model)):
@@ -66,7 +71,11 @@ def machine() -> Iterator[Finding]:
     except Exception as error:  # a broken install raises whatever its libraries raise
         yield Finding("torch", "bad", f"it can not be imported ({error})", "install dsv2 again")
         return
-    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    yield Finding(
+        "torch",
+        "ok",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    )
     yield gpus()
     yield from cpu_kernels()
     yield triton_kernels(torch.cuda.is_available())
@@ -85,8 +94,17 @@ def gpus() -> Finding:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding("gpu", "ok", f"{', '.join(names)}, CUDA {torch.version.cuda}")
     if driver:
-        why = "this torch is a CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda} does not start: the driver may be too old"
-        return Finding("gpu", "bad", f"{driver[0].label} is there, and torch can not use it: {why}", "install torch's CUDA build, or use --device cpu")
+        why = (
+            "this torch is a CPU build"
+            if torch.version.cuda is None
+            else f"CUDA {torch.version.cuda} does not start: the driver may be too old"
+        )
+        return Finding(
+            "gpu",
+            "bad",
+            f"{driver[0].label} is there, and torch can not use it: {why}",
+            "install torch's CUDA build, or use --device cpu",
+        )
     return Finding("gpu", "ok", "none; models run on the CPU")
 
 
@@ -96,21 +114,42 @@ def cpu_kernels() -> Iterator[Finding]:
 
     compiler = native.compiler()
     if compiler is None:
-        yield Finding("compiler", "note", "none (c++, g++ or clang++): plain torch runs instead of the C++ kernels, at a fraction of the speed", "install g++ or clang++")
+        yield Finding(
+            "compiler",
+            "note",
+            "none (c++, g++ or clang++): plain torch runs instead of the C++ kernels, at a fraction of the speed",
+            "install g++ or clang++",
+        )
     else:
         yield Finding("compiler", "ok", compiler)
     library, why = native.load()
     if library is None:
-        yield Finding("cpu kernels", "note", f"off, because {why}; plain torch computes the same", "" if compiler is None else "a newer compiler")
+        yield Finding(
+            "cpu kernels",
+            "note",
+            f"off, because {why}; plain torch computes the same",
+            "" if compiler is None else "a newer compiler",
+        )
     else:
-        yield Finding("cpu kernels", "ok", f"{library.path}, for bfloat16, int8 and int4 models; off for tiny models and fp32")
+        yield Finding(
+            "cpu kernels",
+            "ok",
+            f"{library.path}, for bfloat16, int8 and int4 models; off for tiny models and fp32",
+        )
 
 
 def triton_kernels(gpu: bool) -> Finding:
     if importlib.util.find_spec("triton") is not None:
-        return Finding("triton kernels", "ok", "on" if gpu else "triton is installed, and there is no GPU for it")
+        return Finding(
+            "triton kernels", "ok", "on" if gpu else "triton is installed, and there is no GPU for it"
+        )
     if gpu:
-        return Finding("triton kernels", "note", "off, because triton is not installed; plain torch computes the same, slowly", "pip install triton")
+        return Finding(
+            "triton kernels",
+            "note",
+            "off, because triton is not installed; plain torch computes the same, slowly",
+            "pip install triton",
+        )
     return Finding("triton kernels", "ok", "off: there is no GPU")
 
 
@@ -126,7 +165,11 @@ def disks() -> Iterator[Finding]:
     """The places that are written to."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    written = {"conversations": places.sessions(), "compiled kernels": places.compiled_kernels(), "downloads": Path(HF_HUB_CACHE)}
+    written = {
+        "conversations": places.sessions(),
+        "compiled kernels": places.compiled_kernels(),
+        "downloads": Path(HF_HUB_CACHE),
+    }
     for name, path in written.items():
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         free = shutil.disk_usage(there).free
@@ -180,25 +223,53 @@ def tokenizer_of(checkpoint: opt.Checkpoint) -> Iterator[Finding]:
     if (again := tokenizer.decode(ids)) == ROUND_TRIP:
         yield Finding("tokenizer", "ok", "text comes back as it was")
     else:
-        yield Finding("tokenizer", "bad", f"{ROUND_TRIP!r} comes back as {again!r}", "download tokenizer.json again")
+        yield Finding(
+            "tokenizer", "bad", f"{ROUND_TRIP!r} comes back as {again!r}", "download tokenizer.json again"
+        )
     largest = tokenizer.fast.get_vocab_size() - 1
     if largest >= checkpoint.config.vocab_size:
-        yield Finding("vocabulary", "bad", f"the tokenizer knows id {largest}, the model {checkpoint.config.vocab_size} ids", "a tokenizer.json of this model")
-    yield bos_of(tokenizer.special("bos_token"), tokenizer.fast.token_to_id(tokenizer.special("bos_token")), ids, checkpoint)
+        yield Finding(
+            "vocabulary",
+            "bad",
+            f"the tokenizer knows id {largest}, the model {checkpoint.config.vocab_size} ids",
+            "a tokenizer.json of this model",
+        )
+    yield bos_of(
+        tokenizer.special("bos_token"),
+        tokenizer.fast.token_to_id(tokenizer.special("bos_token")),
+        ids,
+        checkpoint,
+    )
     try:
         chat: list[int] = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
     except Dsv2Error as error:
         rejected = tokenizer.chat_template is not None
-        yield Finding("template", "bad" if rejected else "note", error.what + (f" ({error.why})" if error.why else ""), error.fix)
+        yield Finding(
+            "template",
+            "bad" if rejected else "note",
+            error.what + (f" ({error.why})" if error.why else ""),
+            error.fix,
+        )
         return
     twice = len(chat) > 1 and chat[0] == chat[1]
-    yield Finding("template", "bad" if twice else "ok", "it begins twice" if twice else f"a first message takes {len(chat)} tokens")
+    yield Finding(
+        "template",
+        "bad" if twice else "ok",
+        "it begins twice" if twice else f"a first message takes {len(chat)} tokens",
+    )
 
 
 def bos_of(text: str, bos: int | None, ids: list[int], checkpoint: opt.Checkpoint) -> Finding:
     wanted: Any = checkpoint.config.bos_token_id
     if bos is None:
-        return Finding("begin of text", "note", "tokenizer_config.json names no bos_token: prompts begin without one")
+        return Finding(
+            "begin of text", "note", "tokenizer_config.json names no bos_token: prompts begin without one"
+        )
     if wanted is not None and bos != wanted:
-        return Finding("begin of text", "bad", f"the tokenizer's {text} is {bos}, config.json says {wanted}", "files of one and the same model")
+        return Finding(
+            "begin of text",
+            "bad",
+            f"the tokenizer's {text} is {bos}, config.json says {wanted}",
+            "files of one and the same model",
+        )
     return Finding("begin of text", "ok", f"{text}, {'once' if ids.count(bos) == 1 else 'not added'}")

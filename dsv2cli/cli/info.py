@@ -24,16 +24,34 @@ GB = 10**9
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="[DIR|FILE|REPO]", autocompletion=opt.models, help="A checkpoint, a config.json or a repository name. Default: the embedded model.")
+        str | None,
+        typer.Argument(
+            metavar="[DIR|FILE|REPO]",
+            autocompletion=opt.models,
+            help="A checkpoint, a config.json or a repository name. Default: the embedded model.",
+        ),
     ] = None,
     dtype: opt.DtypeOption = opt.Dtype.auto,
     quantize: opt.QuantizeOption = opt.Quantize.none,
-    gpus: Annotated[str | None, typer.Option(metavar="NxSIZE", help="Memories to fit into instead of this machine's, such as 8x80GB or 24GB,2x16GB.")] = None,
-    memory: Annotated[float | None, typer.Option(min=0, help="GB of one memory: say whether it fits and the longest context.")] = None,
-    bandwidth: Annotated[float | None, typer.Option(min=0, help="GB/s of memory bandwidth: say the most tokens a second.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence, where sequences and speed are counted.")] = 4096,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NxSIZE",
+            help="Memories to fit into instead of this machine's, such as 8x80GB or 24GB,2x16GB.",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GB of one memory: say whether it fits and the longest context."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0, help="GB/s of memory bandwidth: say the most tokens a second.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens a sequence, where sequences and speed are counted.")
+    ] = 4096,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Say what a model is: parameters by part, bytes in each format, what a token reads, the cache, and what fits where. Loads nothing."""
     config = DeepseekV2Config.load(find_config(model))
     dtype_name = config.torch_dtype if dtype is opt.Dtype.auto else dtype.value
@@ -42,15 +60,22 @@ def info(
     if memory is not None:
         memories = [Memory("memory", int(memory * GB))]
     chosen = None if quantize is opt.Quantize.none else quantize.value
-    facts["fits"] = [fit(config, facts, place, format) for place in memories for format in facts["formats"] if chosen in (None, format)]
+    facts["fits"] = [
+        fit(config, facts, place, format)
+        for place in memories
+        for format in facts["formats"]
+        if chosen in (None, format)
+    ]
     facts["command"] = command(facts, model, bool(config.packed))
     if bandwidth is not None:
         facts["ceiling_context"] = min(context, config.max_position_embeddings)
         facts["decode_ceiling_tokens_per_second"] = {
-            format: size.decode_ceiling(config, format, dtype_name, bandwidth * GB, facts["ceiling_context"]) for format in facts["formats"]
+            format: size.decode_ceiling(config, format, dtype_name, bandwidth * GB, facts["ceiling_context"])
+            for format in facts["formats"]
         }
         facts["predicted_tokens_per_second"] = {
-            f"{place['label']}, {place['format']}": 1 / size.predicted_step_seconds(config, place["format"], dtype_name, place["count"], bandwidth * GB)
+            f"{place['label']}, {place['format']}": 1
+            / size.predicted_step_seconds(config, place["format"], dtype_name, place["count"], bandwidth * GB)
             for place in facts["fits"]
             if gpus is not None and place["fits"]
         }
@@ -96,7 +121,8 @@ def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 409
         "kv_bytes_per_token_expanded": size.expanded_kv_bytes_per_token(config, dtype),
         "kv_saving_against_67b": 1 - cached / size.DENSE_67B_KV_BYTES,
         # As the paper counts: 6 bits a number.
-        "kv_saving_against_67b_at_6_bits": 1 - cached / size.ITEM_BYTES[dtype] * 6 / 8 / size.DENSE_67B_KV_BYTES,
+        "kv_saving_against_67b_at_6_bits": 1
+        - cached / size.ITEM_BYTES[dtype] * 6 / 8 / size.DENSE_67B_KV_BYTES,
         "parts": {
             part.name: {
                 "parameters": part.parameters,
@@ -112,7 +138,13 @@ def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: 
     """Whether the weights in one format fit into a memory, or shared out over several, of which each holds the whole cache."""
     share = max(size.bytes_by_rank(config, format, facts["dtype"], place.count))
     room = size.room(config, share, facts["dtype"], place.bytes, facts["context"])
-    counts = {"name": place.name, "kind": place.kind, "count": place.count, "memory_bytes": place.bytes, "label": place.label}
+    counts = {
+        "name": place.name,
+        "kind": place.kind,
+        "count": place.count,
+        "memory_bytes": place.bytes,
+        "label": place.label,
+    }
     return counts | {"format": format, "weights_bytes_each": share} | asdict(room)
 
 
@@ -122,9 +154,22 @@ def command(facts: dict[str, Any], model: str | None, packed: bool) -> str:
         if place["weights_bytes_each"] < 0.9 * place["memory_bytes"] and place["sequences"]:
             words = ["dsv2 chat"] + ([f"--model {shlex.quote(model)}"] if model is not None else [])
             words += [f"--gpus {place['count']}"] if place["count"] > 1 else []
-            words += [f"--quantize {place['format']}"] if place["format"] in PACKED_BITS and not packed else []
-            words += [f"--dtype {place['format']}"] if place["format"] in ("float32", "float16") and not packed and model else []
-            return " ".join(words + (["--device cpu"] if place["kind"] == "cpu" and any(p["kind"] == "gpu" for p in facts["fits"]) else []))
+            words += (
+                [f"--quantize {place['format']}"] if place["format"] in PACKED_BITS and not packed else []
+            )
+            words += (
+                [f"--dtype {place['format']}"]
+                if place["format"] in ("float32", "float16") and not packed and model
+                else []
+            )
+            return " ".join(
+                words
+                + (
+                    ["--device cpu"]
+                    if place["kind"] == "cpu" and any(p["kind"] == "gpu" for p in facts["fits"])
+                    else []
+                )
+            )
     return ""
 
 
@@ -137,10 +182,19 @@ def show(facts: dict[str, Any], here: bool) -> None:
     for column in ("parameters", "read a token", *formats):
         table.add_column(column, justify="right", no_wrap=True)
     for name, part in facts["parts"].items():
-        table.add_row(name, f"{part['parameters']:,}", f"{part['read_per_token']:,}", *map(readable, part["bytes"].values()))
+        table.add_row(
+            name,
+            f"{part['parameters']:,}",
+            f"{part['read_per_token']:,}",
+            *map(readable, part["bytes"].values()),
+        )
     total = [readable(each["weights_bytes"]) for each in formats.values()]
-    table.add_row("total", f"{facts['parameters']:,}", f"{facts['parameters_read_per_token']:,}", *total, style="bold")
-    table.add_row("a token reads", "", "", *(readable(each["read_bytes_per_token"]) for each in formats.values()))
+    table.add_row(
+        "total", f"{facts['parameters']:,}", f"{facts['parameters_read_per_token']:,}", *total, style="bold"
+    )
+    table.add_row(
+        "a token reads", "", "", *(readable(each["read_bytes_per_token"]) for each in formats.values())
+    )
     console = ui.stdout()
     experts = (
         f" · {facts['n_routed_experts']} experts, {facts['num_experts_per_tok']} a token, {facts['n_shared_experts']} shared"
@@ -165,20 +219,26 @@ def show(facts: dict[str, Any], here: bool) -> None:
         )
     console.print()
     console.print(rooms(facts))
-    console.print("(weights and cache; the working memory of a forward pass and the system's own are not counted)")
+    console.print(
+        "(weights and cache; the working memory of a forward pass and the system's own are not counted)"
+    )
     if any(place["count"] > 1 for place in facts["fits"]):
         console.print("several GPUs: the largest rank's part of the weights, and the whole cache on each")
     if facts["command"]:
         console.print(f"to type: {ui.harmless(facts['command'])}")
     elif here:
         least = min(formats, key=lambda format: formats[format]["weights_bytes"])
-        console.print(f"nothing fits here: {least} needs {readable(formats[least]['weights_bytes'])} and some room")
+        console.print(
+            f"nothing fits here: {least} needs {readable(formats[least]['weights_bytes'])} and some room"
+        )
     for format, rate in facts.get("decode_ceiling_tokens_per_second", {}).items():
         console.print(
             f"{format}: at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}, if reading one such memory were the only cost"
         )
     for place, rate in facts.get("predicted_tokens_per_second", {}).items():
-        console.print(f"{ui.harmless(place)}: some {rate:,.0f} tokens a second predicted at a short context, not measured")
+        console.print(
+            f"{ui.harmless(place)}: some {rate:,.0f} tokens a second predicted at a short context, not measured"
+        )
 
 
 def rooms(facts: dict[str, Any]) -> Table:
@@ -186,13 +246,25 @@ def rooms(facts: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("memory", "format", "weights each", "longest context", f"sequences of {facts['context']:,}"):
+    for column in (
+        "memory",
+        "format",
+        "weights each",
+        "longest context",
+        f"sequences of {facts['context']:,}",
+    ):
         table.add_column(column, justify="left" if column in ("memory", "format") else "right", no_wrap=True)
     before = ""
     for place in facts["fits"]:
-        what = [f"{place['longest_context']:,}", f"{place['sequences']:,}"] if place["fits"] else ["does not fit", "-"]
+        what = (
+            [f"{place['longest_context']:,}", f"{place['sequences']:,}"]
+            if place["fits"]
+            else ["does not fit", "-"]
+        )
         label = ui.harmless(place["label"])
-        table.add_row("" if label == before else label, place["format"], readable(place["weights_bytes_each"]), *what)
+        table.add_row(
+            "" if label == before else label, place["format"], readable(place["weights_bytes_each"]), *what
+        )
         before = label
     return table
 

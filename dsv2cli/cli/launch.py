@@ -40,14 +40,18 @@ def torchrun_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and LAUNCHED not in os.environ else 1
 
 
-def connect(store: Store, rank: int, size: int, device: torch.device, one_shot: bool, sequences: bool) -> Team:
+def connect(
+    store: Store, rank: int, size: int, device: torch.device, one_shot: bool, sequences: bool
+) -> Team:
     """`one_shot`: sum through memory that all GPUs see, where there is such a thing; `sequences` as for Team."""
     import torch.distributed as dist
 
     from dsv2cli.team import Team, shared_memory
 
     if LAUNCHED in os.environ or torchrun_size() == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")  # all are on this machine
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0"
+        )  # all are on this machine
     cuda = device.type == "cuda"
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
     return Team(rank, size, shared_memory(rank, device) if cuda and one_shot else None, sequences)
@@ -64,13 +68,22 @@ class Crew:
         threading.Thread(target=self.watch, daemon=True).start()
 
     def start(self, rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LAUNCHED: os.getpid()}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            LAUNCHED: os.getpid(),
+        }
         return subprocess.Popen(
             [sys.executable, "-m", "dsv2cli"],
             env=os.environ | {name: str(value) for name, value in place.items()},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is the leader's
-        )  # fmt: skip
+        )
 
     def watch(self) -> None:
         while not self.closing:
@@ -83,12 +96,25 @@ class Crew:
         """Say which rank ended and why, and end the whole program: the leader may be waiting for it inside a library."""
         said = process.stderr.read().decode(errors="replace") if process.stderr is not None else ""
         lines = [line.strip() for line in said.splitlines() if line.strip()]
-        why = next((line.removeprefix("error:").strip() for line in lines if line.startswith("error:")), lines[-1] if lines else "")
+        why = next(
+            (line.removeprefix("error:").strip() for line in lines if line.startswith("error:")),
+            lines[-1] if lines else "",
+        )
         code = process.returncode
-        how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else why or f"it ended with exit code {code}"
+        how = (
+            f"it was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else why or f"it ended with exit code {code}"
+        )
         self.stop()
         restore(self.terminal)
-        ui.show_error(Dsv2Error(f"Rank {rank} of the model ended", why=how, fix="what was said is saved; run the command again"))
+        ui.show_error(
+            Dsv2Error(
+                f"Rank {rank} of the model ended",
+                why=how,
+                fix="what was said is saved; run the command again",
+            )
+        )
         sys.stderr.flush()
         os._exit(1)
 
@@ -142,7 +168,11 @@ def gather(size: int, orders: dict[str, Any], device: torch.device, one_shot: bo
         store.set(ORDERS, json.dumps(orders))
         return connect(store, rank, size, device, one_shot, sequences)
     except (RuntimeError, OSError) as error:
-        raise Dsv2Error(f"{size} processes could not be brought together", why=str(error).splitlines()[0], fix="fewer --gpus") from None
+        raise Dsv2Error(
+            f"{size} processes could not be brought together",
+            why=str(error).splitlines()[0],
+            fix="fewer --gpus",
+        ) from None
 
 
 def dismiss() -> None:

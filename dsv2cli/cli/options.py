@@ -37,7 +37,15 @@ class AttentionPath(str, Enum):
 
 
 class KernelsChoice(str, Enum):
-    auto, triton, triton_eager, native, avx2, portable, off = "auto", "triton", "triton-eager", "native", "avx2", "portable", "off"
+    auto, triton, triton_eager, native, avx2, portable, off = (
+        "auto",
+        "triton",
+        "triton-eager",
+        "native",
+        "avx2",
+        "portable",
+        "off",
+    )
 
 
 TRITON = (KernelsChoice.triton, KernelsChoice.triton_eager)
@@ -61,6 +69,7 @@ CURSOR = "<CURSOR>"  # where a file is to be filled in
 SMALL_MODEL_BYTES = 64 * 2**20
 OFF, TINY = "they are switched off", "the model is tiny"  # why no kernels run, and nobody needs to be told
 
+
 def models(incomplete: str) -> list[str]:
     """For the shell's completion: folders that hold a checkpoint or lead on, and DeepSeek-V2 models already downloaded."""
     from dsv2cli.checkpoint.hub import known_models
@@ -76,27 +85,84 @@ def sessions(incomplete: str) -> list[str]:
 
 
 MODEL_HELP = "Folder with a checkpoint, or a Hugging Face repository name. Default: the small model inside the package."
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", metavar="DIR|REPO", autocompletion=models, help=MODEL_HELP)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="DIR|REPO", autocompletion=models, help=MODEL_HELP)
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights; auto is the checkpoint's own.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")]
-AttentionOption = Annotated[AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")]
-KernelsOption = Annotated[KernelsChoice, typer.Option(help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs), C++ on a CPU, not for tiny models; off: plain torch.")]
-GpusOption = Annotated[int | None, typer.Option(min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes.")]
-SplitAttentionOption = Annotated[SplitAttention, typer.Option(help="How --gpus share attention: some heads of every sequence each, or, for batches, some sequences each.")]
-PlacementOption = Annotated[str | None, typer.Option(metavar="auto|FILE.json", help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.")]
-MaxMemoryOption = Annotated[str | None, typer.Option(metavar="0=75GB,cpu=200GB", help="Memory that --placement auto may fill on each device; the rest goes to disk.")]
-ExpertsOption = Annotated[Experts, typer.Option(help="cpu: keep routed experts in RAM and compute them there, as many as the GPU has no room for.")]
-OffloadFolderOption = Annotated[Path | None, typer.Option(help="Folder for layers on disk. Default: the system's temporary one.")]
-QuantizeOption = Annotated[Quantize, typer.Option(help="Weights in 8 or 4 bits, made while loading; int4-all: attention in 4 bits too.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Number format of the weights; auto is the checkpoint's own.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")
+]
+AttentionOption = Annotated[
+    AttentionPath, typer.Option(help="Attention path; auto takes the one with less work.")
+]
+KernelsOption = Annotated[
+    KernelsChoice,
+    typer.Option(
+        help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs), C++ on a CPU, not for tiny models; off: plain torch."
+    ),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes."
+    ),
+]
+SplitAttentionOption = Annotated[
+    SplitAttention,
+    typer.Option(
+        help="How --gpus share attention: some heads of every sequence each, or, for batches, some sequences each."
+    ),
+]
+PlacementOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|FILE.json",
+        help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.",
+    ),
+]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0=75GB,cpu=200GB",
+        help="Memory that --placement auto may fill on each device; the rest goes to disk.",
+    ),
+]
+ExpertsOption = Annotated[
+    Experts,
+    typer.Option(
+        help="cpu: keep routed experts in RAM and compute them there, as many as the GPU has no room for."
+    ),
+]
+OffloadFolderOption = Annotated[
+    Path | None, typer.Option(help="Folder for layers on disk. Default: the system's temporary one.")
+]
+QuantizeOption = Annotated[
+    Quantize,
+    typer.Option(help="Weights in 8 or 4 bits, made while loading; int4-all: attention in 4 bits too."),
+]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
-TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")]
+TopPOption = Annotated[
+    float | None, typer.Option(help="Sample from the likeliest tokens that hold this probability.")
+]
 TopKOption = Annotated[int | None, typer.Option(help="Sample from this many tokens; 0 is off.")]
-MinPOption = Annotated[float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
-RepetitionOption = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that have occurred.")]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Same seed, same text. Default: a new one each time.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-MaxTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")]
+MinPOption = Annotated[
+    float | None, typer.Option(help="Drop tokens less likely than this share of the likeliest.")
+]
+RepetitionOption = Annotated[
+    float | None, typer.Option(help="Above 1 discourages tokens that have occurred.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Same seed, same text. Default: a new one each time.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option(help="End before this text; may be given several times.")
+]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
+]
 
 
 class Overflow(str, Enum):
@@ -136,7 +202,14 @@ class Compute:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Compute:
-        kinds = {"experts": Experts, "dtype": Dtype, "attention": AttentionPath, "kernels": KernelsChoice, "quantize": Quantize, "split_attention": SplitAttention}
+        kinds = {
+            "experts": Experts,
+            "dtype": Dtype,
+            "attention": AttentionPath,
+            "kernels": KernelsChoice,
+            "quantize": Quantize,
+            "split_attention": SplitAttention,
+        }
         return cls(**{key: kinds[key](value) if key in kinds else value for key, value in values.items()})
 
 
@@ -165,9 +238,14 @@ class Checkpoint:
         return self.tokenizer() if (self.folder / "tokenizer.json").exists() else None
 
     def request(
-        self, max_new_tokens: int | None, seed: int | None, stop: list[str] | None, logprobs: int | None = None,
-        ignore_eos: bool = False, **sampling: float | None,
-    ) -> Request:  # fmt: skip
+        self,
+        max_new_tokens: int | None,
+        seed: int | None,
+        stop: list[str] | None,
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
+        **sampling: float | None,
+    ) -> Request:
         """The checkpoint's sampling defaults with the command line's on top. Raises UsageError for senseless values."""
         from dsv2cli.engine.generate import Request
         from dsv2cli.engine.sampling import SamplingParams
@@ -219,12 +297,19 @@ def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
         path = find_config(random_weights)
         return Checkpoint(path, f"random weights of {random_weights}", DeepseekV2Config.load(path), {})
     folder = find_model(name)
-    return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), read_json(folder / "generation_config.json"))
+    return Checkpoint(
+        folder,
+        name or "embedded",
+        DeepseekV2Config.load(folder),
+        read_json(folder / "generation_config.json"),
+    )
 
 
 def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -> Plan:
     """Choose device, ranks, number format, kernels and threads. Raises Dsv2Error where what was asked for is not there."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then takes huge pages for weights: reading them is 1.08x faster
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # torch then takes huge pages for weights: reading them is 1.08x faster
     import torch
 
     from dsv2cli.device import DTYPES, gpu_memories, pick_device
@@ -237,7 +322,9 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
     format = format_of(config, compute, dtype)
     ranks = count_ranks(config, compute, device, format, str(dtype).removeprefix("torch."))
     if compute.sequences and ranks == 1:
-        raise UsageError("--split-attention sequences is for several ranks", fix="--gpus N with it, or leave it out")
+        raise UsageError(
+            "--split-attention sequences is for several ranks", fix="--gpus N with it, or leave it out"
+        )
     if device.type == "cuda" and ranks > 1:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -251,17 +338,36 @@ def make_plan(config: DeepseekV2Config, compute: Compute, local_rank: int = 0) -
         why = refusal(config, device if apart is None else torch.device("cpu"), dtype)
         library = None if why else library
     triton, no_triton = pick_triton(compute.kernels, config, device)
-    graphs = triton and device.type == "cuda" and apart is None and compute.kernels is not KernelsChoice.triton_eager
+    graphs = (
+        triton
+        and device.type == "cuda"
+        and apart is None
+        and compute.kernels is not KernelsChoice.triton_eager
+    )
     names = [library.path] if library is not None else []
     names += ["triton with CUDA graphs" if graphs else "triton"] if triton else []
     why = no_triton if device.type == "cuda" else "" if triton else why
-    plan = Plan(device, dtype, format, library, " and ".join(names) or "plain torch", why, ranks, apart=apart, triton=triton, graphs=graphs, sequences=compute.sequences)
+    plan = Plan(
+        device,
+        dtype,
+        format,
+        library,
+        " and ".join(names) or "plain torch",
+        why,
+        ranks,
+        apart=apart,
+        triton=triton,
+        graphs=graphs,
+        sequences=compute.sequences,
+    )
     if device.type == "cuda" and apart is None:
         refuse_what_does_not_fit(config, plan, gpu_memories())
     return plan
 
 
-def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.device, dtype: torch.dtype) -> int:
+def experts_that_stay(
+    config: DeepseekV2Config, compute: Compute, device: torch.device, dtype: torch.dtype
+) -> int:
     """In how many layers the GPU has room for the routed experts, beside all else and the cache of a 4,096-token talk.
 
     Raises UsageError where it has no room for the rest, or the model no experts.
@@ -270,7 +376,9 @@ def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.
     from dsv2cli.model import size
 
     if compute.placement or compute.max_memory or (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
-        raise UsageError("--experts cpu is for one device", fix="leave --gpus, --placement and --max-memory out")
+        raise UsageError(
+            "--experts cpu is for one device", fix="leave --gpus, --placement and --max-memory out"
+        )
     if not config.moe_layers:
         raise UsageError("This model has no routed experts", fix="leave --experts out")
     if device.type == "cpu":
@@ -278,10 +386,17 @@ def experts_that_stay(config: DeepseekV2Config, compute: Compute, device: torch.
     name = str(dtype).removeprefix("torch.")
     rest = sum(part.bytes for part in size.parts(config, name) if part.name != "routed experts")
     format = name if compute.quantize is Quantize.none else compute.quantize.value
-    each = sum(part.bytes for part in size.parts(config, format, name) if part.name == "routed experts") // config.moe_layers
+    each = (
+        sum(part.bytes for part in size.parts(config, format, name) if part.name == "routed experts")
+        // config.moe_layers
+    )
     room = 0.9 * gpu_memories()[device.index or 0] - 4096 * size.kv_bytes_per_token(config, name)
     if rest > room:
-        raise UsageError("The GPU is too small even without the experts", why=f"the rest takes {rest / 1e9:.1f} GB of its {room / 1e9:.1f} GB", fix="--device cpu --quantize int4")
+        raise UsageError(
+            "The GPU is too small even without the experts",
+            why=f"the rest takes {rest / 1e9:.1f} GB of its {room / 1e9:.1f} GB",
+            fix="--device cpu --quantize int4",
+        )
     return min(config.moe_layers, int((room - rest) // each))
 
 
@@ -290,9 +405,15 @@ def spread(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype, forma
     from dsv2cli.checkpoint.placement import main_device, place
 
     if (compute.gpus or 1) > 1 or launch.torchrun_size() > 1:
-        raise UsageError("--gpus and --placement do not go together", why="one splits each layer, the other puts whole layers in places", fix="leave one of them out")
+        raise UsageError(
+            "--gpus and --placement do not go together",
+            why="one splits each layer, the other puts whole layers in places",
+            fix="leave one of them out",
+        )
     places = place(config, dtype, compute.packing, compute.placement or "auto", compute.max_memory)
-    return Plan(main_device(places), dtype, format, None, "plain torch", "layers are spread over devices", 1, places)
+    return Plan(
+        main_device(places), dtype, format, None, "plain torch", "layers are spread over devices", 1, places
+    )
 
 
 def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) -> str:
@@ -306,12 +427,19 @@ def format_of(config: DeepseekV2Config, compute: Compute, dtype: torch.dtype) ->
     return compute.quantize.value
 
 
-def ranks_needed(config: DeepseekV2Config, format: str, dtype: str, memories: list[int], sequences: bool = False) -> int:
+def ranks_needed(
+    config: DeepseekV2Config, format: str, dtype: str, memories: list[int], sequences: bool = False
+) -> int:
     """The fewest GPUs whose memories [bytes each] hold the weights with a tenth to spare, or all of them."""
     from dsv2cli.model.size import bytes_by_rank
 
     for count in range(1, len(memories)):
-        if all(need < 0.9 * has for need, has in zip(bytes_by_rank(config, format, dtype, count, sequences), memories, strict=False)):
+        if all(
+            need < 0.9 * has
+            for need, has in zip(
+                bytes_by_rank(config, format, dtype, count, sequences), memories, strict=False
+            )
+        ):
             return count
     return len(memories)
 
@@ -325,8 +453,16 @@ def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: lis
     most = max(bytes_by_rank(config, plan.format, dtype, plan.ranks, plan.sequences))
     if most <= min(memories):
         return
-    tries = [(ranks, format) for format in (plan.format, *PACKED_BITS) for ranks in range(plan.ranks, max(8, len(memories)) + 1)]
-    fits = [(ranks, format) for ranks, format in tries if max(bytes_by_rank(config, format, dtype, ranks, plan.sequences)) < 0.9 * min(memories)]
+    tries = [
+        (ranks, format)
+        for format in (plan.format, *PACKED_BITS)
+        for ranks in range(plan.ranks, max(8, len(memories)) + 1)
+    ]
+    fits = [
+        (ranks, format)
+        for ranks, format in tries
+        if max(bytes_by_rank(config, format, dtype, ranks, plan.sequences)) < 0.9 * min(memories)
+    ]
     fits.sort(key=lambda plan: (plan[0] > len(memories), tries.index(plan)))
     nearest = fits[0] if fits else None
     fix = "a smaller checkpoint"
@@ -335,11 +471,14 @@ def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: lis
         fix = " ".join([*options, *([f"--quantize {nearest[1]}"] if nearest[1] in PACKED_BITS else [])])
     raise UsageError(
         f"The weights do not fit on {plan.ranks} {plan.device.type} device{'s' if plan.ranks > 1 else ''}",
-        why=f"{plan.format} takes {most / 1e9:.1f} GB of the {min(memories) / 1e9:.1f} GB of each", fix=fix,
-    )  # fmt: skip
+        why=f"{plan.format} takes {most / 1e9:.1f} GB of the {min(memories) / 1e9:.1f} GB of each",
+        fix=fix,
+    )
 
 
-def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device, format: str, dtype: str) -> int:
+def count_ranks(
+    config: DeepseekV2Config, compute: Compute, device: torch.device, format: str, dtype: str
+) -> int:
     """How many processes share the model: as many GPUs as its weights need, where nothing is said.
 
     Raises UsageError where there are not as many GPUs, or nothing to share out.
@@ -353,17 +492,31 @@ def count_ranks(config: DeepseekV2Config, compute: Compute, device: torch.device
         ranks = ranks_needed(config, format, dtype, gpu_memories(), compute.sequences)
     if (there := launch.torchrun_size()) > 1:
         if compute.gpus not in (None, there):
-            raise UsageError(f"--gpus {compute.gpus} under torchrun", why=f"it has started {there} processes", fix="leave --gpus out")
+            raise UsageError(
+                f"--gpus {compute.gpus} under torchrun",
+                why=f"it has started {there} processes",
+                fix="leave --gpus out",
+            )
         ranks = there
     elif device.type == "cuda" and ranks > torch.cuda.device_count():
-        raise UsageError(f"There are no {ranks} GPUs", why=f"{torch.cuda.device_count()} CUDA devices found", fix=f"--gpus {torch.cuda.device_count()}")
+        raise UsageError(
+            f"There are no {ranks} GPUs",
+            why=f"{torch.cuda.device_count()} CUDA devices found",
+            fix=f"--gpus {torch.cuda.device_count()}",
+        )
     most = max(config.num_attention_heads, config.n_routed_experts or 0)
     if ranks > most:
-        raise UsageError(f"{ranks} processes can not share this model", why=f"it has {most} heads or experts to share out", fix=f"--gpus {most}")
+        raise UsageError(
+            f"{ranks} processes can not share this model",
+            why=f"it has {most} heads or experts to share out",
+            fix=f"--gpus {most}",
+        )
     return ranks
 
 
-def open_model(name: str | None, compute: Compute, random_weights: str | None = None, found: Checkpoint | None = None) -> Opened:
+def open_model(
+    name: str | None, compute: Compute, random_weights: str | None = None, found: Checkpoint | None = None
+) -> Opened:
     """Find, load and report progress; `random_weights` names a config to make a model from. `found` is what the name
     means, where that is known already. Raises Dsv2Error for whatever stands in the way."""
     found = found or find(name, random_weights)
@@ -372,7 +525,10 @@ def open_model(name: str | None, compute: Compute, random_weights: str | None = 
     from dsv2cli.team import ALONE
 
     if plan.why and plan.path == "plain torch" and plan.why not in (OFF, TINY) and sys.stderr.isatty():
-        typer.echo(f"plain torch instead of the {'Triton' if plan.device.type == 'cuda' else 'C++'} kernels, because {plan.why}", err=True)
+        typer.echo(
+            f"plain torch instead of the {'Triton' if plan.device.type == 'cuda' else 'C++'} kernels, because {plan.why}",
+            err=True,
+        )
     if plan.apart is not None:
         ui.note(apart_line(found.config, plan))
     began = time.perf_counter()
@@ -400,12 +556,29 @@ def load(found: Checkpoint, plan: Plan, compute: Compute, random: bool, team: Te
         if random:
             raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
         with ui.loading(found.name) as progress:
-            model = load_placed(found.folder, found.config, plan.dtype, compute.packing, plan.places, compute.offload_folder, progress)
+            model = load_placed(
+                found.folder,
+                found.config,
+                plan.dtype,
+                compute.packing,
+                plan.places,
+                compute.offload_folder,
+                progress,
+            )
     elif random:
         model = random_model(found.config, plan.device, plan.dtype, compute.packing, team, plan.apart)
     else:
         with ui.loading(found.name) as progress:
-            model = load_model(found.folder, plan.device, plan.dtype, progress, compute.packing, plan.kernels, team, plan.apart)
+            model = load_model(
+                found.folder,
+                plan.device,
+                plan.dtype,
+                progress,
+                compute.packing,
+                plan.kernels,
+                team,
+                plan.apart,
+            )
     use_kernels(model, plan.kernels, plan.triton, plan.graphs)
     model.use_attention(compute.attention.value)
     if team.size > 1:
@@ -452,7 +625,9 @@ def parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise UsageError(f"--prompt-ids {text!r} is not a list of numbers", fix='--prompt-ids "1,2,3"') from None
+        raise UsageError(
+            f"--prompt-ids {text!r} is not a list of numbers", fix='--prompt-ids "1,2,3"'
+        ) from None
 
 
 def stats_line(result: Result) -> str:
@@ -461,5 +636,8 @@ def stats_line(result: Result) -> str:
     if result.decode_tokens_per_second:
         parts.append(f"{result.decode_tokens_per_second:.1f} tok/s")
     parts.append(f"first after {result.ttft_seconds:.2f} s")
-    parts.append(f"prompt {len(result.prompt_ids)}" + (f", {result.reused_tokens} reused" if result.reused_tokens else ""))
+    parts.append(
+        f"prompt {len(result.prompt_ids)}"
+        + (f", {result.reused_tokens} reused" if result.reused_tokens else "")
+    )
     return " · ".join([*parts, result.finish_reason])

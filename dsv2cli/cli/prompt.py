@@ -55,9 +55,10 @@ class Suggestions(Completer):
             yield from WordCompleter(list(COMMANDS)).get_completions(Document(name), event)
             return
         words = {
-            "load": places.session_names, "set": lambda: [*SETTINGS, "seed", "max_new_tokens"],
+            "load": places.session_names,
+            "set": lambda: [*SETTINGS, "seed", "max_new_tokens"],
             "branch": lambda: sorted([*self.talk.session.branches, self.talk.session.branch]),
-        }.get(name, list)()  # fmt: skip
+        }.get(name, list)()
         yield from WordCompleter(words, sentence=True).get_completions(Document(rest), event)
         if name in ("file", "load", "save"):
             yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
@@ -89,10 +90,17 @@ def typed(talk: Talk, keep_history: bool) -> Iterator[str]:
     """Messages and commands typed at a prompt, until Ctrl-D."""
     # The prompt is drawn on stderr, so that `dsv2 chat > answers.txt` holds answers only.
     prompt: PromptSession[str] = PromptSession(
-        "> ", multiline=True, key_bindings=keys(), prompt_continuation="  ", output=create_output(stdout=sys.stderr),
-        history=History(str(places.data_folder() / "history")) if keep_history else None, completer=Suggestions(talk),
-        complete_while_typing=False, reserve_space_for_menu=4, enable_open_in_editor=True,
-    )  # fmt: skip
+        "> ",
+        multiline=True,
+        key_bindings=keys(),
+        prompt_continuation="  ",
+        output=create_output(stdout=sys.stderr),
+        history=History(str(places.data_folder() / "history")) if keep_history else None,
+        completer=Suggestions(talk),
+        complete_while_typing=False,
+        reserve_space_for_menu=4,
+        enable_open_in_editor=True,
+    )
     while True:
         draft, talk.draft = talk.draft, ""
         bar = toolbar(talk)

@@ -23,9 +23,21 @@ class Group(str, Enum):
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="DIR|REPO", autocompletion=opt.models, help="Folder with a checkpoint, or a Hugging Face repository name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|REPO",
+            autocompletion=opt.models,
+            help="Folder with a checkpoint, or a Hugging Face repository name.",
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")],
-    to: Annotated[Packed, typer.Option(help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8.")] = Packed.int4,
+    to: Annotated[
+        Packed,
+        typer.Option(
+            help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8."
+        ),
+    ] = Packed.int4,
     group: Annotated[Group, typer.Option(help="Numbers that share a scale.")] = Group.g64,
     kernels: opt.KernelsOption = opt.KernelsChoice.auto,
 ) -> None:

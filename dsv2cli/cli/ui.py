@@ -81,12 +81,24 @@ def loading(name: str) -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     bar = Progress(
-        TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(), console=stderr(), transient=True,
-    )  # fmt: skip
+        TextColumn("loading {task.fields[name]}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=stderr(),
+        transient=True,
+    )
     with bar:
         task = bar.add_task("load", name=harmless(name), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -123,5 +135,8 @@ def as_text(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Dsv2Error(
-            "stdin is not UTF-8 text", why=str(error), fix="convert it first, for example with iconv -t utf-8", exit_code=2
+            "stdin is not UTF-8 text",
+            why=str(error),
+            fix="convert it first, for example with iconv -t utf-8",
+            exit_code=2,
         ) from None

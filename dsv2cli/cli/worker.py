@@ -26,7 +26,9 @@ def work() -> None:
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if launch.LAUNCHED in os.environ:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False
+        )
     else:
         store, rank, size = next(dist.rendezvous("env://"))
     orders = json.loads(store.get(launch.ORDERS))

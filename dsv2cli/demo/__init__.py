@@ -1,1 +1,1 @@
-"""The embedded model and the code that made it."""
+"""The embedded model: its checkpoint, its card and what it was trained on."""

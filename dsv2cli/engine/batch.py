@@ -47,7 +47,11 @@ class Row:
     def take(self, scores: Tensor, chosen: int | None = None) -> None:
         """The next token of this row, noted; ends the answer where it is the last. `chosen` if it was sampled already."""
         result, request = self.job.result, self.job.request
-        token = pick(scores, request, self.history, self.generator, self.constraint) if chosen is None else Token(chosen)
+        token = (
+            pick(scores, request, self.history, self.generator, self.constraint)
+            if chosen is None
+            else Token(chosen)
+        )
         now = time.perf_counter()
         self.first = self.first or now
         result.ttft_seconds, result.decode_seconds = self.first - self.began, now - self.first
@@ -77,7 +81,9 @@ def run_samples(model: DeepseekV2, tokenizer: Tokenizer | None, jobs: list[Job])
 
 
 @torch.inference_mode()
-def run_batch(model: DeepseekV2, tokenizer: Tokenizer | None, jobs: Iterable[Job], width: int) -> Iterator[Job]:
+def run_batch(
+    model: DeepseekV2, tokenizer: Tokenizer | None, jobs: Iterable[Job], width: int
+) -> Iterator[Job]:
     """Finished jobs in the order of `jobs`, `width` of them decoded at once. Each job keeps its own seed."""
     rows = Rows(model, tokenizer, model.new_cache(width))
     waiting, begun = iter(jobs), list[Job]()  # begun: those not yet given back, oldest first
@@ -124,7 +130,15 @@ class Rows:
         left = min(room, job.request.max_new_tokens or room)
         generator = torch.Generator(self.model.device).manual_seed(job.request.seed)
         answer = Answer(self.tokenizer, job.request, job.result)
-        row = Row(job, answer, generator, job.request.constraint(), list(job.prompt_ids), left, time.perf_counter() - prefill_seconds)
+        row = Row(
+            job,
+            answer,
+            generator,
+            job.request.constraint(),
+            list(job.prompt_ids),
+            left,
+            time.perf_counter() - prefill_seconds,
+        )
         row.take(scores)
         if not answer.ended:
             self.running[i] = row
@@ -138,8 +152,12 @@ class Rows:
         scores = self.decode(ids, rows)[:, -1]
         chosen: list[int | None] = [None] * len(rows)
         requests = [self.running[i].job.request for i in rows]
-        if self.model.stepwise and all(request.plain and request.sampling == requests[0].sampling for request in requests):
-            chosen = sample_rows(scores, requests[0].sampling, [self.running[i].generator for i in rows]).tolist()
+        if self.model.stepwise and all(
+            request.plain and request.sampling == requests[0].sampling for request in requests
+        ):
+            chosen = sample_rows(
+                scores, requests[0].sampling, [self.running[i].generator for i in rows]
+            ).tolist()
         for i, row_scores, token_id in zip(rows, scores, chosen, strict=True):
             self.running[i].take(row_scores, token_id)
             if self.running[i].answer.ended:

@@ -41,7 +41,12 @@ class Work:
     batch: int = 1
 
     def as_json(self) -> dict[str, Any]:
-        return {"prompt_tokens": self.prompt, "generated_tokens": self.generate, "depth": self.depth, "batch": self.batch}
+        return {
+            "prompt_tokens": self.prompt,
+            "generated_tokens": self.generate,
+            "depth": self.depth,
+            "batch": self.batch,
+        }
 
 
 @dataclass
@@ -67,10 +72,19 @@ class Timing:
     def itl_seconds(self) -> dict[str, float]:
         """Percentiles of the time between tokens, over all repetitions."""
         ordered = sorted(gap for gaps in self.gaps for gap in gaps)
-        return {f"p{percent}": ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] for percent in (50, 90, 99)}
+        return {
+            f"p{percent}": ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+            for percent in (50, 90, 99)
+        }
 
     def as_json(self) -> dict[str, Any]:
-        lists = ("prefill_tokens_per_second", "decode_tokens_per_second", "ttft_seconds", "read_bytes_per_second", "gemm_flops_per_second")
+        lists = (
+            "prefill_tokens_per_second",
+            "decode_tokens_per_second",
+            "ttft_seconds",
+            "read_bytes_per_second",
+            "gemm_flops_per_second",
+        )
         spreads = {name: spread(getattr(self, name)) | {"all": getattr(self, name)} for name in lists}
         return {"engine": self.engine} | self.work.as_json() | spreads | {"itl_seconds": self.itl_seconds()}
 
@@ -115,7 +129,9 @@ class Machine:
 
     def read_bytes_per_second(self) -> float:
         kernels = self.kernels
-        return self.data.nbytes / self.seconds(lambda: self.data.sum() if kernels is None else kernels.read(self.data))
+        return self.data.nbytes / self.seconds(
+            lambda: self.data.sum() if kernels is None else kernels.read(self.data)
+        )
 
     def gemm_flops_per_second(self) -> float:
         return 2 * self.square.shape[0] ** 3 / self.seconds(lambda: linear(self.square, self.square))
@@ -148,7 +164,9 @@ class Ours:
         synchronize(self.model.device)
         times = [time.perf_counter()]
         logits = prefill(self.model, prompts, self.cache)
-        for _ in generate_batch(self.model, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits):
+        for _ in generate_batch(
+            self.model, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits
+        ):
             times.append(time.perf_counter())
         self.cache.truncate(before)
         return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
@@ -162,7 +180,9 @@ class Theirs:
     def __init__(self, twin: Any) -> None:
         self.twin, self.cache = twin, None
         # transformers 5.2x renamed its argument and warns about the old name.
-        self.argument = "cache" if "cache" in inspect.signature(type(twin).forward).parameters else "past_key_values"
+        self.argument = (
+            "cache" if "cache" in inspect.signature(type(twin).forward).parameters else "past_key_values"
+        )
 
     @torch.inference_mode()
     def fill(self, prompts: list[list[int]], room: int) -> None:
@@ -203,7 +223,9 @@ def transformers_twin(model: DeepseekV2, folder: Path) -> Any:
     state = {}
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         if name not in ours or ours[name].shape != parameter.shape:
-            raise Dsv2Error("transformers builds another model from this config", why=f"its {name} has no match here")
+            raise Dsv2Error(
+                "transformers builds another model from this config", why=f"its {name} has no match here"
+            )
         state[name] = ours[name].detach().to(parameter.dtype)
     twin.load_state_dict(state, assign=True, strict=True)
     twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)  # its buffers were on meta
@@ -228,7 +250,10 @@ def run(
     engines: list[Ours | Theirs] = [Ours(model), *([Theirs(twin)] if twin is not None else [])]
     timings = [Timing(engine.name, work) for engine in engines]
     for engine in engines:
-        engine.fill(random_prompts(model, work.batch, work.depth, seed=repetitions + 1), work.depth + work.prompt + work.generate)
+        engine.fill(
+            random_prompts(model, work.batch, work.depth, seed=repetitions + 1),
+            work.depth + work.prompt + work.generate,
+        )
     machine = Machine(model.device, model.dtype, kernels)
     for repetition in range(-1, repetitions):
         reading, multiplying = machine.read_bytes_per_second(), machine.gemm_flops_per_second()
@@ -273,7 +298,12 @@ class TimedLayer:
 
 def timed_step(model: DeepseekV2, logits: Tensor, cache: LatentCache, watch: Stopwatch) -> Tensor:
     """One greedy token for each row; its layers have stopwatches of their own."""
-    new = watch.time("sampling", lambda: torch.tensor([[sample(row, GREEDY.sampling, row, None)] for row in logits], device=model.device))
+    new = watch.time(
+        "sampling",
+        lambda: torch.tensor(
+            [[sample(row, GREEDY.sampling, row, None)] for row in logits], device=model.device
+        ),
+    )
     hidden = model(new, cache)[:, -1]
     return watch.time("head", lambda: model.logits(hidden))
 
@@ -329,9 +359,14 @@ def compare(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[
         for name in LISTS:
             a, b = run[name], before[name]
             known = min(len(a["all"]), len(b["all"])) > 1
-            ratio, noise = a["median"] / b["median"], sum((rate["max"] - rate["min"]) / rate["median"] for rate in (a, b))
+            ratio, noise = (
+                a["median"] / b["median"],
+                sum((rate["max"] - rate["min"]) / rate["median"] for rate in (a, b)),
+            )
             verdict = "same" if abs(ratio - 1) <= noise else "faster" if ratio > 1 else "slower"
             found[name] = {"ratio": ratio, "spread": noise, "verdict": verdict if known else "unknown"}
-        found["memory_ratio"] = run["read_bytes_per_second"]["median"] / before["read_bytes_per_second"]["median"]
+        found["memory_ratio"] = (
+            run["read_bytes_per_second"]["median"] / before["read_bytes_per_second"]["median"]
+        )
         out.append(found)
     return out

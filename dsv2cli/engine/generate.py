@@ -18,7 +18,9 @@ from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
 
-DRAFT = 7  # tokens drafted at most: with the new one they are eight rows, which cost a CPU little more than one
+DRAFT = (
+    7  # tokens drafted at most: with the new one they are eight rows, which cost a CPU little more than one
+)
 PREFILL_CHUNK = 512  # tokens of each row in a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory
 GPU_PREFILL_TOKENS = 4096  # of all rows together, on a GPU
 
@@ -80,7 +82,11 @@ class Result:
     @property
     def decode_tokens_per_second(self) -> float | None:
         """Tokens after the first over the time they took; None with fewer than two."""
-        return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 and self.decode_seconds else None
+        return (
+            (len(self.tokens) - 1) / self.decode_seconds
+            if len(self.tokens) > 1 and self.decode_seconds
+            else None
+        )
 
 
 def check_prompt(config: DeepseekV2Config, prompt_ids: list[int]) -> None:
@@ -96,7 +102,9 @@ def check_prompt(config: DeepseekV2Config, prompt_ids: list[int]) -> None:
         )
     for token_id in prompt_ids:
         if not 0 <= token_id < vocab:
-            raise UsageError(f"There is no token {token_id}", why=f"this model's ids go from 0 to {vocab - 1}")
+            raise UsageError(
+                f"There is no token {token_id}", why=f"this model's ids go from 0 to {vocab - 1}"
+            )
 
 
 @torch.inference_mode()
@@ -127,7 +135,11 @@ def prefill(model: DeepseekV2, prompts: list[list[int]], cache: LatentCache) -> 
 
 
 def pick(
-    logits: Tensor, request: Request, seen: list[int], generator: torch.Generator, constraint: Constraint | None = None
+    logits: Tensor,
+    request: Request,
+    seen: list[int],
+    generator: torch.Generator,
+    constraint: Constraint | None = None,
 ) -> Token:
     """Sample from logits [vocab] what `constraint` allows, and note the log-probabilities that were asked for."""
     history = torch.tensor(seen if request.sampling.repetition_penalty != 1.0 else [], dtype=torch.long)
@@ -182,14 +194,20 @@ def read_later(ids: Tensor) -> Callable[[], list[int]]:
 
 @torch.inference_mode()
 def generate_batch(
-    model: DeepseekV2, prompts: list[list[int]], request: Request, cache: LatentCache, logits: Tensor | None = None
+    model: DeepseekV2,
+    prompts: list[list[int]],
+    request: Request,
+    cache: LatentCache,
+    logits: Tensor | None = None,
 ) -> Iterator[list[Token | None]]:
     """One list per step with each row's new token, None for rows that have ended (by EOS or length).
 
     `cache` holds what precedes the prompts; `logits` are those of the last prompt token if prefill has been done.
     The last token given for a row is not in the cache yet; a model that is `stepwise` may have put it there.
     """
-    generators = [torch.Generator(model.device).manual_seed(request.seed + row) for row in range(len(prompts))]
+    generators = [
+        torch.Generator(model.device).manual_seed(request.seed + row) for row in range(len(prompts))
+    ]
     logits = prefill(model, prompts, cache) if logits is None else logits
     room = model.config.max_position_embeddings - max(cache.lengths)
     limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
@@ -199,9 +217,13 @@ def generate_batch(
         chosen = sample_rows(logits, request.sampling, generators)
         for step in range(limit):
             ids = read_later(chosen)
-            if step + 1 < limit:  # the device goes on while this token is shown; at the end of the text one step too far
+            if (
+                step + 1 < limit
+            ):  # the device goes on while this token is shown; at the end of the text one step too far
                 chosen = sample_rows(decode(chosen[:, None])[:, -1], request.sampling, generators)
-            tokens = [Token(token_id) if runs else None for token_id, runs in zip(ids(), running, strict=True)]
+            tokens = [
+                Token(token_id) if runs else None for token_id, runs in zip(ids(), running, strict=True)
+            ]
             yield tokens
             running = [token is not None and token.id not in request.eos_ids for token in tokens]
             if not any(running):
@@ -221,7 +243,9 @@ def generate_batch(
                 running[row] = token.id not in request.eos_ids
         if not any(running) or step + 1 == limit:
             return
-        logits = decode(torch.tensor([[token.id if token is not None else 0] for token in tokens], device=model.device))[:, -1]
+        logits = decode(
+            torch.tensor([[token.id if token is not None else 0] for token in tokens], device=model.device)
+        )[:, -1]
 
 
 def look_up(history: list[int], most: int) -> list[int]:
@@ -288,7 +312,9 @@ class StopStrings:
 
     def overlap(self, text: str) -> int:
         """How many characters at the end of what is held could begin `text`."""
-        return next((n for n in range(min(len(text) - 1, len(self.held)), 0, -1) if self.held.endswith(text[:n])), 0)
+        return next(
+            (n for n in range(min(len(text) - 1, len(self.held)), 0, -1) if self.held.endswith(text[:n])), 0
+        )
 
     def finish(self) -> str:
         shown, self.held = self.held, ""

@@ -21,18 +21,34 @@ class Grammar:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int], regex: str | None, schema: str | None, start: str = ""
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        regex: str | None,
+        schema: str | None,
+        start: str = "",
+    ) -> None:
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError:
-            raise Dsv2Error("Held answers need llguidance", why="it is not installed", fix='pip install "dsv2cli[grammar]"') from None
+            raise Dsv2Error(
+                "Held answers need llguidance",
+                why="it is not installed",
+                fix='pip install "dsv2cli[grammar]"',
+            ) from None
         if not eos_ids:
-            raise UsageError("An answer that is held to a form needs an end", why="there is no end-of-text token", fix="leave --ignore-eos out")
+            raise UsageError(
+                "An answer that is held to a form needs an end",
+                why="there is no end-of-text token",
+                fix="leave --ignore-eos out",
+            )
         self.option = "--regex" if schema is None else "--json-schema"
         try:
             if schema is not None:
-                self.text = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+                self.text = LLMatcher.grammar_from_json_schema(
+                    schema, defaults={"whitespace_pattern": WHITESPACE}
+                )
             else:
                 self.text = LLMatcher.grammar_from_regex(regex or "")
         except ValueError as error:
@@ -42,7 +58,10 @@ class Grammar:
         if self.matcher.is_error():
             raise self.senseless(self.matcher.get_error())
         if start and not self.matcher.consume_tokens(tokenizer.encode(start, add_bos=False)):
-            raise UsageError("The prefix breaks the form of the answer", why=f"nothing that begins with it matches {self.option}")
+            raise UsageError(
+                "The prefix breaks the form of the answer",
+                why=f"nothing that begins with it matches {self.option}",
+            )
 
     def senseless(self, why: str) -> UsageError:
         return UsageError(f"{self.option} can not be used", why=" ".join(why.split()))
@@ -63,7 +82,10 @@ class Constraint:
         allowed = (bits[:, None] >> torch.arange(8)) & 1  # the lowest bit is the first token
         allowed = allowed.flatten()[: logits.numel()].bool()
         if not allowed.any():
-            raise Dsv2Error("No token of this model can go on in the form asked for", why=self.matcher.get_error() or "its vocabulary lacks a character")
+            raise Dsv2Error(
+                "No token of this model can go on in the form asked for",
+                why=self.matcher.get_error() or "its vocabulary lacks a character",
+            )
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def take(self, token_id: int) -> None:

@@ -54,7 +54,9 @@ def make_prompt(tokenizer: Tokenizer, haystack: Haystack, key: str, length: int,
     def prompt(count: int) -> list[int]:
         around = [filler[i % len(filler)] for i in range(count)]
         around.insert(round(depth * count), needle)
-        return tokenizer.encode_chat([{"role": "user", "content": "".join(around).strip() + "\n\n" + haystack.question}])
+        return tokenizer.encode_chat(
+            [{"role": "user", "content": "".join(around).strip() + "\n\n" + haystack.question}]
+        )
 
     least, most = 0, 1
     while len(prompt(most)) <= length:
@@ -66,7 +68,13 @@ def make_prompt(tokenizer: Tokenizer, haystack: Haystack, key: str, length: int,
 
 
 def search(
-    model: DeepseekV2, tokenizer: Tokenizer, haystack: Haystack, lengths: list[int], depths: list[float], tries: int, request: Request
+    model: DeepseekV2,
+    tokenizer: Tokenizer,
+    haystack: Haystack,
+    lengths: list[int],
+    depths: list[float],
+    tries: int,
+    request: Request,
 ) -> Iterator[Trial]:
     """Every length at every depth, `tries` times each with another key."""
     numbers = random.Random(request.seed)

@@ -32,7 +32,9 @@ class SamplingParams:
         for name, (good, allowed) in rules.items():
             if not good:
                 option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} {getattr(self, name)} makes no sense", why=f"it must be {allowed}")
+                raise UsageError(
+                    f"{option} {getattr(self, name)} makes no sense", why=f"it must be {allowed}"
+                )
 
     @classmethod
     def from_generation_config(cls, settings: dict[str, Any], **overrides: float | None) -> SamplingParams:
@@ -79,7 +81,9 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
         logits = keep_nucleus(logits, params.top_p)
     probabilities = logits.softmax(dim=-1)
     if params.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities.amax(dim=-1, keepdim=True), 0.0)
+        probabilities = probabilities.masked_fill(
+            probabilities < params.min_p * probabilities.amax(dim=-1, keepdim=True), 0.0
+        )
     return probabilities
 
 

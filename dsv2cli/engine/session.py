@@ -49,7 +49,6 @@ class Session:
             else:
                 self.messages.pop()
 
-
     def asked(self) -> list[int]:
         """Where in `messages` each user message stands."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -61,7 +60,9 @@ class Session:
         """
         asked = self.asked()
         if turn == 0 or not -len(asked) <= turn <= len(asked):
-            raise UsageError("There is no such turn", why=f"this conversation has {len(asked)}", fix="/history shows them")
+            raise UsageError(
+                "There is no such turn", why=f"this conversation has {len(asked)}", fix="/history shows them"
+            )
         start = asked[turn - 1 if turn > 0 else turn]
         text = self.messages[start]["content"]
         del self.messages[start:]
@@ -111,7 +112,10 @@ class Session:
         except BaseException:
             self.messages = before
             raise
-        turn: list[Message] = [{"role": "user", "content": SUMMARISE}, {"role": "assistant", "content": summary}]
+        turn: list[Message] = [
+            {"role": "user", "content": SUMMARISE},
+            {"role": "assistant", "content": summary},
+        ]
         self.messages = system + turn + last if summary else before
         return summary
 

@@ -42,7 +42,9 @@ def path_of(name: str) -> Path:
     """Raises UsageError for a name that is no plain file name."""
     if not re.fullmatch(r"\w[\w .-]*", name):
         raise UsageError(
-            f"{name!r} can not name a session", why="letters, digits, spaces, dots and dashes can", fix="/save my-talk"
+            f"{name!r} can not name a session",
+            why="letters, digits, spaces, dots and dashes can",
+            fix="/save my-talk",
         )
     return places.sessions() / f"{name}.json"
 
@@ -98,8 +100,15 @@ def load(path: Path) -> Conversation:
         messages = checked(content, str(path))
         pending = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
         return Conversation({"main": messages}, pending=pending)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("branches"), dict):
-        raise Dsv2Error(f"{path} is not a saved conversation", why="it is neither a session of dsv2 nor a list of messages")
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("branches"), dict)
+    ):
+        raise Dsv2Error(
+            f"{path} is not a saved conversation",
+            why="it is neither a session of dsv2 nor a list of messages",
+        )
     branches = {str(name): checked(messages, str(path)) for name, messages in content["branches"].items()}
     branch, pending, model = (str(content.get(key, "")) for key in ("branch", "pending", "model"))
     if branch not in branches:
@@ -125,7 +134,10 @@ def checked(messages: Any, source: str) -> list[Message]:
         for message in messages
     )
     if not good:
-        raise Dsv2Error(f"{source} is not a conversation", why='messages are {"role": system|user|assistant, "content": text}')
+        raise Dsv2Error(
+            f"{source} is not a conversation",
+            why='messages are {"role": system|user|assistant, "content": text}',
+        )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -153,7 +165,9 @@ def identity(checkpoint: Path, session: Session) -> str:
 def save_cache(path: Path, session: Session, model: str) -> None:
     """The latents of all cached tokens, so that resuming costs no prefill. Raises Dsv2Error as `save` does."""
     length = len(session.cached_ids)
-    tensors = {f"layers.{i}": layer[:, :length].cpu().contiguous() for i, layer in enumerate(session.cache.layers)}
+    tensors = {
+        f"layers.{i}": layer[:, :length].cpu().contiguous() for i, layer in enumerate(session.cache.layers)
+    }
     tensors["token_ids"] = torch.tensor(session.cached_ids, dtype=torch.int64)
     with replacing(path) as new:
         save_file(tensors, new, metadata={"model": model})
@@ -173,7 +187,10 @@ def load_cache(path: Path, session: Session, model: str) -> str:
             layers = [file.get_tensor(f"layers.{i}") for i in range(config.num_hidden_layers)]
     except (OSError, SafetensorError) as error:
         return f"it is damaged: {error}"
-    if any(layer.shape != (1, len(ids), config.cached_dim) or layer.dtype != session.model.dtype for layer in layers):
+    if any(
+        layer.shape != (1, len(ids), config.cached_dim) or layer.dtype != session.model.dtype
+        for layer in layers
+    ):
         return "its shape is another"
     session.cache.fill(layers)
     session.cached_ids = ids

@@ -71,12 +71,20 @@ def attend_expanded(
     """
     query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)  # [b, h, s, d+r]
     key, value = expand(cached, kv_b_proj, q_nope.shape[-1])
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
     return mixed[..., : kv_b_proj.shape[1] - q_nope.shape[-1]].transpose(1, 2)
 
 
 def attend_in_pieces(
-    q_nope: Tensor, q_rope: Tensor, cached: Tensor, kv_b_proj: Tensor, start: int, scale: float, piece: int = PIECE
+    q_nope: Tensor,
+    q_rope: Tensor,
+    cached: Tensor,
+    kv_b_proj: Tensor,
+    start: int,
+    scale: float,
+    piece: int = PIECE,
 ) -> Tensor:
     """attend_expanded where all rows' new tokens begin at `start`, with no mask, and keys and values of few tokens at a time.
 
@@ -84,7 +92,9 @@ def attend_in_pieces(
     weight among the others. So memory does not grow with the context.
     """
     query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
-    mixed, logs = attend_with_logs(query, *expand(cached[:, start:], kv_b_proj, q_nope.shape[-1]), True, scale)
+    mixed, logs = attend_with_logs(
+        query, *expand(cached[:, start:], kv_b_proj, q_nope.shape[-1]), True, scale
+    )
     mixed = mixed.float()
     for first in range(0, start, piece):
         past = cached[:, first : min(first + piece, start)]
@@ -95,16 +105,22 @@ def attend_in_pieces(
     return mixed[..., : kv_b_proj.shape[1] - q_nope.shape[-1]].transpose(1, 2).type_as(q_nope)
 
 
-def attend_with_logs(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend_with_logs(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention, and the log of each softmax's sum in fp32. All [b, h, tokens, size] -> the same and [b, h, s].
 
     torch's public function keeps the logs to itself, so this calls what it would call.
     """
     ops = torch.ops.aten
     if query.device.type == "cpu":
-        mixed, logs = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+        mixed, logs = ops._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scale
+        )
     elif query.dtype == torch.float32:
-        mixed, logs, *_ = ops._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal, scale=scale)
+        mixed, logs, *_ = ops._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
     else:
         mixed, logs, *_ = ops._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
     return mixed, logs[..., : query.shape[2]].float()  # some pad the logs
@@ -120,16 +136,24 @@ def expanding_pays(seq: int, length: int, kv_b_proj: Tensor, rope: int) -> bool:
 
 
 def attend(
-    q_nope: Tensor, q_rope: Tensor, cached: Tensor, kv_b_proj: Tensor, mask: Callable[[], Tensor], scale: float, path: str,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    cached: Tensor,
+    kv_b_proj: Tensor,
+    mask: Callable[[], Tensor],
+    scale: float,
+    path: str,
     start: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """MLA by the path named: `absorbed`, `expanded`, or `auto` by the number of new tokens. -> [b, s, h, v]
 
     `mask()` says what each new token sees; `start` is where they begin, if that is one place for all rows.
     """
     seq, length = q_nope.shape[1], cached.shape[1]
     if path == "expanded" or (path == "auto" and expanding_pays(seq, length, kv_b_proj, q_rope.shape[-1])):
-        if start and (start >= PIECE or cached.device.type != "cpu"):  # a CPU is as fast with a mask, and a GPU is not
+        if start and (
+            start >= PIECE or cached.device.type != "cpu"
+        ):  # a CPU is as fast with a mask, and a GPU is not
             return attend_in_pieces(q_nope, q_rope, cached, kv_b_proj, start, scale)
         return attend_expanded(q_nope, q_rope, cached, kv_b_proj, None if seq == length else mask(), scale)
     w_uk, w_uv = kv_b_proj.split([q_nope.shape[-1], kv_b_proj.shape[1] - q_nope.shape[-1]], dim=1)

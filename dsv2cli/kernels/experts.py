@@ -10,7 +10,12 @@ from dsv2cli.kernels.quantized import Quantized
 
 
 def route(
-    router_logits: Tensor, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, scaling_factor: float
+    router_logits: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """router_logits [n, e] in fp32 -> (expert index [n, k], weight [n, k] in fp32). Paper section 2.2.
 
@@ -30,7 +35,9 @@ def route(
     return index, weight * scaling_factor
 
 
-def experts_reference(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def experts_reference(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
     """Each token's chosen experts, one by one, weighted and summed in fp32, rounded once. x [n, hidden] -> same."""
     rows = []
     for token, experts, weights in zip(x, index.tolist(), weight, strict=True):
@@ -40,7 +47,12 @@ def experts_reference(x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Te
 
 
 def run_experts(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Quantized, first: int = 0
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up_proj: Tensor | Quantized,
+    down_proj: Tensor | Quantized,
+    first: int = 0,
 ) -> Tensor:
     """The same as experts_reference, with each expert run once over all of its tokens.
 

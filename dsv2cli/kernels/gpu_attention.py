@@ -34,10 +34,31 @@ def store_turned(x, out, cos, sin, pair, turns):
 
 @triton.jit
 def prepare_kernel(
-    q, kv, kv_norm, kv_b, rotary, positions, slots, cache, q_latent, q_rope, cache_stride, q_stride, kv_stride, eps,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr,
-    NOPE_SIZE: tl.constexpr, PAIRS: tl.constexpr, RANK_SIZE: tl.constexpr, TILE: tl.constexpr, ABSORB: tl.constexpr,
-):  # fmt: skip
+    q,
+    kv,
+    kv_norm,
+    kv_b,
+    rotary,
+    positions,
+    slots,
+    cache,
+    q_latent,
+    q_rope,
+    cache_stride,
+    q_stride,
+    kv_stride,
+    eps,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    RANK: tl.constexpr,
+    NOPE_SIZE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RANK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ABSORB: tl.constexpr,
+):
     """Programs (token, head, tile): the query of a head, turned and, tile by tile, absorbed: q_nope W_uk.
 
     Program (token, HEADS, 0) norms the new latent, turns the new key, and writes both into the cache.
@@ -55,10 +76,16 @@ def prepare_kernel(
         if ABSORB:
             d, c = tl.arange(0, NOPE_SIZE), tile * TILE + tl.arange(0, TILE)
             inside = (d < NOPE)[:, None] & (c < RANK)[None, :]
-            w_uk = tl.load(kv_b + (head * (NOPE + VALUE) + d[:, None]) * RANK + c[None, :], mask=inside, other=0.0)
+            w_uk = tl.load(
+                kv_b + (head * (NOPE + VALUE) + d[:, None]) * RANK + c[None, :], mask=inside, other=0.0
+            )
             q_nope = tl.load(q + d, mask=d < NOPE, other=0.0).to(tl.float32)
             absorbed = tl.sum(w_uk.to(tl.float32) * q_nope[:, None], axis=0)
-            tl.store(q_latent + (token * HEADS + head) * RANK + c, absorbed.to(q_latent.dtype.element_ty), mask=c < RANK)
+            tl.store(
+                q_latent + (token * HEADS + head) * RANK + c,
+                absorbed.to(q_latent.dtype.element_ty),
+                mask=c < RANK,
+            )
     elif (tile == 0) & (position >= 0):
         kv += token.to(tl.int64) * kv_stride
         cache += tl.load(slots + token).to(tl.int64) * cache_stride + position.to(tl.int64) * (RANK + ROPE)
@@ -74,10 +101,24 @@ def split_size(length, SPLITS: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def attend_kernel(
-    q_latent, q_rope, cache, positions, slots, mixed, log_sums, cache_stride, scale,
-    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, SPLITS: tl.constexpr,
-    BH: tl.constexpr, BT: tl.constexpr, RANK_SIZE: tl.constexpr, ROPE_SIZE: tl.constexpr,
-):  # fmt: skip
+    q_latent,
+    q_rope,
+    cache,
+    positions,
+    slots,
+    mixed,
+    log_sums,
+    cache_stride,
+    scale,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    RANK_SIZE: tl.constexpr,
+    ROPE_SIZE: tl.constexpr,
+):
     """Programs (token, heads, split): softmax over the split's part of the cache; a latent read once is key and value.
 
     mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; nothing is written for an empty split.
@@ -93,8 +134,12 @@ def attend_kernel(
         return
     c, r = tl.arange(0, RANK_SIZE), tl.arange(0, ROPE_SIZE)
     row = token * HEADS + head[:, None]
-    latent_query = tl.load(q_latent + row * RANK + c[None, :], mask=(head < HEADS)[:, None] & (c < RANK)[None, :], other=0.0)
-    rope_query = tl.load(q_rope + row * ROPE + r[None, :], mask=(head < HEADS)[:, None] & (r < ROPE)[None, :], other=0.0)
+    latent_query = tl.load(
+        q_latent + row * RANK + c[None, :], mask=(head < HEADS)[:, None] & (c < RANK)[None, :], other=0.0
+    )
+    rope_query = tl.load(
+        q_rope + row * ROPE + r[None, :], mask=(head < HEADS)[:, None] & (r < ROPE)[None, :], other=0.0
+    )
     cache += tl.load(slots + token).to(tl.int64) * cache_stride
     most = tl.full([BH], float("-inf"), tl.float32)
     total = tl.zeros([BH], tl.float32)
@@ -114,15 +159,31 @@ def attend_kernel(
         sums = tl.dot(weights.to(latent.dtype), latent, sums * fade[:, None], input_precision="ieee")
         most = higher
     tl.store(log_sums + to, most + tl.log(total), mask=head < HEADS)
-    tl.store(mixed + to[:, None] * RANK + c[None, :], sums / total[:, None], mask=(head < HEADS)[:, None] & (c < RANK)[None, :])
+    tl.store(
+        mixed + to[:, None] * RANK + c[None, :],
+        sums / total[:, None],
+        mask=(head < HEADS)[:, None] & (c < RANK)[None, :],
+    )
 
 
 @triton.jit
 def merge_kernel(
-    mixed, log_sums, positions, kv_b, out,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_SIZE: tl.constexpr, BT: tl.constexpr, RANK_SIZE: tl.constexpr, TILE: tl.constexpr, LEAD_OUT: tl.constexpr,
-):  # fmt: skip
+    mixed,
+    log_sums,
+    positions,
+    kv_b,
+    out,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_SIZE: tl.constexpr,
+    BT: tl.constexpr,
+    RANK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    LEAD_OUT: tl.constexpr,
+):
     """Programs (token, head, tile): the splits' means, weighted by their sums; with LEAD_OUT times W_uv, tile by tile.
 
     out [tokens, heads, value], or [tokens, heads, rank] without LEAD_OUT.
@@ -139,17 +200,31 @@ def merge_kernel(
         some = first + tl.arange(0, 8)
         at = (token * SPLITS + some) * HEADS + head
         shares = tl.exp(tl.load(log_sums + at, mask=some < used, other=float("-inf")) - most) / total
-        values = tl.load(mixed + at[:, None].to(tl.int64) * RANK + c[None, :], mask=(some < used)[:, None] & (c < RANK)[None, :], other=0.0)
+        values = tl.load(
+            mixed + at[:, None].to(tl.int64) * RANK + c[None, :],
+            mask=(some < used)[:, None] & (c < RANK)[None, :],
+            other=0.0,
+        )
         latent += tl.sum(values * shares[:, None], axis=0)
     if LEAD_OUT:
         v = tile * TILE + tl.arange(0, TILE)
         inside = (v < VALUE)[:, None] & (c < RANK)[None, :]
-        w_uv = tl.load(kv_b + (head * (NOPE + VALUE) + NOPE + v[:, None]) * RANK + c[None, :], mask=inside, other=0.0)
+        w_uv = tl.load(
+            kv_b + (head * (NOPE + VALUE) + NOPE + v[:, None]) * RANK + c[None, :], mask=inside, other=0.0
+        )
         latent = latent.to(out.dtype.element_ty).to(tl.float32)
         sums = tl.sum(w_uv.to(tl.float32) * latent[None, :], axis=1)
-        tl.store(out + (token * HEADS + head).to(tl.int64) * VALUE + v, sums.to(out.dtype.element_ty), mask=v < VALUE)
+        tl.store(
+            out + (token * HEADS + head).to(tl.int64) * VALUE + v,
+            sums.to(out.dtype.element_ty),
+            mask=v < VALUE,
+        )
     else:
-        tl.store(out + (token * HEADS + head).to(tl.int64) * RANK + c, latent.to(out.dtype.element_ty), mask=c < RANK)
+        tl.store(
+            out + (token * HEADS + head).to(tl.int64) * RANK + c,
+            latent.to(out.dtype.element_ty),
+            mask=c < RANK,
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +251,15 @@ def count_splits(programs: int, capacity: int, device: torch.device) -> int:
 
 
 def attend(
-    q: Tensor, kv: Tensor, kv_norm: Tensor, kv_b: Tensor, rotary: Tensor, positions: Tensor, slots: Tensor, cache: Tensor, shape: Shape
+    q: Tensor,
+    kv: Tensor,
+    kv_norm: Tensor,
+    kv_b: Tensor,
+    rotary: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cache: Tensor,
+    shape: Shape,
 ) -> Tensor:
     """Attention of few new tokens, which enter the cache first. -> [tokens, heads * value]
 
@@ -184,7 +267,12 @@ def attend(
     rotary [tokens, 2, rope / 2] in fp32, positions and slots [tokens] int32, cache [slots, capacity, rank + rope].
     Rows of q and kv may lie in one tensor. All tokens at once: those of one slot must be neighbours in position.
     """
-    assert rotary.is_contiguous() and positions.is_contiguous() and slots.is_contiguous() and cache[0].is_contiguous()
+    assert (
+        rotary.is_contiguous()
+        and positions.is_contiguous()
+        and slots.is_contiguous()
+        and cache[0].is_contiguous()
+    )
     count, few = q.shape[0], q.shape[0] <= FEW
     size = triton.next_power_of_2
     rank_size = max(16, size(shape.rank))
@@ -192,10 +280,31 @@ def attend(
     q_latent = q.new_empty(count, shape.heads, shape.rank)
     tile = min(64, rank_size)
     prepare_kernel[(count, shape.heads + 1, -(-shape.rank // tile) if few else 1)](
-        q, kv, kv_norm, kv_b, rotary, positions, slots, cache, q_latent, q_rope, cache.stride(0), q.stride(0), kv.stride(0), 1e-6,
-        HEADS=shape.heads, NOPE=shape.nope, ROPE=shape.rope, VALUE=shape.value, RANK=shape.rank,
-        NOPE_SIZE=size(shape.nope), PAIRS=size(shape.rope // 2), RANK_SIZE=rank_size, TILE=tile, ABSORB=few,
-    )  # fmt: skip
+        q,
+        kv,
+        kv_norm,
+        kv_b,
+        rotary,
+        positions,
+        slots,
+        cache,
+        q_latent,
+        q_rope,
+        cache.stride(0),
+        q.stride(0),
+        kv.stride(0),
+        1e-6,
+        HEADS=shape.heads,
+        NOPE=shape.nope,
+        ROPE=shape.rope,
+        VALUE=shape.value,
+        RANK=shape.rank,
+        NOPE_SIZE=size(shape.nope),
+        PAIRS=size(shape.rope // 2),
+        RANK_SIZE=rank_size,
+        TILE=tile,
+        ABSORB=few,
+    )
     w_uk, w_uv = kv_b.view(shape.heads, -1, shape.rank).split([shape.nope, shape.value], dim=1)
     if not few:  # the weights would be read once a token: a matrix product a head is better
         q_nope = q.unflatten(1, (shape.heads, -1))[..., : shape.nope]
@@ -206,16 +315,45 @@ def attend(
     mixed = q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
     log_sums = q.new_empty(count, splits, shape.heads, dtype=torch.float32)
     attend_kernel[(count, head_tiles, splits)](
-        q_latent, q_rope, cache, positions, slots, mixed, log_sums, cache.stride(0), shape.scale,
-        HEADS=shape.heads, RANK=shape.rank, ROPE=shape.rope, SPLITS=splits, BH=bh, BT=TOKENS_AT_A_TIME, RANK_SIZE=rank_size,
-        ROPE_SIZE=max(16, size(shape.rope)), num_warps=4, num_stages=2,
-    )  # fmt: skip
+        q_latent,
+        q_rope,
+        cache,
+        positions,
+        slots,
+        mixed,
+        log_sums,
+        cache.stride(0),
+        shape.scale,
+        HEADS=shape.heads,
+        RANK=shape.rank,
+        ROPE=shape.rope,
+        SPLITS=splits,
+        BH=bh,
+        BT=TOKENS_AT_A_TIME,
+        RANK_SIZE=rank_size,
+        ROPE_SIZE=max(16, size(shape.rope)),
+        num_warps=4,
+        num_stages=2,
+    )
     out = q.new_empty(count, shape.heads, shape.value if few else shape.rank)
     tile = min(32, size(shape.value))
     merge_kernel[(count, shape.heads, -(-shape.value // tile) if few else 1)](
-        mixed, log_sums, positions, kv_b, out, HEADS=shape.heads, NOPE=shape.nope, VALUE=shape.value, RANK=shape.rank, SPLITS=splits,
-        SPLITS_SIZE=size(splits), BT=TOKENS_AT_A_TIME, RANK_SIZE=rank_size, TILE=tile, LEAD_OUT=few,
-    )  # fmt: skip
+        mixed,
+        log_sums,
+        positions,
+        kv_b,
+        out,
+        HEADS=shape.heads,
+        NOPE=shape.nope,
+        VALUE=shape.value,
+        RANK=shape.rank,
+        SPLITS=splits,
+        SPLITS_SIZE=size(splits),
+        BT=TOKENS_AT_A_TIME,
+        RANK_SIZE=rank_size,
+        TILE=tile,
+        LEAD_OUT=few,
+    )
     if not few:
         out = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
     return out.reshape(count, -1)

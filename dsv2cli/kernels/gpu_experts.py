@@ -33,8 +33,18 @@ FEW = 8  # tokens whose experts are read one by one
 
 @triton.jit
 def router_kernel(
-    x, norm, weight, normed, logits, cols, experts, eps, ROWS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
+    x,
+    norm,
+    weight,
+    normed,
+    logits,
+    cols,
+    experts,
+    eps,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     """Programs (token, some experts): router logits [tokens, experts] of norm(x), in fp32; the first also writes norm(x)."""
     token, part = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * cols
@@ -48,22 +58,36 @@ def router_kernel(
         if part == 0:
             tl.store(normed + token.to(tl.int64) * cols + at, values, mask=at < cols)
         inside = (expert < experts)[:, None] & (at < cols)[None, :]
-        products += tl.load(weight + expert[:, None] * cols + at[None, :], mask=inside, other=0.0) * values.to(tl.float32)[None, :]
+        products += (
+            tl.load(weight + expert[:, None] * cols + at[None, :], mask=inside, other=0.0)
+            * values.to(tl.float32)[None, :]
+        )
     tl.store(logits + token * experts + expert, tl.sum(products, axis=1), mask=expert < experts)
 
 
 @triton.jit
 def choose_kernel(
-    logits, index, weight, experts, factor,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr,
-):  # fmt: skip
+    logits,
+    index,
+    weight,
+    experts,
+    factor,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
     """One token a program of one warp: its experts, best first, and their weights. index and weight [tokens, k]"""
     token = tl.program_id(0)
     expert, choice = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     scores = tl.load(logits + token * experts + expert, mask=expert < experts, other=float("-inf"))
     scores = tl.exp(scores - tl.max(scores, axis=0))
     scores /= tl.sum(scores, axis=0)
-    scores = tl.where(scores == scores, scores, 0.0)  # of no numbers the choice is as good as any, but it must be one
+    scores = tl.where(
+        scores == scores, scores, 0.0
+    )  # of no numbers the choice is as good as any, but it must be one
     if GROUPS > 1:
         group = expert // (experts // GROUPS)
         rest, kept = scores, tl.zeros([EXPERTS], tl.int1)
@@ -84,27 +108,92 @@ def choose_kernel(
 
 @triton.jit
 def gated(
-    codes, scales, x, norm, block, part_blocks, rows, cols, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
+    codes,
+    scales,
+    x,
+    norm,
+    block,
+    part_blocks,
+    rows,
+    cols,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NORM: tl.constexpr,
+):
     """Sums of one block of the gate and of the same block of up, `part_blocks` further on."""
     gate, up = nothing(KIND, GROUP, ROWS, CHUNK), nothing(KIND, GROUP, ROWS, CHUNK)
     for start in range(0, cols, CHUNK):
-        gate = add_products(gate, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+        gate = add_products(
+            gate, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM
+        )
         if KIND == 16:  # rows // 2 further on, which need not be whole blocks
-            up = add_products(up, codes + rows.to(tl.int64) // 2 * cols, scales, block, rows // 2, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+            up = add_products(
+                up,
+                codes + rows.to(tl.int64) // 2 * cols,
+                scales,
+                block,
+                rows // 2,
+                cols,
+                x,
+                norm,
+                start,
+                KIND,
+                GROUP,
+                ROWS,
+                CHUNK,
+                NORM,
+            )
         else:
-            up = add_products(up, codes, scales, block + part_blocks, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+            up = add_products(
+                up,
+                codes,
+                scales,
+                block + part_blocks,
+                rows,
+                cols,
+                x,
+                norm,
+                start,
+                KIND,
+                GROUP,
+                ROWS,
+                CHUNK,
+                NORM,
+            )
     return row_sums(gate, KIND), row_sums(up, KIND)
 
 
 @triton.jit
 def few_up_kernel(
-    x, norm, index, codes, scales, shared_codes, shared_scales, out, cols, width, shared_rows, codes_step, scales_step,
-    part_blocks, shared_part_blocks, shared_blocks, first, here, eps,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr, NORM: tl.constexpr,
+    x,
+    norm,
+    index,
+    codes,
+    scales,
+    shared_codes,
+    shared_scales,
+    out,
+    cols,
+    width,
+    shared_rows,
+    codes_step,
+    scales_step,
+    part_blocks,
+    shared_part_blocks,
+    shared_blocks,
+    first,
+    here,
+    eps,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
     TOP_K: tl.constexpr,
-):  # fmt: skip
+):
     """Programs (block, slot, token): silu(gate) * up of the token's slot-th expert; slots from TOP_K on are the shared MLP's.
 
     out [tokens, routed and shared width]; where an expert is not here nothing is written.
@@ -126,7 +215,9 @@ def few_up_kernel(
         out += TOP_K * width
     at = block * ROWS + tl.arange(0, ROWS)
     if block * ROWS < rows // 2:
-        gate, up = gated(codes, scales, x, norm, block, part_blocks, rows, cols, KIND, GROUP, ROWS, CHUNK, NORM)
+        gate, up = gated(
+            codes, scales, x, norm, block, part_blocks, rows, cols, KIND, GROUP, ROWS, CHUNK, NORM
+        )
         if NORM:
             rms = inverse_rms(x, cols, eps, SIZE)
             gate, up = gate * rms, up * rms
@@ -135,9 +226,28 @@ def few_up_kernel(
 
 @triton.jit
 def few_down_kernel(
-    hidden, codes, scales, shared_codes, shared_scales, index, weight, parts, rows, width, shared_width, piece, codes_step, scales_step,
-    first, here, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TOP_K: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    codes,
+    scales,
+    shared_codes,
+    shared_scales,
+    index,
+    weight,
+    parts,
+    rows,
+    width,
+    shared_width,
+    piece,
+    codes_step,
+    scales_step,
+    first,
+    here,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOP_K: tl.constexpr,
+):
     """Programs (block, slot, token): parts [tokens, slots, rows] in fp32, each slot's down projection times its weight.
 
     Slots from TOP_K on are the shared MLP's, each for `piece` of its columns. `gather_kernel` adds them up, always in one order.
@@ -162,7 +272,9 @@ def few_down_kernel(
         end = tl.minimum(start + piece, shared_width)
     products = nothing(KIND, GROUP, ROWS, CHUNK)
     for at in range(start, end, CHUNK):
-        products = add_products(products, codes, scales, block, rows, width, hidden, hidden, at, KIND, GROUP, ROWS, CHUNK, False)
+        products = add_products(
+            products, codes, scales, block, rows, width, hidden, hidden, at, KIND, GROUP, ROWS, CHUNK, False
+        )
     sums = tl.where(end > start, row_sums(products, KIND) * factor, 0.0)
     row = block * ROWS + tl.arange(0, ROWS)
     tl.store(parts + (token * tl.num_programs(1) + slot).to(tl.int64) * rows + row, sums, mask=row < rows)
@@ -187,9 +299,25 @@ def expert_of_tile(ends, tile, EXPERTS: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def many_up_kernel(
-    x, order, ends, codes, scales, out, cols, width, codes_step, scales_step, part_blocks, repeats,
-    KIND: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    order,
+    ends,
+    codes,
+    scales,
+    out,
+    cols,
+    width,
+    codes_step,
+    scales_step,
+    part_blocks,
+    repeats,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Programs (tile of sorted tokens, columns): out [sorted, width] = silu(gate) * up. Sorted place i is token order[i] // repeats."""
     expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
     if first >= end:
@@ -205,22 +333,57 @@ def many_up_kernel(
     gate, up = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for step in range(0, tl.cdiv(cols, BK)):
         k = step * BK + tl.arange(0, BK)
-        a = tl.load(x + row[:, None].to(tl.int64) * cols + k[None, :], mask=(place < end)[:, None] & (k < cols)[None, :], other=0.0)
+        a = tl.load(
+            x + row[:, None].to(tl.int64) * cols + k[None, :],
+            mask=(place < end)[:, None] & (k < cols)[None, :],
+            other=0.0,
+        )
         b = weight_tile(codes, scales, block, width, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
         gate = tl.dot(a, b, gate, input_precision="ieee")
-        b = weight_tile(up_codes, scales, up_block, width if KIND == 16 else part_blocks * LANES_OF_A_BLOCK + width, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        b = weight_tile(
+            up_codes,
+            scales,
+            up_block,
+            width if KIND == 16 else part_blocks * LANES_OF_A_BLOCK + width,
+            cols,
+            step,
+            x.dtype.element_ty,
+            KIND,
+            GROUP,
+            BN,
+            BK,
+        )
         up = tl.dot(a, b, up, input_precision="ieee")
     column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
     inside = (place < end)[:, None] & (column < width)[None, :]
-    tl.store(out + place[:, None].to(tl.int64) * width + column[None, :], (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + place[:, None].to(tl.int64) * width + column[None, :],
+        (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
 def many_down_kernel(
-    hidden, order, ends, weight, codes, scales, out, rows, width, codes_step, scales_step,
-    KIND: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    hidden,
+    order,
+    ends,
+    weight,
+    codes,
+    scales,
+    out,
+    rows,
+    width,
+    codes_step,
+    scales_step,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     WEIGHTED: tl.constexpr,
-):  # fmt: skip
+):
     """Programs (tile of sorted tokens, rows): the down projection of sorted place i, times its weight, at out[order[i]]."""
     expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
     if first >= end:
@@ -230,12 +393,16 @@ def many_down_kernel(
     block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
     codes += expert.to(tl.int64) * codes_step
     scales += expert.to(tl.int64) * scales_step
-    sums = tile_products(hidden, place, place < end, codes, scales, block, rows, width, KIND, GROUP, BM, BN, BK)
+    sums = tile_products(
+        hidden, place, place < end, codes, scales, block, rows, width, KIND, GROUP, BM, BN, BK
+    )
     if WEIGHTED:
         sums *= tl.load(weight + to, mask=place < end, other=0.0)[:, None]
     column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
     inside = (place < end)[:, None] & (column < rows)[None, :]
-    tl.store(out + to[:, None].to(tl.int64) * rows + column[None, :], sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + to[:, None].to(tl.int64) * rows + column[None, :], sums.to(out.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -287,7 +454,17 @@ def router_logits(x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
     normed, logits = torch.empty_like(x), x.new_empty(count, experts, dtype=torch.float32)
     size, rows = triton.next_power_of_2(cols), 2 if count <= FEW else 16
     router_kernel[(count, -(-experts // rows))](
-        x, feed.norm, feed.router, normed, logits, cols, experts, feed.eps, ROWS=rows, CHUNK=min(512, size), SIZE=size
+        x,
+        feed.norm,
+        feed.router,
+        normed,
+        logits,
+        cols,
+        experts,
+        feed.eps,
+        ROWS=rows,
+        CHUNK=min(512, size),
+        SIZE=size,
     )
     return normed, logits
 
@@ -297,10 +474,19 @@ def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     index = logits.new_empty(logits.shape[0], routing.top_k, dtype=torch.int32)
     weight = logits.new_empty(logits.shape[0], routing.top_k)
     choose_kernel[(logits.shape[0],)](
-        logits, index, weight, routing.experts, routing.factor, EXPERTS=triton.next_power_of_2(routing.experts), TOP_K=routing.top_k,
-        CHOICES=triton.next_power_of_2(routing.top_k), GROUPS=routing.groups, TOP_GROUPS=routing.top_groups, NORMALISE=routing.normalise,
+        logits,
+        index,
+        weight,
+        routing.experts,
+        routing.factor,
+        EXPERTS=triton.next_power_of_2(routing.experts),
+        TOP_K=routing.top_k,
+        CHOICES=triton.next_power_of_2(routing.top_k),
+        GROUPS=routing.groups,
+        TOP_GROUPS=routing.top_groups,
+        NORMALISE=routing.normalise,
         num_warps=1,
-    )  # fmt: skip
+    )
     return index, weight
 
 
@@ -332,21 +518,63 @@ def few(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     slots = routing.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
     hidden = x.new_empty(count, routing.top_k * width + shared_width)
     few_up_kernel[(blocks, slots, count)](
-        inner, feed.norm, index, up.codes, up.scales, shared_up.codes, shared_up.scales, hidden, cols, width, 2 * shared_width,
-        up.codes.stride(0), up.scales.stride(0), up.part_blocks, shared_up.part_blocks, blocks, first, up.codes.shape[0] if routed else 0,
-        feed.eps, KIND=up.kind, GROUP=up.group, ROWS=up.block_rows, CHUNK=up.chunk(8), SIZE=triton.next_power_of_2(cols), NORM=not routed,
-        TOP_K=routing.top_k, num_warps=8,
-    )  # fmt: skip
+        inner,
+        feed.norm,
+        index,
+        up.codes,
+        up.scales,
+        shared_up.codes,
+        shared_up.scales,
+        hidden,
+        cols,
+        width,
+        2 * shared_width,
+        up.codes.stride(0),
+        up.scales.stride(0),
+        up.part_blocks,
+        shared_up.part_blocks,
+        blocks,
+        first,
+        up.codes.shape[0] if routed else 0,
+        feed.eps,
+        KIND=up.kind,
+        GROUP=up.group,
+        ROWS=up.block_rows,
+        CHUNK=up.chunk(8),
+        SIZE=triton.next_power_of_2(cols),
+        NORM=not routed,
+        TOP_K=routing.top_k,
+        num_warps=8,
+    )
     blocks, warps = down.blocks(), 8
     chunk = down.chunk(warps)
     piece = -(-min(shared_width, width or 2048) // chunk) * chunk if shared_width else chunk
     slots = routing.top_k + -(-shared_width // piece)
     parts = x.new_empty(count, slots, cols, dtype=torch.float32)
     few_down_kernel[(blocks, slots, count)](
-        hidden, down.codes, down.scales, shared_down.codes, shared_down.scales, index, weight, parts, cols, width, shared_width, piece,
-        down.codes.stride(0), down.scales.stride(0), first, down.codes.shape[0] if routed else 0, KIND=down.kind, GROUP=down.group,
-        ROWS=down.block_rows, CHUNK=chunk, TOP_K=routing.top_k, num_warps=warps,
-    )  # fmt: skip
+        hidden,
+        down.codes,
+        down.scales,
+        shared_down.codes,
+        shared_down.scales,
+        index,
+        weight,
+        parts,
+        cols,
+        width,
+        shared_width,
+        piece,
+        down.codes.stride(0),
+        down.scales.stride(0),
+        first,
+        down.codes.shape[0] if routed else 0,
+        KIND=down.kind,
+        GROUP=down.group,
+        ROWS=down.block_rows,
+        CHUNK=chunk,
+        TOP_K=routing.top_k,
+        num_warps=warps,
+    )
     return gather(parts, None, out)
 
 
@@ -355,7 +583,13 @@ def gather(parts: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
     count, cols = out.shape
     chunk = min(1024, triton.next_power_of_2(cols))
     gather_kernel[(count, -(-cols // chunk))](
-        parts, out if shared is None else shared, out, cols, PARTS=parts.shape[1], SHARED=shared is not None, CHUNK=chunk
+        parts,
+        out if shared is None else shared,
+        out,
+        cols,
+        PARTS=parts.shape[1],
+        SHARED=shared is not None,
+        CHUNK=chunk,
     )
     return out
 
@@ -391,7 +625,12 @@ def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, dow
     flat = torch.where((flat >= 0) & (flat < here), flat, here)
     sorted_experts, order = flat.sort(stable=True)
     size = triton.next_power_of_2(here)
-    ends = torch.searchsorted(sorted_experts, torch.arange(size, device=x.device, dtype=flat.dtype).clamp(max=here - 1), right=True, out_int32=True)
+    ends = torch.searchsorted(
+        sorted_experts,
+        torch.arange(size, device=x.device, dtype=flat.dtype).clamp(max=here - 1),
+        right=True,
+        out_int32=True,
+    )
     order = order.int()
     bm, bn = tile_rows(count * top_k / here), 64
     tiles = count * top_k // bm + here  # at most: every expert may have one that is not full
@@ -399,14 +638,48 @@ def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, dow
     bk = gate_up.group if gate_up.kind != DENSE else 64
     hidden = x.new_empty(count * top_k, width)
     many_up_kernel[(tiles, -(-width // bn))](
-        x, order, ends, gate_up.codes, gate_up.scales, hidden, cols, width, gate_up.codes.stride(0),
-        gate_up.scales.stride(0), gate_up.part_blocks, top_k,
-        KIND=gate_up.kind, GROUP=gate_up.group, EXPERTS=size, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=3,
-    )  # fmt: skip
+        x,
+        order,
+        ends,
+        gate_up.codes,
+        gate_up.scales,
+        hidden,
+        cols,
+        width,
+        gate_up.codes.stride(0),
+        gate_up.scales.stride(0),
+        gate_up.part_blocks,
+        top_k,
+        KIND=gate_up.kind,
+        GROUP=gate_up.group,
+        EXPERTS=size,
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        num_warps=warps,
+        num_stages=3,
+    )
     out = x.new_zeros(count * top_k, cols)
     many_down_kernel[(tiles, -(-cols // bn))](
-        hidden, order, ends, weight if weight is not None else x, down.codes, down.scales, out, cols, width,
-        down.codes.stride(0), down.scales.stride(0),
-        KIND=down.kind, GROUP=down.group, EXPERTS=size, BM=bm, BN=bn, BK=bk, WEIGHTED=weight is not None, num_warps=warps, num_stages=3,
-    )  # fmt: skip
+        hidden,
+        order,
+        ends,
+        weight if weight is not None else x,
+        down.codes,
+        down.scales,
+        out,
+        cols,
+        width,
+        down.codes.stride(0),
+        down.scales.stride(0),
+        KIND=down.kind,
+        GROUP=down.group,
+        EXPERTS=size,
+        BM=bm,
+        BN=bn,
+        BK=bk,
+        WEIGHTED=weight is not None,
+        num_warps=warps,
+        num_stages=3,
+    )
     return out

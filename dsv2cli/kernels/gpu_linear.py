@@ -68,7 +68,9 @@ def unpack(words):
             high |= entry((words >> (8 * j + 4)) & 15) << (8 * j)
         return low, high
     else:  # an else, because triton compiles what follows an `if` that returns, too
-        return tl.inline_asm_elementwise(UNPACK, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            UNPACK, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -122,9 +124,21 @@ def four_products(word, x, norm, at, cols, NORM: tl.constexpr):
 
 @triton.jit
 def add_products(
-    products, codes, scales, block, rows, cols, x, norm, start,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
+    products,
+    codes,
+    scales,
+    block,
+    rows,
+    cols,
+    x,
+    norm,
+    start,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NORM: tl.constexpr,
+):
     """Columns start..start+CHUNK of the block's ROWS rows times x, added up as they lie; `row_sums` ends it.
 
     Loads of x and of scales are smaller than the program has threads: the compiler then lays them out as the codes lie, and
@@ -134,33 +148,67 @@ def add_products(
         row, at = block * ROWS + tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
         inside = (row < rows)[:, None] & (at < cols)[None, :]
         weights = tl.load(codes + row[:, None].to(tl.int64) * cols + at[None, :], mask=inside, other=0.0)
-        every = at[None, :] + tl.zeros([ROWS, 1], tl.int32)  # x once for each row: that is how the weights are laid out, a row a warp
+        every = at[None, :] + tl.zeros(
+            [ROWS, 1], tl.int32
+        )  # x once for each row: that is how the weights are laid out, a row a warp
         return products + weights.to(tl.float32) * scaled(x, norm, every, cols, NORM)
     else:
         words: tl.constexpr = GROUP * KIND // 32  # of one row and group
         groups = tl.cdiv(cols, GROUP)
-        group, word, lane = start // GROUP + tl.arange(0, CHUNK // GROUP), tl.arange(0, words), tl.arange(0, ROWS)
+        group, word, lane = (
+            start // GROUP + tl.arange(0, CHUNK // GROUP),
+            tl.arange(0, words),
+            tl.arange(0, ROWS),
+        )
         at = group[:, None] * GROUP + word[None, :] * (32 // KIND)
         inside = (group < groups)[:, None, None]
         run = group[:, None] * words + word[None, :]
         data = tl.load(
-            codes + block.to(tl.int64) * groups * (words * ROWS) + (run[:, :, None] * ROWS + lane[None, None, :]), mask=inside, other=0
+            codes
+            + block.to(tl.int64) * groups * (words * ROWS)
+            + (run[:, :, None] * ROWS + lane[None, None, :]),
+            mask=inside,
+            other=0,
         )
-        scale = tl.load(scales + (block * groups + group)[:, None, None] * ROWS + lane[None, None, :], mask=inside, other=0.0)
+        scale = tl.load(
+            scales + (block * groups + group)[:, None, None] * ROWS + lane[None, None, :],
+            mask=inside,
+            other=0.0,
+        )
         if KIND == 8:
             sums = four_products(data ^ SIGNS, x, norm, at, cols, NORM)
         else:
             low, high = unpack(data)
-            sums = four_products(low, x, norm, at, cols, NORM) + four_products(high, x, norm, at + 4, cols, NORM)
+            sums = four_products(low, x, norm, at, cols, NORM) + four_products(
+                high, x, norm, at + 4, cols, NORM
+            )
         return products + sums * scale.to(tl.float32)
 
 
 @triton.jit
 def few_rows_kernel(
-    x, norm, codes, scales, more_codes, more_scales, residual, out, cols, rows, more_rows, blocks, eps,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SIZE: tl.constexpr,
-    NORM: tl.constexpr, TWO: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    x,
+    norm,
+    codes,
+    scales,
+    more_codes,
+    more_scales,
+    residual,
+    out,
+    cols,
+    rows,
+    more_rows,
+    blocks,
+    eps,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    TWO: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """out [tokens, rows + more_rows] = (residual +) norm(x) [tokens, cols] times one matrix, or two of the same kind.
 
     One program a token and block; tokens are neighbours, so that all but the first find the weights in the cache.
@@ -175,7 +223,9 @@ def few_rows_kernel(
             codes, scales, block, offset, rows = more_codes, more_scales, block - blocks, rows, more_rows
     products = nothing(KIND, GROUP, ROWS, CHUNK)
     for start in range(0, cols, CHUNK):
-        products = add_products(products, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM)
+        products = add_products(
+            products, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM
+        )
     sums = row_sums(products, KIND)
     if NORM:
         sums *= inverse_rms(x, cols, eps, SIZE)
@@ -193,7 +243,19 @@ def four_numbers(word):
 
 
 @triton.jit
-def weight_tile(codes, scales, first_block, rows, cols, step, dtype, KIND: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def weight_tile(
+    codes,
+    scales,
+    first_block,
+    rows,
+    cols,
+    step,
+    dtype,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """BK columns of BN rows from row 16 * first_block on, transposed, as `dtype`. [BK, BN]. Packed: BK is a group."""
     if KIND == 16:
         row, k = first_block * LANES_OF_A_BLOCK + tl.arange(0, BN), step * BK + tl.arange(0, BK)
@@ -205,9 +267,13 @@ def weight_tile(codes, scales, first_block, rows, cols, step, dtype, KIND: tl.co
         there = (block * LANES_OF_A_BLOCK < rows)[:, None]
         place = (block * tl.cdiv(cols, GROUP) + step)[:, None]  # counted in groups of a block's rows
         run = tl.arange(0, words * LANES_OF_A_BLOCK)
-        data = tl.load(codes + place.to(tl.int64) * (words * LANES_OF_A_BLOCK) + run[None, :], mask=there, other=0)
+        data = tl.load(
+            codes + place.to(tl.int64) * (words * LANES_OF_A_BLOCK) + run[None, :], mask=there, other=0
+        )
         data = data.reshape(BN // LANES_OF_A_BLOCK, words, LANES_OF_A_BLOCK)
-        scale = tl.load(scales + place * LANES_OF_A_BLOCK + lane[None, :], mask=there, other=0.0).to(tl.float32)
+        scale = tl.load(scales + place * LANES_OF_A_BLOCK + lane[None, :], mask=there, other=0.0).to(
+            tl.float32
+        )
         if KIND == 8:
             values = four_numbers(data ^ SIGNS) * scale[:, None, :, None, None]
             return values.permute(1, 4, 3, 0, 2).reshape(BK, BN).to(dtype)
@@ -219,14 +285,29 @@ def weight_tile(codes, scales, first_block, rows, cols, step, dtype, KIND: tl.co
 
 @triton.jit
 def tile_products(
-    x, row, there, codes, scales, first_block, rows, cols,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    row,
+    there,
+    codes,
+    scales,
+    first_block,
+    rows,
+    cols,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """The rows `row` [BM] of x [any, cols], as far as they are there, times BN rows of a matrix. [BM, BN] in fp32"""
     sums = tl.zeros([BM, BN], tl.float32)
     for step in range(0, tl.cdiv(cols, BK)):
         k = step * BK + tl.arange(0, BK)
-        a = tl.load(x + row[:, None].to(tl.int64) * cols + k[None, :], mask=there[:, None] & (k < cols)[None, :], other=0.0)
+        a = tl.load(
+            x + row[:, None].to(tl.int64) * cols + k[None, :],
+            mask=there[:, None] & (k < cols)[None, :],
+            other=0.0,
+        )
         b = weight_tile(codes, scales, first_block, rows, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
@@ -234,9 +315,21 @@ def tile_products(
 
 @triton.jit
 def many_rows_kernel(
-    x, codes, scales, residual, out, count, rows, cols,
-    KIND: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    x,
+    codes,
+    scales,
+    residual,
+    out,
+    count,
+    rows,
+    cols,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """out [count, rows] = (residual +) x [count, cols] times a matrix, by tensor cores."""
     row, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
     sums = tile_products(x, row, row < count, codes, scales, block, rows, cols, KIND, GROUP, BM, BN, BK)
@@ -292,8 +385,13 @@ class Table:
 
     def chunk(self, warps: int) -> int:
         """Columns that one takes at a time, so that each thread of so many warps has a few loads under way."""
-        item = self.codes.element_size() if self.kind == DENSE else 1  # 4-bit codes in chunks half as large: see add_products
-        return max(self.group, min(BYTES_A_WARP * warps // item // self.block_rows, triton.next_power_of_2(self.cols)))
+        item = (
+            self.codes.element_size() if self.kind == DENSE else 1
+        )  # 4-bit codes in chunks half as large: see add_products
+        return max(
+            self.group,
+            min(BYTES_A_WARP * warps // item // self.block_rows, triton.next_power_of_2(self.cols)),
+        )
 
 
 def table(weight: Tensor | Quantized) -> Table:
@@ -304,14 +402,23 @@ def table(weight: Tensor | Quantized) -> Table:
 
 
 def linear(
-    x: Tensor, weight: Table, more: Table | None = None, norm: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Table,
+    more: Table | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
     """(residual +) rms_norm(x) times weight, and `more` beside it. x [tokens, cols] -> [tokens, rows of both]
 
     `residual` may be overwritten by the result.
     """
     count, cols = x.shape
-    assert x.is_contiguous() and cols == weight.cols and (more is None or (more.kind, more.group, more.cols) == (weight.kind, weight.group, cols))
+    assert (
+        x.is_contiguous()
+        and cols == weight.cols
+        and (more is None or (more.kind, more.group, more.cols) == (weight.kind, weight.group, cols))
+    )
     if count > FEW:
         x = x if norm is None else rms_norm(x, norm, eps)
         out = many_rows(x, weight, residual)
@@ -322,24 +429,58 @@ def linear(
     warps = 8 if every >= FULL else 16
     out = x.new_empty(count, weight.rows + (more.rows if more else 0)) if residual is None else residual
     few_rows_kernel[(count, every)](
-        x, x if norm is None else norm, weight.codes, weight.scales, other.codes, other.scales, out, out, cols, weight.rows, other.rows,
-        blocks, eps, KIND=weight.kind, GROUP=weight.group, ROWS=weight.block_rows, CHUNK=weight.chunk(warps), SIZE=triton.next_power_of_2(cols),
-        NORM=norm is not None, TWO=more is not None, ADD=residual is not None, num_warps=warps,
-    )  # fmt: skip
+        x,
+        x if norm is None else norm,
+        weight.codes,
+        weight.scales,
+        other.codes,
+        other.scales,
+        out,
+        out,
+        cols,
+        weight.rows,
+        other.rows,
+        blocks,
+        eps,
+        KIND=weight.kind,
+        GROUP=weight.group,
+        ROWS=weight.block_rows,
+        CHUNK=weight.chunk(warps),
+        SIZE=triton.next_power_of_2(cols),
+        NORM=norm is not None,
+        TWO=more is not None,
+        ADD=residual is not None,
+        num_warps=warps,
+    )
     return out
 
 
 def many_rows(x: Tensor, weight: Table, residual: Tensor | None) -> Tensor:
     """The same for more rows. Dense weights go to the vendor's own matrix product."""
     if weight.kind == DENSE:
-        return x @ weight.codes.T if residual is None else torch.addmm(residual, x, weight.codes.T, out=residual)
+        return (
+            x @ weight.codes.T if residual is None else torch.addmm(residual, x, weight.codes.T, out=residual)
+        )
     count = x.shape[0]
     out = x.new_empty(count, weight.rows) if residual is None else residual
     bm, bn = tile_rows(count), 64
     many_rows_kernel[(-(-count // bm), -(-weight.rows // bn))](
-        x, weight.codes, weight.scales, out, out, count, weight.rows, weight.cols,
-        KIND=weight.kind, GROUP=weight.group, BM=bm, BN=bn, BK=weight.group, ADD=residual is not None, num_warps=4 if bm < 128 else 8,
-    )  # fmt: skip
+        x,
+        weight.codes,
+        weight.scales,
+        out,
+        out,
+        count,
+        weight.rows,
+        weight.cols,
+        KIND=weight.kind,
+        GROUP=weight.group,
+        BM=bm,
+        BN=bn,
+        BK=weight.group,
+        ADD=residual is not None,
+        num_warps=4 if bm < 128 else 8,
+    )
     return out
 
 

@@ -35,10 +35,20 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) ->
     """
     if isinstance(weight, Quantized):
         weight = weight.dequantize(x.dtype)  # slow, and right: the fast road is native.py
-    if one_row_by_mv() and x.device.type == "cpu" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+    if (
+        one_row_by_mv()
+        and x.device.type == "cpu"
+        and x.numel() == x.shape[-1]
+        and not torch.is_grad_enabled()
+    ):
         out = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
-    if x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.numel() >= MANY * x.shape[-1] and not multiplies_bf16():
+    if (
+        x.dtype is torch.bfloat16
+        and x.device.type == "cpu"
+        and x.numel() >= MANY * x.shape[-1]
+        and not multiplies_bf16()
+    ):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
     return F.linear(x, weight, bias)
 

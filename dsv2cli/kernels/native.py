@@ -78,12 +78,22 @@ class Kernels:
             x = x.contiguous()
             out = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16)
             count = x.numel() // x.shape[-1]
-            self.library.dsv2_linear(ctypes.byref(table), pointer(x), count, pointer(out), 0, torch.get_num_threads())
+            self.library.dsv2_linear(
+                ctypes.byref(table), pointer(x), count, pointer(out), 0, torch.get_num_threads()
+            )
             return out
 
         return product
 
-    def layers(self, parts: ctypes.Array[LayerParts], x: Tensor, rotary: Tensor, lengths: Tensor, caches: list[int], mlp: bool = True) -> None:
+    def layers(
+        self,
+        parts: ctypes.Array[LayerParts],
+        x: Tensor,
+        rotary: Tensor,
+        lengths: Tensor,
+        caches: list[int],
+        mlp: bool = True,
+    ) -> None:
         """x [tokens, hidden] through all the layers of `parts`, or through their attention alone.
 
         rotary [tokens, 2, rope / 2]; token i is the last of the first lengths[i] (int32) rows of its cache; caches are the addresses
@@ -92,34 +102,68 @@ class Kernels:
         assert len(caches) == len(parts) * len(x)
         addresses = (ctypes.c_void_p * len(caches))(*caches)
         self.library.dsv2_layers(
-            parts, len(parts), 1, int(mlp), pointer(x), len(x), pointer(rotary), pointer(lengths), addresses, torch.get_num_threads()
+            parts,
+            len(parts),
+            1,
+            int(mlp),
+            pointer(x),
+            len(x),
+            pointer(rotary),
+            pointer(lengths),
+            addresses,
+            torch.get_num_threads(),
         )
 
     def mlp(self, parts: ctypes.Array[LayerParts], x: Tensor) -> None:
         """x [tokens, hidden] += MLP or MoE, for each of `parts`."""
-        self.library.dsv2_layers(parts, len(parts), 0, 1, pointer(x), len(x), None, None, None, torch.get_num_threads())
+        self.library.dsv2_layers(
+            parts, len(parts), 0, 1, pointer(x), len(x), None, None, None, torch.get_num_threads()
+        )
 
-    def feed(self, part: MlpPart, x: Tensor, index: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    def feed(
+        self, part: MlpPart, x: Tensor, index: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
         """MLP of x [tokens, hidden], or with index and weight [tokens, k] the weighted sum of its experts; one below 0 is left out."""
         x, out = x.contiguous(), torch.zeros_like(x)
-        chosen, factors = (None, None) if index is None or weight is None else (index.int().contiguous(), weight.float().contiguous())
+        chosen, factors = (
+            (None, None)
+            if index is None or weight is None
+            else (index.int().contiguous(), weight.float().contiguous())
+        )
         self.library.dsv2_feed(
-            ctypes.byref(part), pointer(x), None if chosen is None else pointer(chosen), None if factors is None else pointer(factors),
-            pointer(out), x.shape[0], torch.get_num_threads(),
-        )  # fmt: skip
+            ctypes.byref(part),
+            pointer(x),
+            None if chosen is None else pointer(chosen),
+            None if factors is None else pointer(factors),
+            pointer(out),
+            x.shape[0],
+            torch.get_num_threads(),
+        )
         return out
 
-    def pack(self, weight: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, threads: int = 1) -> None:
+    def pack(
+        self, weight: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, threads: int = 1
+    ) -> None:
         """The same as quantized.pack_reference, into codes and scales. weight [rows, cols]"""
         wide = weight.float().contiguous()
         shrinks = (ctypes.c_float * len(SHRINKS))(*SHRINKS)
         self.library.dsv2_pack(
-            pointer(wide), *wide.shape, bits, group, shrinks, len(SHRINKS), pointer(codes), pointer(scales), threads
+            pointer(wide),
+            *wide.shape,
+            bits,
+            group,
+            shrinks,
+            len(SHRINKS),
+            pointer(codes),
+            pointer(scales),
+            threads,
         )
 
     def read(self, data: Tensor) -> None:
         """Read every byte once, with all threads: what the memory can give."""
-        self.library.dsv2_read(pointer(data), ctypes.c_int64(data.numel() * data.element_size()), torch.get_num_threads())
+        self.library.dsv2_read(
+            pointer(data), ctypes.c_int64(data.numel() * data.element_size()), torch.get_num_threads()
+        )
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -133,9 +177,15 @@ def matrix(weight: Tensor | Quantized | None) -> Matrix:
     rows, cols = weight.shape[-2:]
     if isinstance(weight, Quantized):
         steps = (weight.codes.stride(0), weight.scales.stride(0)) if len(weight.shape) == 3 else (0, 0)
-        return Matrix(weight.codes.data_ptr(), weight.scales.data_ptr(), *steps, weight.bits, rows, cols, weight.group)
-    assert weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1), "kernels read bf16 as it lies"
-    return Matrix(weight.data_ptr(), None, weight.stride(0) * 2 if weight.dim() == 3 else 0, 0, LANES, rows, cols, 0)
+        return Matrix(
+            weight.codes.data_ptr(), weight.scales.data_ptr(), *steps, weight.bits, rows, cols, weight.group
+        )
+    assert weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1), (
+        "kernels read bf16 as it lies"
+    )
+    return Matrix(
+        weight.data_ptr(), None, weight.stride(0) * 2 if weight.dim() == 3 else 0, 0, LANES, rows, cols, 0
+    )
 
 
 def compiler() -> str | None:
@@ -168,7 +218,9 @@ def build(program: str, flags: list[str], built: Path) -> None:
         out = Path(folder) / built.name
         done = None
         for openmp in (["-fopenmp"], []):
-            done = subprocess.run([program, *flags, *openmp, "-o", str(out), str(SOURCE)], capture_output=True)
+            done = subprocess.run(
+                [program, *flags, *openmp, "-o", str(out), str(SOURCE)], capture_output=True
+            )
             if done.returncode == 0:
                 out.replace(built)
                 return

@@ -13,7 +13,24 @@ from torch import Tensor, nn
 LANES = 16
 GROUP = 64
 # Lloyd's algorithm on groups of 64 normal numbers, each divided by its largest with that one's sign.
-CODEBOOK = (-110.0, -87.0, -69.0, -54.0, -40.0, -27.0, -15.0, -3.0, 9.0, 21.0, 34.0, 47.0, 62.0, 79.0, 99.0, 127.0)
+CODEBOOK = (
+    -110.0,
+    -87.0,
+    -69.0,
+    -54.0,
+    -40.0,
+    -27.0,
+    -15.0,
+    -3.0,
+    9.0,
+    21.0,
+    34.0,
+    47.0,
+    62.0,
+    79.0,
+    99.0,
+    127.0,
+)
 # What a group's largest number may become: the search takes the scale that leaves the least squared error.
 SHRINKS = tuple(sign * factor for factor in (127.0, 118.0, 137.0, 110.0, 148.0) for sign in (1.0, -1.0))
 
@@ -25,7 +42,9 @@ class Quantized(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, shape: tuple[int, ...], bits: int, group: int, parts: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], bits: int, group: int, parts: int, device: torch.device
+    ) -> None:
         super().__init__()
         *stack, rows, cols = shape
         self.shape, self.bits, self.group, self.parts = tuple(shape), bits, group, parts
@@ -33,7 +52,9 @@ class Quantized(nn.Module):
         blocks = parts * self.blocks_per_part
         size = self.groups * group * LANES * bits // 8
         self.register_buffer("codes", torch.empty(*stack, blocks, size, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.empty(*stack, blocks, self.groups, LANES, dtype=torch.bfloat16, device=device))
+        self.register_buffer(
+            "scales", torch.empty(*stack, blocks, self.groups, LANES, dtype=torch.bfloat16, device=device)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -42,7 +63,9 @@ class Quantized(nn.Module):
     def part(self, expert: int | None, part: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of one part of one matrix, to be filled."""
         blocks = slice(part * self.blocks_per_part, (part + 1) * self.blocks_per_part)
-        codes, scales = (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
+        codes, scales = (
+            (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
+        )
         return codes[blocks], scales[blocks]
 
     def unbind(self, dim: int = 0) -> list[Quantized]:
@@ -65,9 +88,13 @@ class Quantized(nn.Module):
             values = codes.float() - 128
         else:
             index = torch.stack([codes & 15, codes >> 4], dim=-3).flatten(-4, -3)
-            values = torch.tensor(CODEBOOK, device=codes.device)[index.long()]  # [..., blocks, cols / 4, 16, 4]
+            values = torch.tensor(CODEBOOK, device=codes.device)[
+                index.long()
+            ]  # [..., blocks, cols / 4, 16, 4]
         values = values.transpose(-3, -2).flatten(-2).unflatten(-1, (self.groups, self.group))
-        values = (values * self.scales.float().transpose(-2, -1)[..., None]).flatten(-2)  # [..., blocks, 16, cols]
+        values = (values * self.scales.float().transpose(-2, -1)[..., None]).flatten(
+            -2
+        )  # [..., blocks, 16, cols]
         values = values.reshape(*stack, self.parts, -1, values.shape[-1])
         return values[..., : rows // self.parts, :cols].reshape(self.shape).to(dtype)
 

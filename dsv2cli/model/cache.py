@@ -21,14 +21,25 @@ class LatentCache:
     """
 
     def __init__(
-        self, config: DeepseekV2Config, batch: int, devices: list[torch.device], dtype: torch.dtype, rank: int = 0, size: int = 1
+        self,
+        config: DeepseekV2Config,
+        batch: int,
+        devices: list[torch.device],
+        dtype: torch.dtype,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         """Each layer's on the device that computes it. Of `size` ranks that attend for sequences of their own, `rank` has its rows."""
         self.lengths = [0] * batch
-        self.rank, self.parts = rank, [split(batch, 1, other, size) for other in range(size)]  # the rows of each rank
+        self.rank, self.parts = (
+            rank,
+            [split(batch, 1, other, size) for other in range(size)],
+        )  # the rows of each rank
         self.steps: dict[tuple[int, int], Callable[..., Tensor]] = {}  # made for where the layers lie now
         self.layers = [
-            torch.empty(len(self.own), 0, config.cached_dim, device=device, dtype=dtype)  # [batch, capacity, latent + rope]
+            torch.empty(
+                len(self.own), 0, config.cached_dim, device=device, dtype=dtype
+            )  # [batch, capacity, latent + rope]
             for device in devices
         ]
 

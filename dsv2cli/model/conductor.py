@@ -65,7 +65,9 @@ def whole() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         time.sleep(NAMING)
-        raise Dsv2Error("The processes that share the model lost each other", why=str(error).splitlines()[0]) from None
+        raise Dsv2Error(
+            "The processes that share the model lost each other", why=str(error).splitlines()[0]
+        ) from None
     finally:
         signal.signal(signal.SIGINT, before)
     if held:
@@ -126,19 +128,38 @@ class Leader(DeepseekV2):
             self.tell(NEW, number, batch)
         return LeaderCache(self, number, self.config, batch, self.devices, self.dtype, *self.row_shares)
 
-    def forward(self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None
+    ) -> Tensor:
         assert isinstance(cache, LeaderCache), "ranks step together only with a cache"
         batch, seq = input_ids.shape
         cache.reserve(max(cache.lengths) + seq)
         with whole():
-            self.tell(FORWARD, cache.number, cache.index, cache.capacity, batch, seq, *cache.lengths, *input_ids.flatten().tolist())
+            self.tell(
+                FORWARD,
+                cache.number,
+                cache.index,
+                cache.capacity,
+                batch,
+                seq,
+                *cache.lengths,
+                *input_ids.flatten().tolist(),
+            )
             return super().forward(input_ids, cache, new_tokens)
 
     @contextmanager
     def together(self, cache: LatentCache, seq: int, rows: list[int]) -> Iterator[None]:
         assert isinstance(cache, LeaderCache) and cache.index < 0
         with whole():
-            self.tell(DECODE, cache.number, cache.capacity, seq, len(rows), *rows, *(cache.lengths[row] for row in rows))
+            self.tell(
+                DECODE,
+                cache.number,
+                cache.capacity,
+                seq,
+                len(rows),
+                *rows,
+                *(cache.lengths[row] for row in rows),
+            )
             yield
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -193,7 +214,9 @@ def decode_step(model: DeepseekV2, caches: dict[int, LatentCache], numbers: list
         cache.grow(capacity)
     for row, length in zip(rows, rest[count:], strict=True):
         cache.lengths[row] = length
-    decode(model, cache, torch.zeros(count, seq, dtype=torch.long, device=model.device), rows)  # the leader's ids follow
+    decode(
+        model, cache, torch.zeros(count, seq, dtype=torch.long, device=model.device), rows
+    )  # the leader's ids follow
 
 
 def step(model: DeepseekV2, caches: dict[int, LatentCache], numbers: list[int]) -> None:

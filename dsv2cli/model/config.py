@@ -10,7 +10,11 @@ from typing import Any
 from dsv2cli.errors import Dsv2Error
 
 PACKED_BY, PACKED_FORMAT = "dsv2", 1  # quant_method and format in quantization_config
-PACKED_BITS = {"int8": (8, 8), "int4": (4, 8), "int4-all": (4, 4)}  # of MLPs and of attention; the head has 8 in each
+PACKED_BITS = {
+    "int8": (8, 8),
+    "int4": (4, 8),
+    "int4-all": (4, 4),
+}  # of MLPs and of attention; the head has 8 in each
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,11 @@ class DeepseekV2Config:
     @property
     def router_groups(self) -> tuple[int, int]:
         """How many groups the routed experts are in, and how many of them a token may choose from; (1, 1) where there are none."""
-        return (self.n_group or 1, self.topk_group or 1) if self.topk_method == "group_limited_greedy" else (1, 1)
+        return (
+            (self.n_group or 1, self.topk_group or 1)
+            if self.topk_method == "group_limited_greedy"
+            else (1, 1)
+        )
 
     @property
     def moe_layers(self) -> int:
@@ -108,12 +116,15 @@ class DeepseekV2Config:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise Dsv2Error(
-                f"{folder} holds no config.json", why="a checkpoint is a folder with config.json and safetensors files"
+                f"{folder} holds no config.json",
+                why="a checkpoint is a folder with config.json and safetensors files",
             ) from None
         except (OSError, ValueError) as error:
             raise Dsv2Error(f"{path} cannot be read", why=str(error), fix="download the file again") from None
         if not isinstance(raw, dict):
-            raise Dsv2Error(f"{path} is not a config", why="it holds no JSON object", fix="download the file again")
+            raise Dsv2Error(
+                f"{path} is not a config", why="it holds no JSON object", fix="download the file again"
+            )
         return cls.from_dict(raw, str(path))
 
     @classmethod
@@ -164,15 +175,25 @@ def parse_packed(quantization: Any, source: str) -> Packed | None:
     if quantization is None:
         return None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != PACKED_BY:
-        raise not_implemented(source, "quantization_config", quantization, "only the codes of dsv2 quantize are read")
+        raise not_implemented(
+            source, "quantization_config", quantization, "only the codes of dsv2 quantize are read"
+        )
     if quantization.get("format") != PACKED_FORMAT:
         raise not_implemented(
-            source, "quantization_config.format", quantization.get("format"), f"this version reads format {PACKED_FORMAT}"
+            source,
+            "quantization_config.format",
+            quantization.get("format"),
+            f"this version reads format {PACKED_FORMAT}",
         )
     bits, group = (quantization.get("bits"), quantization.get("attention_bits", 8)), quantization.get("group")
     format = next((name for name, each in PACKED_BITS.items() if each == bits), None)
     if format is None or group not in (32, 64):
-        raise not_implemented(source, "quantization_config", quantization, "bits are 8, 4, or 4 with attention in 8, groups 32 or 64")
+        raise not_implemented(
+            source,
+            "quantization_config",
+            quantization,
+            "bits are 8, 4, or 4 with attention in 8, groups 32 or 64",
+        )
     return Packed(format, group)
 
 
@@ -197,7 +218,14 @@ def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
 
 def check_numbers(config: DeepseekV2Config, source: str) -> None:
     """Sizes that cannot be a model are refused here, before they become a shape error somewhere else."""
-    optional = {"q_lora_rank", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"}
+    optional = {
+        "q_lora_rank",
+        "n_shared_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+    }
     positive = (
         "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
         "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim moe_layer_freq max_position_embeddings"
@@ -218,7 +246,9 @@ def check_numbers(config: DeepseekV2Config, source: str) -> None:
     if config.torch_dtype not in ("float32", "bfloat16", "float16"):
         raise not_implemented(source, "torch_dtype", config.torch_dtype, "float32, bfloat16 and float16 are")
     if config.qk_rope_head_dim % 2:
-        raise not_implemented(source, "qk_rope_head_dim", config.qk_rope_head_dim, "rotation needs an even size")
+        raise not_implemented(
+            source, "qk_rope_head_dim", config.qk_rope_head_dim, "rotation needs an even size"
+        )
     if config.n_routed_experts is not None:
         check_routing(config, source)
 
@@ -230,7 +260,9 @@ def check_routing(config: DeepseekV2Config, source: str) -> None:
     if config.topk_method == "group_limited_greedy":
         groups, kept = config.n_group or 0, config.topk_group or 0
         if not groups or experts % groups:
-            raise not_implemented(source, "n_group", config.n_group, f"it must divide the {experts} routed experts")
+            raise not_implemented(
+                source, "n_group", config.n_group, f"it must divide the {experts} routed experts"
+            )
         if not 0 < kept <= groups:
             raise not_implemented(source, "topk_group", config.topk_group, f"there are {groups} groups")
 

@@ -25,7 +25,10 @@ class FusedLayers:
         self.kernels, self.model = kernels, model
         layers: list[Layer] = list(model.model.layers)  # type: ignore[arg-type]
         self.up = [up_projections(kernels, layer.self_attn) for layer in layers]
-        parts = (LayerParts(attention_part(layer, *up), mlp_part(layer)) for layer, up in zip(layers, self.up, strict=True))
+        parts = (
+            LayerParts(attention_part(layer, *up), mlp_part(layer))
+            for layer, up in zip(layers, self.up, strict=True)
+        )
         self.parts = (LayerParts * len(layers))(*parts)
         for i, layer in enumerate(layers):
             layer.fused = FusedLayer(self, layer, i)
@@ -38,12 +41,19 @@ class FusedLayers:
     def saved_bytes(self) -> int:
         """What a token reads less than kv_b_proj has."""
         stored = sum(layer.self_attn.kv_b_proj.weight.nbytes for layer in self.model.model.layers)  # type: ignore[union-attr,misc]
-        return stored - sum(tensor.nbytes for pair in self.up for up in pair for tensor in (up.buffers() if isinstance(up, Quantized) else [up]))
+        return stored - sum(
+            tensor.nbytes
+            for pair in self.up
+            for up in pair
+            for tensor in (up.buffers() if isinstance(up, Quantized) else [up])
+        )
 
     def take(self, x: Tensor) -> bool:
         return x.shape[0] * x.shape[1] <= FEW and self.model.absorbs
 
-    def run(self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, first: int = 0, mlp: bool = True) -> Tensor:
+    def run(
+        self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, first: int = 0, mlp: bool = True
+    ) -> Tensor:
         """`parts` are those of layer `first` and the ones after it."""
         assert step.cache is not None
         batch, seq, _ = x.shape
@@ -113,9 +123,16 @@ def attention_part(layer: Layer, k_up: Tensor | Quantized, v_up: Tensor | Quanti
         matrix(k_up),
         matrix(v_up),
         matrix(attention.o_proj.weight),
-        config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim,
-        config.v_head_dim, config.kv_lora_rank, config.q_lora_rank or 0, layer.input_layernorm.eps, attention.scale,
-    )  # fmt: skip
+        config.hidden_size,
+        config.num_attention_heads,
+        config.qk_nope_head_dim,
+        config.qk_rope_head_dim,
+        config.v_head_dim,
+        config.kv_lora_rank,
+        config.q_lora_rank or 0,
+        layer.input_layernorm.eps,
+        attention.scale,
+    )
 
 
 def mlp_part(layer: Layer) -> MlpPart:
@@ -125,20 +142,41 @@ def mlp_part(layer: Layer) -> MlpPart:
         assert isinstance(mlp, MLP)
         dense = (None, None, mlp.gate_up_proj, mlp.down_proj)
         return MlpPart(
-            norm.weight.data_ptr(), None, *map(matrix, dense),
-            config.hidden_size, 0, config.intermediate_size, 0, 0, 0, 0, 0, norm.eps, 1.0,
-        )  # fmt: skip
+            norm.weight.data_ptr(),
+            None,
+            *map(matrix, dense),
+            config.hidden_size,
+            0,
+            config.intermediate_size,
+            0,
+            0,
+            0,
+            0,
+            0,
+            norm.eps,
+            1.0,
+        )
     shared = mlp.shared_experts
     weights = (
-        mlp.experts.gate_up_proj, mlp.experts.down_proj,
-        shared.gate_up_proj if shared else None, shared.down_proj if shared else None,
-    )  # fmt: skip
+        mlp.experts.gate_up_proj,
+        mlp.experts.down_proj,
+        shared.gate_up_proj if shared else None,
+        shared.down_proj if shared else None,
+    )
     return MlpPart(
-        norm.weight.data_ptr(), mlp.gate.weight.data_ptr(), *map(matrix, weights),
-        config.hidden_size, config.moe_intermediate_size, config.moe_intermediate_size * (config.n_shared_experts or 0),
-        config.n_routed_experts or 0, config.num_experts_per_tok or 0, *config.router_groups,
-        int(config.norm_topk_prob), norm.eps, config.routed_scaling_factor,
-    )  # fmt: skip
+        norm.weight.data_ptr(),
+        mlp.gate.weight.data_ptr(),
+        *map(matrix, weights),
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.moe_intermediate_size * (config.n_shared_experts or 0),
+        config.n_routed_experts or 0,
+        config.num_experts_per_tok or 0,
+        *config.router_groups,
+        int(config.norm_topk_prob),
+        norm.eps,
+        config.routed_scaling_factor,
+    )
 
 
 def bare_part(config: DeepseekV2Config, gate_up: Tensor | Quantized, down: Tensor | Quantized) -> MlpPart:
@@ -147,9 +185,20 @@ def bare_part(config: DeepseekV2Config, gate_up: Tensor | Quantized, down: Tenso
     width = down.shape[-1]
     weights = (gate_up, down, None, None) if experts else (None, None, gate_up, down)
     return MlpPart(
-        None, None, *map(matrix, weights), config.hidden_size, width if experts else 0, 0 if experts else width,
-        experts, config.num_experts_per_tok or 0, 1, 1, 0, 0.0, 1.0,
-    )  # fmt: skip
+        None,
+        None,
+        *map(matrix, weights),
+        config.hidden_size,
+        width if experts else 0,
+        0 if experts else width,
+        experts,
+        config.num_experts_per_tok or 0,
+        1,
+        1,
+        0,
+        0.0,
+        1.0,
+    )
 
 
 def feeder(kernels: Kernels, config: DeepseekV2Config, module: MLP | Experts) -> Callable[..., Tensor]:
@@ -178,7 +227,9 @@ def triton_refusal(config: DeepseekV2Config, device: torch.device) -> str:
     return "they know no attention_bias" if config.attention_bias else ""
 
 
-def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False, graphs: bool = False) -> None:
+def use_kernels(
+    model: DeepseekV2, kernels: Kernels | None, triton: bool = False, graphs: bool = False
+) -> None:
     """Run layers and single products through the C++ `kernels` from now on, through the Triton ones, or through plain torch.
 
     With both, where experts lie in RAM, each runs what lies where it can; `graphs` makes CUDA graphs of whole decode steps.
@@ -192,7 +243,12 @@ def use_kernels(model: DeepseekV2, kernels: Kernels | None, triton: bool = False
     for module in model.modules():
         if isinstance(module, MLP | Experts):
             module.product = None
-            if kernels is not None and not whole and module.down_proj.device.type == "cpu" and 0 not in module.down_proj.shape:
+            if (
+                kernels is not None
+                and not whole
+                and module.down_proj.device.type == "cpu"
+                and 0 not in module.down_proj.shape
+            ):
                 module.product = feeder(kernels, model.config, module)
         elif isinstance(module, Linear):
             fits = module.weight.device.type == "cpu" and 0 not in module.weight.shape and module.bias is None
@@ -217,9 +273,15 @@ def make_quantized(model: DeepseekV2, format: str, group: int = GROUP, only_expe
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear):
             tied = module is model.lm_head and model.config.tie_word_embeddings
-            leaves = [] if tied or name.endswith("kv_b_proj") else [("weight", 8 if module is model.lm_head else attention, 1)]
+            leaves = (
+                []
+                if tied or name.endswith("kv_b_proj")
+                else [("weight", 8 if module is model.lm_head else attention, 1)]
+            )
         else:
-            leaves = [("gate_up_proj", mlp, 2), ("down_proj", mlp, 1)] if hasattr(module, "gate_up_proj") else []
+            leaves = (
+                [("gate_up_proj", mlp, 2), ("down_proj", mlp, 1)] if hasattr(module, "gate_up_proj") else []
+            )
         if only_experts and not isinstance(module, Experts):
             continue
         for leaf, bits, parts in leaves:

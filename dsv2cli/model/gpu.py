@@ -26,7 +26,12 @@ class GpuLayer:
         attention: Attention = layer.self_attn
         config = attention.config
         self.shape = gpu_attention.Shape(
-            attention.heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, attention.scale
+            attention.heads,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+            config.kv_lora_rank,
+            attention.scale,
         )
         low = config.q_lora_rank is not None
         self.first_q = table((attention.q_a_proj if low else attention.q_proj).weight)
@@ -47,12 +52,21 @@ class GpuLayer:
         both = gpu_linear.linear(flat, self.first_q, self.kv_a, norm.weight, norm.eps)
         q, kv = both.split([self.first_q.rows, self.kv_a.rows], dim=1)
         if self.q_b is not None:
-            q = gpu_linear.linear(q.contiguous(), self.q_b, None, attention.q_a_layernorm.weight, attention.q_a_layernorm.eps)
+            q = gpu_linear.linear(
+                q.contiguous(), self.q_b, None, attention.q_a_layernorm.weight, attention.q_a_layernorm.eps
+            )
         positions, slots = step.tokens
         out = gpu_attention.attend(
-            q, kv, attention.kv_a_layernorm.weight, attention.kv_b_proj.weight, step.rotary.flatten(0, 1), positions, slots,
-            step.cache.layers[index], self.shape,
-        )  # fmt: skip
+            q,
+            kv,
+            attention.kv_a_layernorm.weight,
+            attention.kv_b_proj.weight,
+            step.rotary.flatten(0, 1),
+            positions,
+            slots,
+            step.cache.layers[index],
+            self.shape,
+        )
         if attention.team.size > 1:
             return x + attention.team.sum(gpu_linear.linear(out, self.o)).view_as(x)
         return gpu_linear.linear(out, self.o, residual=flat).view_as(x)
@@ -60,7 +74,9 @@ class GpuLayer:
     def feed(self, x: Tensor, step: Step) -> Tensor:
         flat, team = x.flatten(0, 1), self.layer.self_attn.team
         if team.size > 1:
-            return x + team.sum(gpu_experts.run(flat, self.mlp, torch.zeros_like(flat), self.first)).view_as(x)
+            return x + team.sum(gpu_experts.run(flat, self.mlp, torch.zeros_like(flat), self.first)).view_as(
+                x
+            )
         return gpu_experts.run(flat, self.mlp, flat).view_as(x)
 
 
@@ -69,17 +85,34 @@ def feed_of(layer: Layer) -> gpu_experts.Feed:
     if not isinstance(mlp, MoE):
         assert isinstance(mlp, MLP)
         return gpu_experts.Feed(
-            norm.weight, norm.eps, None, gpu_experts.NO_ROUTING, None, None, part(mlp.gate_up_proj), part(mlp.down_proj)
+            norm.weight,
+            norm.eps,
+            None,
+            gpu_experts.NO_ROUTING,
+            None,
+            None,
+            part(mlp.gate_up_proj),
+            part(mlp.down_proj),
         )
     top_k = config.num_experts_per_tok or 0
     routing = gpu_experts.Routing(
-        config.n_routed_experts or 0, top_k, *config.router_groups, config.norm_topk_prob and top_k > 1, config.routed_scaling_factor
+        config.n_routed_experts or 0,
+        top_k,
+        *config.router_groups,
+        config.norm_topk_prob and top_k > 1,
+        config.routed_scaling_factor,
     )
     shared = mlp.shared_experts
     return gpu_experts.Feed(
-        norm.weight, norm.eps, mlp.gate.weight, routing, part(mlp.experts.gate_up_proj), part(mlp.experts.down_proj),
-        part(shared.gate_up_proj) if shared else None, part(shared.down_proj) if shared else None,
-    )  # fmt: skip
+        norm.weight,
+        norm.eps,
+        mlp.gate.weight,
+        routing,
+        part(mlp.experts.gate_up_proj),
+        part(mlp.experts.down_proj),
+        part(shared.gate_up_proj) if shared else None,
+        part(shared.down_proj) if shared else None,
+    )
 
 
 def part(weight: Tensor | Quantized) -> Table | None:
@@ -98,9 +131,19 @@ def use_gpu_kernels(model: DeepseekV2, graphs: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, Layer) and whole:
             module.fused = GpuLayer(module)
-        elif isinstance(module, Linear) and module.product is None and module.bias is None and here(module.weight, model):
+        elif (
+            isinstance(module, Linear)
+            and module.product is None
+            and module.bias is None
+            and here(module.weight, model)
+        ):
             module.product = product(table(module.weight))
-        elif isinstance(module, Experts | MLP) and module.product is None and not whole and here(module.down_proj, model):
+        elif (
+            isinstance(module, Experts | MLP)
+            and module.product is None
+            and not whole
+            and here(module.down_proj, model)
+        ):
             make = weighted_sum if isinstance(module, Experts) else every_token
             module.product = make(table(module.gate_up_proj), table(module.down_proj))
 
@@ -116,7 +159,11 @@ def product(weight: Table) -> Callable[[Tensor], Tensor]:
 
 def weighted_sum(gate_up: Table, down: Table) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, index, weight: (
-        gpu_experts.grouped(x.contiguous(), index.int(), weight.float().contiguous(), gate_up, down).view(*index.shape, -1).float().sum(1).type_as(x)
+        gpu_experts.grouped(x.contiguous(), index.int(), weight.float().contiguous(), gate_up, down)
+        .view(*index.shape, -1)
+        .float()
+        .sum(1)
+        .type_as(x)
     )
 
 
@@ -149,9 +196,13 @@ class DecodeStep:
         seq, team = self.ids.shape[1], self.model.team
         if team.size > 1:
             dist.broadcast(self.ids, 0)
-        positions = torch.where(self.starts[:, None] >= 0, self.starts[:, None] + torch.arange(seq, device=self.ids.device), -1)
+        positions = torch.where(
+            self.starts[:, None] >= 0, self.starts[:, None] + torch.arange(seq, device=self.ids.device), -1
+        )
         step = Step(positions, self.table[positions], self.cache, self.cache.capacity, slots=self.slots)
-        self.logits = DeepseekV2.logits(self.model, self.model.run(self.ids, step))  # a leader's own would tell the others
+        self.logits = DeepseekV2.logits(
+            self.model, self.model.run(self.ids, step)
+        )  # a leader's own would tell the others
         self.starts += torch.where(self.starts >= 0, seq, 0)
 
     def capture(self) -> None:
@@ -163,7 +214,9 @@ class DecodeStep:
             self.run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL's own thread asks after its work meanwhile
+        with torch.cuda.graph(
+            self.graph, capture_error_mode="thread_local"
+        ):  # NCCL's own thread asks after its work meanwhile
             self.run()
 
     def __call__(self, ids: Tensor, starts: list[int], slots: list[int]) -> Tensor:

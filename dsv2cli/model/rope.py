@@ -34,7 +34,11 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
 
     def pair_turning(turns: float) -> float:
         """Which pair makes this many full turns within the original context."""
-        return dim * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            dim
+            * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
 
     low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
@@ -52,7 +56,9 @@ class RotaryTable:
         self.inv_freq = frequencies(config.qk_rope_head_dim, config.rope_theta, scaling)
         self.amplitude = 1.0
         if scaling.type == "yarn":  # 1 for every released model
-            self.amplitude = mscale(scaling.factor, scaling.mscale) / mscale(scaling.factor, scaling.mscale_all_dim)
+            self.amplitude = mscale(scaling.factor, scaling.mscale) / mscale(
+                scaling.factor, scaling.mscale_all_dim
+            )
         self.table = torch.empty(0, 2, 0)  # [positions, cos and sin, dim / 2]
 
     def __call__(self, positions: Tensor, length: int) -> Tensor:
@@ -60,7 +66,9 @@ class RotaryTable:
         if self.table.shape[0] < length or self.table.device != positions.device:
             rows = torch.arange(max(length, 2 * self.table.shape[0]), dtype=torch.float32)
             angles = torch.outer(rows, self.inv_freq)
-            self.table = torch.stack([angles.cos(), angles.sin()], dim=1).mul(self.amplitude).to(positions.device)
+            self.table = (
+                torch.stack([angles.cos(), angles.sin()], dim=1).mul(self.amplitude).to(positions.device)
+            )
         return self.table[positions]
 
 

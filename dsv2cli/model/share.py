@@ -31,7 +31,9 @@ def split(total: int, unit: int, rank: int, size: int) -> range:
     return range(min(total, units * rank // size * unit), min(total, units * (rank + 1) // size * unit))
 
 
-def share_of(config: DeepseekV2Config, rank: int = 0, size: int = 1, group: int | None = None, sequences: bool = False) -> Share:
+def share_of(
+    config: DeepseekV2Config, rank: int = 0, size: int = 1, group: int | None = None, sequences: bool = False
+) -> Share:
     """The part of `rank` among `size`; `group` is how many numbers share a scale, where the weights are packed.
 
     With `sequences` every rank has all heads, because it attends for sequences of its own.
@@ -39,10 +41,17 @@ def share_of(config: DeepseekV2Config, rank: int = 0, size: int = 1, group: int 
     columns, rows = group or 1, LANES if group else 1
     heads = 1
     if group:  # rows of the query and value heads fill whole blocks, columns of o_proj whole groups
-        heads = math.lcm(*(width // math.gcd(each, width) for each, width in ((config.qk_head_dim, LANES), (config.v_head_dim, group))))
+        heads = math.lcm(
+            *(
+                width // math.gcd(each, width)
+                for each, width in ((config.qk_head_dim, LANES), (config.v_head_dim, group))
+            )
+        )
     unit = math.lcm(columns, rows)
     return Share(
-        range(config.num_attention_heads) if sequences else split(config.num_attention_heads, heads, rank, size),
+        range(config.num_attention_heads)
+        if sequences
+        else split(config.num_attention_heads, heads, rank, size),
         split(config.intermediate_size, unit, rank, size),
         split(config.moe_intermediate_size * (config.n_shared_experts or 0), unit, rank, size),
         split(config.n_routed_experts or 0, 1, rank, size),
@@ -81,5 +90,7 @@ def cut(name: str, config: DeepseekV2Config, share: Share) -> Cut | None:
         pieces[-3] = str(expert - share.experts.start)
         return Cut(".".join(pieces))
     if leaf in ("gate_proj", "up_proj", "down_proj"):
-        return Cut(name, share.shared if parent == "shared_experts" else share.dense, int(leaf == "down_proj"))
+        return Cut(
+            name, share.shared if parent == "shared_experts" else share.dense, int(leaf == "down_proj")
+        )
     return Cut(name)

@@ -54,11 +54,18 @@ class Matrix:
 def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[Matrix]:
     """All weights by kind, or those of a part, attention as in paper section 2.1 and appendix C."""
     share = share or share_of(config)
-    hidden, layers, heads, moe = config.hidden_size, config.num_hidden_layers, len(share.heads), config.moe_layers
+    hidden, layers, heads, moe = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        len(share.heads),
+        config.moe_layers,
+    )
     rank, low, width = config.kv_lora_rank, config.q_lora_rank, config.moe_intermediate_size
     shared, dense, tied = len(share.shared), len(share.dense), config.tie_word_embeddings
 
-    def every(part: str, rows: int, cols: int, stored: str = "plain", halves: int = 1, count: int = layers) -> Matrix:
+    def every(
+        part: str, rows: int, cols: int, stored: str = "plain", halves: int = 1, count: int = layers
+    ) -> Matrix:
         return Matrix(part, rows, cols, count, count, stored, halves)
 
     yield Matrix("embedding", 1, hidden, len(share.vocab), 1)
@@ -83,11 +90,17 @@ def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[M
     yield every("shared experts", hidden, shared, "mlp", 1, moe)
     yield every("router", config.n_routed_experts or 0, hidden, "router", 1, moe)
     yield every("norms", 1, hidden, count=2 * layers + 1)
-    yield Matrix("head", len(share.vocab), hidden, 0 if tied else 1, 1, "plain" if tied else "head")  # a tied one is read whole
+    yield Matrix(
+        "head", len(share.vocab), hidden, 0 if tied else 1, 1, "plain" if tied else "head"
+    )  # a tied one is read whole
 
 
 def parts(
-    config: DeepseekV2Config, format: str = "bfloat16", dtype: str | None = None, group: int = GROUP, share: Share | None = None
+    config: DeepseekV2Config,
+    format: str = "bfloat16",
+    dtype: str | None = None,
+    group: int = GROUP,
+    share: Share | None = None,
 ) -> list[Part]:
     """All weights by kind, or those of a part, in `format`: a number format, or one of PACKED_BITS. What is not packed has `dtype`."""
     dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
@@ -102,17 +115,26 @@ def parts(
 
 
 def weights_bytes(
-    config: DeepseekV2Config, format: str, dtype: str | None = None, group: int = GROUP, share: Share | None = None
+    config: DeepseekV2Config,
+    format: str,
+    dtype: str | None = None,
+    group: int = GROUP,
+    share: Share | None = None,
 ) -> int:
     return sum(part.bytes for part in parts(config, format, dtype, group, share))
 
 
-def bytes_by_rank(config: DeepseekV2Config, format: str, dtype: str, size: int, sequences: bool = False) -> list[int]:
+def bytes_by_rank(
+    config: DeepseekV2Config, format: str, dtype: str, size: int, sequences: bool = False
+) -> list[int]:
     """What the weights of each rank of a team take; `sequences` as for share_of."""
     group = None
     if format in PACKED_BITS:
         group = config.packed.group if config.packed is not None else GROUP
-    return [weights_bytes(config, format, dtype, share=share_of(config, rank, size, group, sequences)) for rank in range(size)]
+    return [
+        weights_bytes(config, format, dtype, share=share_of(config, rank, size, group, sequences))
+        for rank in range(size)
+    ]
 
 
 def own_format(config: DeepseekV2Config) -> str:
@@ -148,7 +170,9 @@ def room(config: DeepseekV2Config, weights: int, dtype: str, memory_bytes: float
     return Room(memory_bytes >= weights, longest, int(left // (each * context)), context)
 
 
-def decode_ceiling(config: DeepseekV2Config, format: str, dtype: str, bytes_per_second: float, context: int) -> float:
+def decode_ceiling(
+    config: DeepseekV2Config, format: str, dtype: str, bytes_per_second: float, context: int
+) -> float:
     """Tokens a second at batch 1 if reading each needed weight and the cache once were the only cost."""
     weights = sum(part.read_bytes for part in parts(config, format, dtype))
     return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype))
@@ -183,7 +207,9 @@ def busiest_share(config: DeepseekV2Config, ranks: int) -> float:
     return sum(1 - at_most(most) for most in range(top_k)) / top_k
 
 
-def predicted_step_seconds(config: DeepseekV2Config, format: str, dtype: str, ranks: int, bytes_per_second: float) -> float:
+def predicted_step_seconds(
+    config: DeepseekV2Config, format: str, dtype: str, ranks: int, bytes_per_second: float
+) -> float:
     """One token at batch 1 and a short context on `ranks` GPUs that share the model: a prediction, not a measurement."""
     read = {part.name: part.read_bytes for part in parts(config, format, dtype)}
     alone = sum(read.get(name, 0) for name in ("router", "norms"))  # on every rank

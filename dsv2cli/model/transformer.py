@@ -79,7 +79,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> the same shape."""
-        out = gated_mlp(x, self.gate_up_proj, self.down_proj) if self.product is None else self.product(x.flatten(0, -2)).view_as(x)
+        out = (
+            gated_mlp(x, self.gate_up_proj, self.down_proj)
+            if self.product is None
+            else self.product(x.flatten(0, -2)).view_as(x)
+        )
         return self.team.sum(out)
 
 
@@ -98,7 +102,9 @@ class Experts(nn.Module):
         if self.product is None:
             return experts.run_experts(x, index, weight, self.gate_up_proj, self.down_proj, first)
         index = index - first
-        return self.product(x, torch.where((index >= 0) & (index < self.gate_up_proj.shape[0]), index, -1), weight)
+        return self.product(
+            x, torch.where((index >= 0) & (index < self.gate_up_proj.shape[0]), index, -1), weight
+        )
 
 
 class MoEGate(nn.Module):
@@ -107,7 +113,9 @@ class MoEGate(nn.Module):
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts or 0, config.hidden_size, dtype=torch.float32))
+        self.weight = nn.Parameter(
+            torch.empty(config.n_routed_experts or 0, config.hidden_size, dtype=torch.float32)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] -> expert index and weight, both [tokens, top_k]."""
@@ -133,7 +141,9 @@ class MoE(nn.Module):
         self.gate = MoEGate(config)
         self.experts = Experts(config, len(share.experts))
         self.first, self.team = share.experts.start, team
-        self.apart = False  # whether the routed experts lie in RAM and the rest on a GPU, or run as if they did
+        self.apart = (
+            False  # whether the routed experts lie in RAM and the rest on a GPU, or run as if they did
+        )
         self.shared_experts = None
         if config.n_shared_experts is not None:
             self.shared_experts = MLP(config, len(share.shared))
@@ -176,13 +186,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """x [batch, seq, hidden] -> the same shape; the new tokens enter the cache."""
         config = self.config
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
+        )
         # The rope key is shared by all heads, so it is cached once, not per head.
         k_rope = rotate(k_rope[:, :, None], step.rotary).squeeze(2)
         cached = step.remember(layer, torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1))
         if not self.heads:  # a rank without heads keeps the cache like all others
             return self.merge(x[..., :0])
-        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = (
+            self.q_proj(x)
+            if config.q_lora_rank is None
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        )
         q = q.unflatten(-1, (self.heads, config.qk_head_dim))  # [batch, seq, heads, nope + rope]
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         out = attention.attend(
@@ -221,7 +237,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.team = team
         self.mlp = MoE(config, share, team) if config.is_moe(layer) else MLP(config, len(share.dense), team)
-        self.fused: Callable[[Tensor, Step, int], Tensor] | None = None  # the whole layer by kernels, where in use
+        self.fused: Callable[[Tensor, Step, int], Tensor] | None = (
+            None  # the whole layer by kernels, where in use
+        )
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         if self.fused is not None and step.cache is not None:
@@ -252,10 +270,23 @@ class Step:
     """
 
     def __init__(
-        self, positions: Tensor, rotary: Tensor, cache: LatentCache | None, length: int, start: int | None = None, slots: Tensor | None = None,
+        self,
+        positions: Tensor,
+        rotary: Tensor,
+        cache: LatentCache | None,
+        length: int,
+        start: int | None = None,
+        slots: Tensor | None = None,
         counts: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        self.positions, self.rotary, self.cache, self.length, self.start, self.slots = positions, rotary, cache, length, start, slots
+    ) -> None:
+        self.positions, self.rotary, self.cache, self.length, self.start, self.slots = (
+            positions,
+            rotary,
+            cache,
+            length,
+            start,
+            slots,
+        )
         self.counts = counts
         self.others: dict[torch.device, Step] = {}
 
@@ -267,7 +298,11 @@ class Step:
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Position and row of the cache for each new token, in int32. Both [batch * seq]"""
         batch, seq = self.positions.shape
-        slots = torch.arange(batch, device=self.positions.device, dtype=torch.int32) if self.slots is None else self.slots
+        slots = (
+            torch.arange(batch, device=self.positions.device, dtype=torch.int32)
+            if self.slots is None
+            else self.slots
+        )
         return self.positions.flatten().int(), slots.repeat_interleave(seq)
 
     def to(self, device: torch.device | int, **_: object) -> Step:
@@ -276,7 +311,9 @@ class Step:
         if device == self.positions.device:
             return self
         if device not in self.others:
-            self.others[device] = Step(self.positions.to(device), self.rotary.to(device), self.cache, self.length, self.start)
+            self.others[device] = Step(
+                self.positions.to(device), self.rotary.to(device), self.cache, self.length, self.start
+            )
         return self.others[device]
 
     def remember(self, layer: int, rows: Tensor) -> Tensor:
@@ -318,7 +355,10 @@ class DeepseekV2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
-        self.steps, self.graphs = False, False  # whether layers run through kernels made for DecodeSteps, and those as CUDA graphs
+        self.steps, self.graphs = (
+            False,
+            False,
+        )  # whether layers run through kernels made for DecodeSteps, and those as CUDA graphs
         self.fused: Callable[[Tensor, Step], Tensor] | None = None  # all layers by kernels, where in use
 
     def run_on(self, main: torch.device, layers: list[torch.device]) -> None:
@@ -370,7 +410,9 @@ class DeepseekV2(nn.Module):
         """What a step of `seq` tokens for some rows is made in: a team's leader tells the others to make it, too."""
         return nullcontext()
 
-    def forward(self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: LatentCache | None = None, new_tokens: list[int] | None = None
+    ) -> Tensor:
         """input_ids [batch, seq] -> hidden states after the last norm [batch, seq, hidden].
 
         - Row i continues at cache.lengths[i]; rows may differ.
@@ -383,12 +425,16 @@ class DeepseekV2(nn.Module):
             cache.reserve(max(cache.lengths) + seq)
             starts = [cache.lengths[row] for row in cache.own]
             counts = [len(part) * seq for part in cache.parts] if self.team.sequences else None
-        positions = torch.tensor(starts, dtype=torch.long, device=input_ids.device)[:, None] + torch.arange(seq, device=input_ids.device)
+        positions = torch.tensor(starts, dtype=torch.long, device=input_ids.device)[:, None] + torch.arange(
+            seq, device=input_ids.device
+        )
         start, length = starts[0] if len(set(starts)) == 1 else None, max(starts, default=0) + seq
         step = Step(positions, self.rotary(positions, length), cache, length, start, counts=counts)
         hidden = self.run(input_ids, step)
         if cache is not None:
-            cache.lengths = [old + new for old, new in zip(cache.lengths, new_tokens or [seq] * batch, strict=True)]
+            cache.lengths = [
+                old + new for old, new in zip(cache.lengths, new_tokens or [seq] * batch, strict=True)
+            ]
         return hidden
 
     def run(self, input_ids: Tensor, step: Step) -> Tensor:
@@ -410,4 +456,6 @@ class DeepseekV2(nn.Module):
         """hidden [..., hidden] -> scores [..., vocab] in fp32."""
         if self.team.size == 1:
             return self.lm_head(hidden).float().to(self.device)
-        return self.team.join(self.lm_head(hidden).float().flatten(0, -2), self.vocab_widths, dim=1).unflatten(0, hidden.shape[:-1])
+        return self.team.join(
+            self.lm_head(hidden).float().flatten(0, -2), self.vocab_widths, dim=1
+        ).unflatten(0, hidden.shape[:-1])

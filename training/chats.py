@@ -9,9 +9,9 @@ import random
 import re
 from collections.abc import Callable
 
-from dsv2cli.demo.intents import CAN_NOT_ROWS, EVERYDAY_ROWS, IDENTITY_ROWS, SLOTS, SMALL_TALK_ROWS
-from dsv2cli.demo.stories import MORALS, Story, choose, plural_food, tell, tell_short
-from dsv2cli.demo.words import (
+from training.intents import CAN_NOT_ROWS, EVERYDAY_ROWS, IDENTITY_ROWS, SLOTS, SMALL_TALK_ROWS
+from training.stories import MORALS, Story, choose, plural_food, tell, tell_short
+from training.words import (
     ANIMALS,
     BOYS,
     CAPITALS,
@@ -113,7 +113,10 @@ def fill(rng: random.Random, *texts: str) -> list[str]:
         "country": rng.choice([*CAPITALS, *UNTAUGHT_COUNTRIES]), "number": rng.choice(NUMBERS[4:]),
         "big": str(rng.randint(21, 999)), "big2": str(rng.randint(21, 999)),
     }  # fmt: skip
-    return [cap(SLOT.sub(lambda match: values[match.group(1)], text)) if SLOT.search(text) else text for text in texts]
+    return [
+        cap(SLOT.sub(lambda match: values[match.group(1)], text)) if SLOT.search(text) else text
+        for text in texts
+    ]
 
 
 def from_rows(rng: random.Random, rows: list[tuple[list[str], list[str]]]) -> list[Turn]:
@@ -156,7 +159,9 @@ def animal_fact(rng: random.Random) -> Turn:
     legs = animal["legs"]
     leg_line = f"{cap(a_name)} has no legs." if legs == "no" else f"{cap(a_name)} has {legs} legs."
     sound = animal["sound"]
-    sound_line = f"{cap(a_name)} makes almost no sound." if sound == "no sound" else f"{cap(a_name)} says {sound}."
+    sound_line = (
+        f"{cap(a_name)} makes almost no sound." if sound == "no sound" else f"{cap(a_name)} says {sound}."
+    )
     if sound in "song click sniff hum buzz bark chatter growl roar trumpet hiss howl".split():
         sound_line = f"The sound of {a_name} is a {sound}."
     return rng.choice(
@@ -196,7 +201,10 @@ def fact(rng: random.Random) -> Turn:
         answer = f"The capital of {country} is {CAPITALS[country]}."
     elif roll < 0.61:
         thing = rng.choice(list(COLOR_OF))
-        ask, answer = f"[What color is {thing}?|Which color does {thing} have?]", f"{cap(thing)} is {COLOR_OF[thing]}."
+        ask, answer = (
+            f"[What color is {thing}?|Which color does {thing} have?]",
+            f"{cap(thing)} is {COLOR_OF[thing]}.",
+        )
     elif roll < 0.70:
         pair = rng.choice(OPPOSITE_PAIRS)
         a, b = pair if rng.random() < 0.5 or pair[0] in ("light",) else (pair[0], pair[1])
@@ -204,7 +212,10 @@ def fact(rng: random.Random) -> Turn:
         answer = f"The opposite of {a} is {b}."
     elif roll < 0.77:
         job = rng.choice(list(JOBS))
-        ask, answer = f"[What does {article(job)} do?|What is the job of {article(job)}?]", f"{cap(article(job))} {JOBS[job]}."
+        ask, answer = (
+            f"[What does {article(job)} do?|What is the job of {article(job)}?]",
+            f"{cap(article(job))} {JOBS[job]}.",
+        )
     else:
         ask, answer = rng.choice(FACTS)
     return ask, answer
@@ -225,10 +236,14 @@ def sums(rng: random.Random) -> list[Turn]:
         else:
             words, sign, total = "plus", "+", a + b
         if rng.random() < 0.5:
-            ask = rng.choice(["What is {a} {s} {b}?", "{a} {s} {b} = ?", "How much is {a} {s} {b}?", "{a}{s}{b}"])
+            ask = rng.choice(
+                ["What is {a} {s} {b}?", "{a} {s} {b} = ?", "How much is {a} {s} {b}?", "{a}{s}{b}"]
+            )
             turns.append((ask.format(a=a, s=sign, b=b), f"{a} {sign} {b} = {total}."))
         else:
-            ask = rng.choice(["What is {a} {w} {b}?", "How much is {a} {w} {b}?"]).format(a=NUMBERS[a], w=words, b=NUMBERS[b])
+            ask = rng.choice(["What is {a} {w} {b}?", "How much is {a} {w} {b}?"]).format(
+                a=NUMBERS[a], w=words, b=NUMBERS[b]
+            )
             turns.append((vary(rng, ask), f"{cap(NUMBERS[a])} {words} {NUMBERS[b]} is {NUMBERS[total]}."))
     return turns
 
@@ -267,7 +282,9 @@ def story_request(rng: random.Random, held_out: bool = False) -> list[Turn]:
                 "place": "It should happen {}.",
                 "toy": "There should be {} in it.",
             }[key]
-            ask += " " + more.format({"place": PLACES.get(wanted[key]), "toy": article(wanted[key])}.get(key, wanted[key]))
+            ask += " " + more.format(
+                {"place": PLACES.get(wanted[key]), "toy": article(wanted[key])}.get(key, wanted[key])
+            )
     story = None
     for _ in range(40):  # a thing that was asked for must come up
         story = tell(rng, held_out=held_out, **wanted)
@@ -318,9 +335,13 @@ def any_name(rng: random.Random) -> str:
     """A known name, or one made up on the spot: remembering must mean copying, not knowing."""
     if rng.random() < 0.6:
         return rng.choice(NAMES + SURNAMES)
-    syllables = [rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2, 3]))]
+    syllables = [
+        rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice([1, 2, 2, 3]))
+    ]
     return cap(
-        rng.choice(["", "", "a", "e", "i", "o", "u"]) + "".join(syllables) + rng.choice(["", "", "n", "l", "s", "r", "x"])
+        rng.choice(["", "", "a", "e", "i", "o", "u"])
+        + "".join(syllables)
+        + rng.choice(["", "", "n", "l", "s", "r", "x"])
     )
 
 
@@ -350,13 +371,26 @@ def memory(rng: random.Random) -> list[Turn]:
         turns.append((ask, answer))
     if rng.random() < 0.25:
         missing = rng.choice([row for row in told if row not in chosen])
-        turns.append((missing[2], f"[You have not told me that.|I do not know. You have not told me about your {missing[4]}.]"))
+        turns.append(
+            (
+                missing[2],
+                f"[You have not told me that.|I do not know. You have not told me about your {missing[4]}.]",
+            )
+        )
     return [(vary(rng, choose(rng, ask)), choose(rng, answer)) for ask, answer in turns]
 
 
 def never_told(rng: random.Random) -> list[Turn]:
-    ask = choose(rng, "[What is my name?|Do you know my name?|Who am I?|What is my dog called?|What is my favorite color?]")
-    return [(vary(rng, ask), rng.choice(["You have not told me that.", "I do not know. You have not told me yet."]))]
+    ask = choose(
+        rng,
+        "[What is my name?|Do you know my name?|Who am I?|What is my dog called?|What is my favorite color?]",
+    )
+    return [
+        (
+            vary(rng, ask),
+            rng.choice(["You have not told me that.", "I do not know. You have not told me yet."]),
+        )
+    ]
 
 
 def list_request(rng: random.Random) -> list[Turn]:
@@ -411,7 +445,10 @@ def counting(rng: random.Random) -> list[Turn]:
     else:
         i = rng.randint(0, 24)
         a, b = chr(65 + i), chr(66 + i)
-        ask, answer = f"[What letter comes after {a}?|Which letter follows {a}?]", f"The letter {b} comes after {a}."
+        ask, answer = (
+            f"[What letter comes after {a}?|Which letter follows {a}?]",
+            f"The letter {b} comes after {a}.",
+        )
     return [(vary(rng, choose(rng, ask)), answer)]
 
 
@@ -423,20 +460,42 @@ def compare(rng: random.Random) -> list[Turn]:
     if rng.random() < 0.5:
         word, winner = ("bigger", big) if rng.random() < 0.6 else ("smaller", small)
         ask = f"[Which is {word}, {article(a)} or {article(b)}?|What is {word}: {article(a)} or {article(b)}?|Who is {word}, the {a} or the {b}?]"
-        return [(vary(rng, choose(rng, ask)), f"{cap(article(winner))} is {word} than {article(a if winner == b else b)}.")]
+        return [
+            (
+                vary(rng, choose(rng, ask)),
+                f"{cap(article(winner))} is {word} than {article(a if winner == b else b)}.",
+            )
+        ]
     yes = a == big
-    answer = f"Yes, {article(a)} is bigger than {article(b)}." if yes else f"No, {article(a)} is smaller than {article(b)}."
+    answer = (
+        f"Yes, {article(a)} is bigger than {article(b)}."
+        if yes
+        else f"No, {article(a)} is smaller than {article(b)}."
+    )
     return [(vary(rng, f"Is {article(a)} bigger than {article(b)}?"), answer)]
 
 
 def repeat(rng: random.Random) -> list[Turn]:
-    name, animal, place, toy = rng.choice(NAMES), rng.choice(AFTER_A["animal"]), rng.choice(list(PLACES)), rng.choice(TOYS)
+    name, animal, place, toy = (
+        rng.choice(NAMES),
+        rng.choice(AFTER_A["animal"]),
+        rng.choice(list(PLACES)),
+        rng.choice(TOYS),
+    )
     words = choose(
         rng,
         f"[{name} has a {animal}.|The {animal} is {PLACES[place]}.|good morning|{toy}|{name}|{animal} and {toy}|the {rng.choice(COLORS)} {toy}|I like the {animal}.]",
     )
     ask = rng.choice(
-        ["Say {x}", "Repeat: {x}", "Repeat after me: {x}", "Please say {x}", "Write {x}", 'Say "{x}"', "Can you say {x}"]
+        [
+            "Say {x}",
+            "Repeat: {x}",
+            "Repeat after me: {x}",
+            "Please say {x}",
+            "Write {x}",
+            'Say "{x}"',
+            "Can you say {x}",
+        ]
     )
     return [(ask.format(x=words), cap(words.rstrip(".")) + ".")]
 

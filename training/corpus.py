@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from dsv2cli.demo.chats import Message, make_chat
-from dsv2cli.demo.stories import tell
+from training.chats import Message, make_chat
+from training.stories import tell
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 # The chat template of DeepSeek-V2-Chat, word for word.
@@ -53,7 +53,9 @@ def pieces(text: str, most: int = 2500) -> Iterator[str]:
 
 def found_text(folder: Path, files: tuple[str, ...]) -> list[str]:
     """Found documents with plain quotes and dashes, each at most once."""
-    plain = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
+    plain = str.maketrans(
+        {"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"}
+    )
     seen: dict[str, None] = {}
     for name in files:
         for line in (folder / name).read_text(encoding="utf-8").splitlines():

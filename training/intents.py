@@ -355,4 +355,6 @@ def parse(table: str) -> list[tuple[list[str], list[str]]]:
     return [(asks.split("|"), replies.split("|")) for asks, replies in lines]
 
 
-SMALL_TALK_ROWS, IDENTITY_ROWS, CAN_NOT_ROWS, EVERYDAY_ROWS = map(parse, (SMALL_TALK, IDENTITY, CAN_NOT, EVERYDAY))
+SMALL_TALK_ROWS, IDENTITY_ROWS, CAN_NOT_ROWS, EVERYDAY_ROWS = map(
+    parse, (SMALL_TALK, IDENTITY, CAN_NOT, EVERYDAY)
+)

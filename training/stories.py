@@ -10,7 +10,21 @@ import random
 import re
 from dataclasses import dataclass
 
-from dsv2cli.demo.words import ANIMALS, BOYS, COLORS, FOODS, GIRLS, GOOD, HEROES, PET_NAMES, PLACES, SMALL, TOYS, article, cap
+from training.words import (
+    ANIMALS,
+    BOYS,
+    COLORS,
+    FOODS,
+    GIRLS,
+    GOOD,
+    HEROES,
+    PET_NAMES,
+    PLACES,
+    SMALL,
+    TOYS,
+    article,
+    cap,
+)
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
@@ -177,7 +191,15 @@ SHORT_PLOTS = [
     "{hero} the {kind} counted the stars from {his} bed. {He} came to [nine|twelve|twenty], and then {he} was asleep.",
 ]
 
-ENDINGS = ["", "", "", " The end.", " And they all lived happily.", " It was a good day.", " {hero} went home with a smile."]
+ENDINGS = [
+    "",
+    "",
+    "",
+    " The end.",
+    " And they all lived happily.",
+    " It was a good day.",
+    " {hero} went home with a smile.",
+]
 LINKS = ["", "", "", "But something was about to happen. ", "Then came a day that {hero} never forgot. "]
 
 

@@ -1,6 +1,6 @@
 """Train the embedded model through this project's own model code and write a standard checkpoint.
 
-    python -m dsv2cli.demo.train OUT --plan small --minutes 120 --found DIR
+    python -m training.train OUT --plan small --minutes 120 --found DIR
 
 Progress is kept in OUT/state.pt; run the same command again to go on. Where that file is lost, `--begin` goes on from
 the weights and the tokenizer of a finished checkpoint, such as the one in the package. The schedule follows the clock,
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsv2cli.checkpoint.weights import destinations, empty_model, load_model
-from dsv2cli.demo.corpus import BOS, CHAT_TEMPLATE, EOS, documents, rule_made, token_rows, train_tokenizer
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
 from dsv2cli.model.transformer import DeepseekV2, MoEGate
+from training.corpus import BOS, CHAT_TEMPLATE, EOS, documents, rule_made, token_rows, train_tokenizer
 
 SEQ = 1024  # trained length; YaRN stretches it to the declared context
 SMALL = DeepseekV2Config(
@@ -61,7 +61,9 @@ def initialise(model: DeepseekV2, seed: int) -> None:
             nn.init.ones_(parameter)
             continue
         std = 0.02 if "embed" in name else 0.7 / math.sqrt(parameter.shape[-1])
-        nn.init.normal_(parameter, 0.0, std / depth if "o_proj" in name or "down_proj" in name else std, generator)
+        nn.init.normal_(
+            parameter, 0.0, std / depth if "o_proj" in name or "down_proj" in name else std, generator
+        )
 
 
 class Balance:
@@ -100,7 +102,9 @@ def next_token_loss(model: DeepseekV2, rows: Tensor) -> Tensor:
         hidden = model(rows[:, :-1]).flatten(0, 1)
     targets = rows[:, 1:].flatten()
     slices = zip(hidden.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True)
-    return torch.stack([checkpoint(slice_loss, *pair, use_reentrant=False) for pair in slices]).sum() / len(targets)
+    return torch.stack([checkpoint(slice_loss, *pair, use_reentrant=False) for pair in slices]).sum() / len(
+        targets
+    )
 
 
 def rows_tensor(rows: list[list[int]], device: torch.device) -> Tensor:
@@ -166,7 +170,14 @@ def make_optimizer(model: DeepseekV2) -> torch.optim.Optimizer:
 
 
 def train(
-    out: Path, plan: str, minutes: float, found: Path | None, begin: Path | None, batch: int, peak: float, seed: int
+    out: Path,
+    plan: str,
+    minutes: float,
+    found: Path | None,
+    begin: Path | None,
+    batch: int,
+    peak: float,
+    seed: int,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
@@ -189,9 +200,14 @@ def train(
     elif begin is not None:
         model.load_state_dict(load_model(begin, device, torch.float32).state_dict())
     balance = Balance(model)
-    tests = {name: held_out_rows(tokenizer, unseen) for name, unseen in (("new_fillings", False), ("new_plots", True))}
+    tests = {
+        name: held_out_rows(tokenizer, unseen)
+        for name, unseen in (("new_fillings", False), ("new_plots", True))
+    }
     rows = token_rows(tokenizer, documents(random.Random(seed * 10_000 + step), found), SEQ + 1)
-    clean = token_rows(tokenizer, documents(random.Random(seed * 10_000 + step + 1), found, share=0.04), SEQ + 1)
+    clean = token_rows(
+        tokenizer, documents(random.Random(seed * 10_000 + step + 1), found, share=0.04), SEQ + 1
+    )
     began, saved = time.monotonic() - elapsed, time.monotonic()
     running = 0.0
     while (elapsed := time.monotonic() - began) < minutes * 60:
@@ -228,17 +244,31 @@ def report(model: DeepseekV2, tests: dict[str, list[list[int]]], balance: Balanc
 
 
 def save(
-    model: DeepseekV2, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, out: Path, step: int, tokens: int, elapsed: float
+    model: DeepseekV2,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    out: Path,
+    step: int,
+    tokens: int,
+    elapsed: float,
 ) -> None:
     """The state to go on from, replaced in one move, and the checkpoint to use."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "tokens": tokens, "elapsed": elapsed}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "tokens": tokens,
+        "elapsed": elapsed,
+    }
     torch.save(state, out / "state.pt.new")
     os.replace(out / "state.pt.new", out / "state.pt")
     export(model, tokenizer, out / "checkpoint")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="folder for state.pt, tokenizer.json and checkpoint/")
     parser.add_argument("--plan", choices=sorted(PLANS), default="small")
     parser.add_argument("--minutes", type=float, default=120, help="wall-clock length of the whole schedule")

@@ -1,6 +1,6 @@
 """What the embedded model can and cannot do, as a table: run by hand, its numbers go into MODEL_CARD.md.
 
-    python -m dsv2cli.demo.evaluate [CHECKPOINT] [--transcripts]
+    python -m training.evaluate [CHECKPOINT] [--transcripts]
 
 All answers are sampled as `dsv2 chat` samples them, with fixed seeds. The questions that are not drawn from the
 generator's own tables (impossible requests, identity, odd input) are worded here and not so in the training text.
@@ -20,14 +20,14 @@ import torch
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer, read_json
 from dsv2cli.checkpoint.weights import load_model
-from dsv2cli.demo.chats import NAMES, compare, counting, fact, repeat, sums, unknown
-from dsv2cli.demo.stories import choose, tell
-from dsv2cli.demo.train import Balance, evaluate, held_out_rows
-from dsv2cli.demo.words import HEROES, PET_NAMES, PLACES, TOYS, article
 from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.model.transformer import DeepseekV2
+from training.chats import NAMES, compare, counting, fact, repeat, sums, unknown
+from training.stories import choose, tell
+from training.train import Balance, evaluate, held_out_rows
+from training.words import HEROES, PET_NAMES, PLACES, TOYS, article
 
 IMPOSSIBLE = """Please book me a table for two tonight|What is the temperature outside right now?|Print this page for me
 Post this on my blog|Turn up the heating|What did I dream last night?|Read the file on my desk|Water my plants
@@ -51,7 +51,9 @@ ODD = {
 }
 DECLINES = re.compile(r"\b(can ?not|can't|do not|don't|not|no|nobody|sorry|only)\b", re.IGNORECASE)
 HONEST = re.compile(r"\b(program|model|demo|dsv2)\b|\bnot a (person|release)\b", re.IGNORECASE)
-CLAIMS = re.compile(r"^yes\b|\bI am a (person|human|man|woman|girl|boy|child)\b|\bI am DeepSeek", re.IGNORECASE)
+CLAIMS = re.compile(
+    r"^yes\b|\bI am a (person|human|man|woman|girl|boy|child)\b|\bI am DeepSeek", re.IGNORECASE
+)
 BANK = 3000  # stories of the training generator that a new story is compared with
 
 
@@ -103,10 +105,13 @@ def stories(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
         kind = rng.choice(HEROES)
         name = rng.choice(PET_NAMES) if i % 2 else ""
         text, result = evaluation.ask(
-            evaluation.new_session(), f"Tell me a story about {article(kind)}" + (f" named {name}." if name else ".")
+            evaluation.new_session(),
+            f"Tell me a story about {article(kind)}" + (f" named {name}." if name else "."),
         )
         words = text.split()
-        found = name or next(iter(re.findall(r"(?:named|called|name was) ([A-Z]\w+)", text)), words[0] if words else "")
+        found = name or next(
+            iter(re.findall(r"(?:named|called|name was) ([A-Z]\w+)", text)), words[0] if words else ""
+        )
         kept = text.count(found) >= 3 and found in text[len(text) // 2 :] if found else False
         finished = result.finish_reason == "stop" and len(result.tokens) < 300
         mention, named, ended = mention + (kind in text), named + kept, ended + finished
@@ -116,9 +121,12 @@ def stories(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     yield "... the hero's name stays to the end", f"{named}/50"
     yield "... ends by itself before 300 tokens", f"{ended}/50"
     yield "... all three", f"{both}/50"
-    yield f"longest run of words also in {BANK:,} training stories", (
-        f"{sum(copied) / 50:.0%} of a story in the mean, {max(copied):.0%} at most, "
-        f"over 60% in {sum(share > 0.6 for share in copied)}/50"
+    yield (
+        f"longest run of words also in {BANK:,} training stories",
+        (
+            f"{sum(copied) / 50:.0%} of a story in the mean, {max(copied):.0%} at most, "
+            f"over 60% in {sum(share > 0.6 for share in copied)}/50"
+        ),
     )
 
 
@@ -127,7 +135,12 @@ def constraints(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     rng = random.Random(17)
     met = asked = right = 0
     for i in range(40):
-        kind, toy, place, name = rng.choice(HEROES), rng.choice(TOYS), rng.choice(list(PLACES)), rng.choice(PET_NAMES)
+        kind, toy, place, name = (
+            rng.choice(HEROES),
+            rng.choice(TOYS),
+            rng.choice(list(PLACES)),
+            rng.choice(PET_NAMES),
+        )
         more, wanted = [
             (f"There should be {article(toy)} in it.", toy), (f"It should happen {PLACES[place]}.", place),
             (f"The hero should be called {name}.", name), (f"There should be a girl called {name} in it, too.", name),
@@ -138,7 +151,10 @@ def constraints(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
         if found := re.search(r"(?:named|called|name was) ([A-Z]\w+)", text):
             asked += 1
             right += found[1] in evaluation.ask(session, f"What was the {kind} called?")[0]
-    yield "40 requests for an animal and a thing, a place or a name (10 in an unseen wording): both in the story", f"{met}/40"
+    yield (
+        "40 requests for an animal and a thing, a place or a name (10 in an unseen wording): both in the story",
+        f"{met}/40",
+    )
     yield "the hero's name asked after the story: right", f"{right}/{asked}"
 
 
@@ -159,11 +175,19 @@ def questions(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
         right += evaluation.answer(choose(rng, ask)).strip() in accepted
     yield "100 taught facts, answered exactly", f"{right}/100"
     asked = [unknown(rng, held_out=i % 2 == 1)[0][0] for i in range(50)]
-    yield "50 untaught facts (half in unseen wordings): says it does not know", f"{count(evaluation, asked, DECLINES)}/50"
+    yield (
+        "50 untaught facts (half in unseen wordings): says it does not know",
+        f"{count(evaluation, asked, DECLINES)}/50",
+    )
     asked = re.split(r"\||\n", IMPOSSIBLE)
-    yield "30 impossible requests, unseen wordings: declined", f"{count(evaluation, asked, DECLINES)}/{len(asked)}"
+    yield (
+        "30 impossible requests, unseen wordings: declined",
+        f"{count(evaluation, asked, DECLINES)}/{len(asked)}",
+    )
     asked = re.split(r"\||\n", IDENTITY)
-    honest = sum(bool(HONEST.search(text)) and not CLAIMS.search(text) for text in map(evaluation.answer, asked))
+    honest = sum(
+        bool(HONEST.search(text)) and not CLAIMS.search(text) for text in map(evaluation.answer, asked)
+    )
     yield "15 identity questions, unseen wordings: honest", f"{honest}/{len(asked)}"
 
 
@@ -187,7 +211,10 @@ def conversations(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
 
 def losses(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     balance = Balance(evaluation.model)
-    for label, unseen in (("new fillings of trained plots and chats", False), ("plots and wordings never trained on", True)):
+    for label, unseen in (
+        ("new fillings of trained plots and chats", False),
+        ("plots and wordings never trained on", True),
+    ):
         rows = held_out_rows(evaluation.tokenizer.fast, unseen)
         yield f"held-out loss, {label}", f"{evaluate(evaluation.model, rows):.3f} nats a token"
     yield "busiest expert against the mean, worst layer", f"{balance.take()[1]:.2f}x"
@@ -198,7 +225,9 @@ def transcripts(evaluation: Evaluation) -> Iterator[str]:
     talks = """Hello!|What can you do?|Tell me a story about a fox.~Tell me a story about a penguin named Waffle.|What was the penguin called?
 My name is Nora.|What is two plus five?|What is my name?~Who are you?|Are you DeepSeek?~What do bees make?|What is the opposite of wet?
 What is the capital of Mongolia?|Write a poem about the sea.~Can you order me a pizza?|Why not?~I am sad today.|Tell me a story, please.
-Name three animals.|How many legs does a spider have?~\u4f60\u597d|What is gravity?""".replace("\n", "~").split("~")
+Name three animals.|How many legs does a spider have?~\u4f60\u597d|What is gravity?""".replace(
+        "\n", "~"
+    ).split("~")
     for talk in talks:
         session, lines = evaluation.new_session(), []
         for text in talk.split("|"):
@@ -207,9 +236,13 @@ Name three animals.|How many legs does a spider have?~\u4f60\u597d|What is gravi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, nargs="?", default=EMBEDDED)
-    parser.add_argument("--transcripts", action="store_true", help="print ten conversations instead of the table")
+    parser.add_argument(
+        "--transcripts", action="store_true", help="print ten conversations instead of the table"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as dsv2 itself runs so small a model
     evaluation = Evaluation(arguments.checkpoint)
@@ -221,7 +254,9 @@ def main() -> None:
         for label, value in part(evaluation):
             print(f"| {label} | {value} |", flush=True)
     print(f"| loading, after torch is imported | {evaluation.load_seconds:.2f} s |")
-    print(f"| decode over all of the above, one thread | {evaluation.tokens / evaluation.seconds:.0f} tokens a second |")
+    print(
+        f"| decode over all of the above, one thread | {evaluation.tokens / evaluation.seconds:.0f} tokens a second |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How the embedded model was made: its text by rules, its training and its evaluation."""

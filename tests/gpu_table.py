@@ -25,8 +25,8 @@ from dsv2cli.cli import options as opt
 from dsv2cli.cli.bench import numbers, ranged, shares
 from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
+from dsv2cli.formats import PACKED_BITS
 from dsv2cli.model import size
-from dsv2cli.model.config import PACKED_BITS
 
 SPARE = 0.9  # of the memory: activations, and what else runs there
 

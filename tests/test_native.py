@@ -7,8 +7,9 @@ import torch
 
 from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.engine.generate import prefill
+from dsv2cli.formats import GROUP
 from dsv2cli.kernels import native
-from dsv2cli.kernels.quantized import GROUP, Quantized, pack_reference, round_activations
+from dsv2cli.kernels.quantized import Quantized, pack_reference, round_activations
 from dsv2cli.model.fused import make_quantized, refusal, use_kernels
 
 CPU = torch.device("cpu")

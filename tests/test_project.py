@@ -18,7 +18,7 @@ from dsv2cli.cli.app import completion_script, manual_page
 
 # A file imports only from files named before it.
 ORDER = """
-errors memory places device team
+errors formats memory places device team
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts kernels.gpu_linear kernels.gpu_attention kernels.gpu_experts
 model.config model.share model.size model.rope model.cache model.transformer model.gpu model.fused model.conductor
 checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize checkpoint.placement

@@ -32,8 +32,9 @@ from dsv2cli.checkpoint.weights import (
     weights_bytes,
 )
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_FORMAT
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.model.config import PACKED_BITS, PACKED_BY, PACKED_FORMAT, DeepseekV2Config
+from dsv2cli.model.config import DeepseekV2Config
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
 NAMES = {dtype: name for name, dtype in MAPPED.items()}

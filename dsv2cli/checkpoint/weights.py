@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.formats import GROUP, LANES
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.kernels.quantized import GROUP, LANES, Quantized, pack_reference
+from dsv2cli.kernels.quantized import Quantized, pack_reference
 from dsv2cli.model.conductor import Leader
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import make_quantized

@@ -12,9 +12,10 @@ import typer
 from dsv2cli.checkpoint.hub import EMBEDDED, find_config
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
+from dsv2cli.formats import ITEM_BYTES, PACKED_BITS
 from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
-from dsv2cli.model.config import PACKED_BITS, DeepseekV2Config
+from dsv2cli.model.config import DeepseekV2Config
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,8 +122,7 @@ def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 409
         "kv_bytes_per_token_expanded": size.expanded_kv_bytes_per_token(config, dtype),
         "kv_saving_against_67b": 1 - cached / size.DENSE_67B_KV_BYTES,
         # As the paper counts: 6 bits a number.
-        "kv_saving_against_67b_at_6_bits": 1
-        - cached / size.ITEM_BYTES[dtype] * 6 / 8 / size.DENSE_67B_KV_BYTES,
+        "kv_saving_against_67b_at_6_bits": 1 - cached / ITEM_BYTES[dtype] * 6 / 8 / size.DENSE_67B_KV_BYTES,
         "parts": {
             part.name: {
                 "parameters": part.parameters,

@@ -446,7 +446,7 @@ def ranks_needed(
 
 def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: list[int]) -> None:
     """Raises UsageError with the nearest plan that does, where the ranks' weights are larger than their memories."""
-    from dsv2cli.model.config import PACKED_BITS
+    from dsv2cli.formats import PACKED_BITS
     from dsv2cli.model.size import bytes_by_rank
 
     dtype = str(plan.dtype).removeprefix("torch.")

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2cli.kernels.quantized import CODEBOOK, LANES, Quantized
+from dsv2cli.formats import LANES
+from dsv2cli.kernels.quantized import CODEBOOK, Quantized
 
 DENSE = 16  # the kind of weights that are not packed; packed ones go by their bits
 FEW = 4  # rows up to which weights are read once a row, through the second-level cache

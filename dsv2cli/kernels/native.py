@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv2cli.kernels.quantized import CODEBOOK, LANES, SHRINKS, Quantized
+from dsv2cli.formats import LANES
+from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, Quantized
 from dsv2cli.places import compiled_kernels
 
 SOURCE = Path(__file__).with_name("cpu.cpp")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LANES = 16
-GROUP = 64
+from dsv2cli.formats import LANES
+
 # Lloyd's algorithm on groups of 64 normal numbers, each divided by its largest with that one's sign.
 CODEBOOK = (
     -110.0,

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv2cli.errors import Dsv2Error
-
-PACKED_BY, PACKED_FORMAT = "dsv2", 1  # quant_method and format in quantization_config
-PACKED_BITS = {
-    "int8": (8, 8),
-    "int4": (4, 8),
-    "int4-all": (4, 4),
-}  # of MLPs and of attention; the head has 8 in each
+from dsv2cli.formats import GROUPS, PACKED_BITS, PACKED_BY, PACKED_FORMAT
 
 
 @dataclass(frozen=True)
@@ -187,7 +181,7 @@ def parse_packed(quantization: Any, source: str) -> Packed | None:
         )
     bits, group = (quantization.get("bits"), quantization.get("attention_bits", 8)), quantization.get("group")
     format = next((name for name, each in PACKED_BITS.items() if each == bits), None)
-    if format is None or group not in (32, 64):
+    if format is None or group not in GROUPS:
         raise not_implemented(
             source,
             "quantization_config",

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dsv2cli.formats import GROUP, PACKED_BITS
 from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, matrix
-from dsv2cli.kernels.quantized import GROUP, Quantized
-from dsv2cli.model.config import PACKED_BITS, DeepseekV2Config
+from dsv2cli.kernels.quantized import Quantized
+from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
 
 FEW = 16  # tokens up to which absorbed attention is done in one call; more go through torch

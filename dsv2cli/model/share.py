@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dsv2cli.formats import LANES
 from dsv2cli.model.config import DeepseekV2Config
-
-GROUP, LANES = 64, 16  # as in kernels/quantized.py, which needs torch
 
 
 @dataclass(frozen=True)

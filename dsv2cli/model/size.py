@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv2cli.model.config import PACKED_BITS, DeepseekV2Config
-from dsv2cli.model.share import GROUP, LANES, Share, share_of
+from dsv2cli.formats import GROUP, HEAD_BITS, ITEM_BYTES, LANES, PACKED_BITS
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.share import Share, share_of
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # DeepSeek 67B's keys and values in bf16: what the paper's 93.3% compares with, counting the latent in 6 bits.
 DENSE_67B_KV_BYTES = 389_120
 
@@ -46,7 +46,7 @@ class Matrix:
         if self.stored == "plain" or format not in PACKED_BITS:
             return ITEM_BYTES[dtype] * self.rows * self.cols
         mlp, attention = PACKED_BITS[format]
-        bits = {"mlp": mlp, "attention": attention, "head": 8}[self.stored]
+        bits = {"mlp": mlp, "attention": attention, "head": HEAD_BITS}[self.stored]
         blocks, groups = self.halves * -(-self.rows // self.halves // LANES), -(-self.cols // group)
         return blocks * groups * LANES * (group * bits // 8 + 2)  # a bf16 scale a group
 

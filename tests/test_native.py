@@ -1,5 +1,6 @@
 """The C++ kernels against the plain torch that says what they compute, for every instruction set this CPU runs."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,22 @@ def test_loading_quantises_every_large_weight():
     twin = load_model(GOLDEN[0], CPU, torch.bfloat16)
     make_quantized(twin, "int8")
     assert not any(name.endswith(("gate_up_proj", "o_proj.weight")) for name, _ in twin.named_parameters())
+
+
+def test_what_is_compiled_is_kept_by_all_of_its_source(tmp_path):
+    """A change in any one file, another flag or another processor asks for another library."""
+    sources = shutil.copytree(native.SOURCES, tmp_path / "cpu")
+    key = native.key_of(sources, ["-O3"], "avx2")
+    assert key == native.key_of(native.SOURCES, ["-O3"], "avx2")
+    files = sorted(sources.iterdir())
+    assert {"api.cpp", "vector.h", "mlp.h", "attention.h"} <= {path.name for path in files}
+    for path in files:
+        text = path.read_text()
+        path.write_text(text + "\n")
+        assert native.key_of(sources, ["-O3"], "avx2") != key, path.name
+        path.write_text(text)
+    assert native.key_of(sources, ["-O3"], "avx2") == key
+    assert native.key_of(sources, ["-O2"], "avx2") != key != native.key_of(sources, ["-O3"], "avx512")
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):

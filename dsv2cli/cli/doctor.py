@@ -109,7 +109,7 @@ def gpus() -> Finding:
 
 
 def cpu_kernels() -> Iterator[Finding]:
-    """Each target of cpu.cpp, compiled where it was not yet."""
+    """The compiler, and the kernels it makes: compiled here if they are not yet."""
     from dsv2cli.kernels import native
 
     compiler = native.compiler()

@@ -1,4 +1,4 @@
-"""cpu.cpp for this very processor: compiled on first use, kept by source and CPU, called through ctypes.
+"""The C++ in cpu/: compiled for this very processor on first use, kept, and called through ctypes.
 
 Where there is no compiler, or it fails, the plain torch path runs, and `load` says why.
 """
@@ -6,6 +6,7 @@ Where there is no compiler, or it fails, the plain torch path runs, and `load` s
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import hashlib
 import os
@@ -19,26 +20,41 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv2cli.formats import LANES
 from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, Quantized
 from dsv2cli.places import compiled_kernels
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = Path(__file__).with_name("cpu")  # api.cpp there includes all the others
 TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable": []}
 # Copies of functions for constants (ipa-cp-clone) cost a fifth of the time to compile, and gain nothing here.
-# Sums may be taken in any order. Not -ffast-math: it would switch the whole process to flush small numbers to zero.
-FLAGS = "-O3 -fno-ipa-cp-clone -std=c++17 -fPIC -shared -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -Wno-psabi"
+# Sums may be taken in any order. Not -ffast-math: the whole process would flush small numbers to zero.
+FLAGS = (
+    "-O3 -fno-ipa-cp-clone -std=c++17 -fPIC -shared -Wno-psabi "
+    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
+)
+
+
+class Kind(enum.IntEnum):
+    """How a Matrix holds its weights: cpu/matrix.h's Kind. Of packed ones it is the bits of a code."""
+
+    NONE = 0
+    INT4 = 4
+    INT8 = 8
+    BF16 = 16
 
 
 class Matrix(ctypes.Structure):
+    """cpu/matrix.h's Matrix."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales")),
-        *((name, ctypes.c_int64) for name in ("codes_step", "scales_step")),
+        *((name, ctypes.c_int64) for name in ("codes_stride", "scales_stride")),
         *((name, ctypes.c_int32) for name in ("kind", "rows", "cols", "group")),
     ]
 
 
 class AttentionPart(ctypes.Structure):
+    """cpu/attention.h's Attention."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("norm", "q_a_norm", "kv_a_norm")),
         *((name, Matrix) for name in ("q_a", "q", "kv_a", "k_up", "v_up", "o")),
@@ -48,6 +64,8 @@ class AttentionPart(ctypes.Structure):
 
 
 class MlpPart(ctypes.Structure):
+    """cpu/mlp.h's Mlp."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("norm", "gate")),
         *((name, Matrix) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
@@ -58,11 +76,13 @@ class MlpPart(ctypes.Structure):
 
 
 class LayerParts(ctypes.Structure):
+    """cpu/api.cpp's Layer."""
+
     _fields_ = [("attention", AttentionPart), ("mlp", MlpPart)]
 
 
 class Kernels:
-    """The loaded library. Weights are bf16 tensors or Quantized; activations are bf16, on the CPU, contiguous."""
+    """The loaded library. Weights are bf16 or Quantized; activations are bf16, on the CPU, contiguous."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -78,10 +98,8 @@ class Kernels:
         def product(x: Tensor) -> Tensor:
             x = x.contiguous()
             out = torch.empty(*x.shape[:-1], rows, dtype=torch.bfloat16)
-            count = x.numel() // x.shape[-1]
-            self.library.dsv2_linear(
-                ctypes.byref(table), pointer(x), count, pointer(out), 0, torch.get_num_threads()
-            )
+            count, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+            self.library.dsv2_linear(ctypes.byref(table), pointer(x), count, pointer(out), threads)
             return out
 
         return product
@@ -97,26 +115,17 @@ class Kernels:
     ) -> None:
         """x [tokens, hidden] through all the layers of `parts`, or through their attention alone.
 
-        rotary [tokens, 2, rope / 2]; token i is the last of the first lengths[i] (int32) rows of its cache; caches are the addresses
-        of each layer's [capacity, rank + rope] for each token.
+        x changes in place. rotary [tokens, 2, rope / 2]; lengths [tokens] in int32: token i is the last of
+        the first lengths[i] rows of its cache. caches are the addresses, for each layer, of each token's
+        [capacity, rank + rope].
         """
         assert len(caches) == len(parts) * len(x)
-        addresses = (ctypes.c_void_p * len(caches))(*caches)
-        self.library.dsv2_layers(
-            parts,
-            len(parts),
-            1,
-            int(mlp),
-            pointer(x),
-            len(x),
-            pointer(rotary),
-            pointer(lengths),
-            addresses,
-            torch.get_num_threads(),
-        )
+        seen = (pointer(rotary), pointer(lengths), (ctypes.c_void_p * len(caches))(*caches))
+        threads = torch.get_num_threads()
+        self.library.dsv2_layers(parts, len(parts), 1, int(mlp), pointer(x), len(x), *seen, threads)
 
     def mlp(self, parts: ctypes.Array[LayerParts], x: Tensor) -> None:
-        """x [tokens, hidden] += MLP or MoE, for each of `parts`."""
+        """x [tokens, hidden] += MLP or MoE, for each of `parts`, in place."""
         self.library.dsv2_layers(
             parts, len(parts), 0, 1, pointer(x), len(x), None, None, None, torch.get_num_threads()
         )
@@ -124,47 +133,31 @@ class Kernels:
     def feed(
         self, part: MlpPart, x: Tensor, index: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """MLP of x [tokens, hidden], or with index and weight [tokens, k] the weighted sum of its experts; one below 0 is left out."""
+        """The MLP of x [tokens, hidden], or with index and weight [tokens, k] its experts' weighted sum.
+
+        An expert below 0 is left out. -> [tokens, hidden]
+        """
         x, out = x.contiguous(), torch.zeros_like(x)
-        chosen, factors = (
-            (None, None)
-            if index is None or weight is None
-            else (index.int().contiguous(), weight.float().contiguous())
-        )
-        self.library.dsv2_feed(
-            ctypes.byref(part),
-            pointer(x),
-            None if chosen is None else pointer(chosen),
-            None if factors is None else pointer(factors),
-            pointer(out),
-            x.shape[0],
-            torch.get_num_threads(),
-        )
+        index = None if index is None else index.int().contiguous()
+        weight = None if weight is None else weight.float().contiguous()
+        chosen = (None, None) if index is None or weight is None else (pointer(index), pointer(weight))
+        threads = torch.get_num_threads()
+        self.library.dsv2_mlp(ctypes.byref(part), pointer(x), *chosen, pointer(out), len(x), threads)
         return out
 
     def pack(
         self, weight: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, threads: int = 1
     ) -> None:
-        """The same as quantized.pack_reference, into codes and scales. weight [rows, cols]"""
+        """The same as quantized.pack_reference, into codes and scales of its shapes. weight [rows, cols]"""
         wide = weight.float().contiguous()
-        shrinks = (ctypes.c_float * len(SHRINKS))(*SHRINKS)
-        self.library.dsv2_pack(
-            pointer(wide),
-            *wide.shape,
-            bits,
-            group,
-            shrinks,
-            len(SHRINKS),
-            pointer(codes),
-            pointer(scales),
-            threads,
-        )
+        given = ((ctypes.c_float * len(SHRINKS))(*SHRINKS), len(SHRINKS))
+        to = (pointer(codes), pointer(scales))
+        self.library.dsv2_pack(pointer(wide), *wide.shape, bits, group, *given, *to, threads)
 
     def read(self, data: Tensor) -> None:
-        """Read every byte once, with all threads: what the memory can give."""
-        self.library.dsv2_read(
-            pointer(data), ctypes.c_int64(data.numel() * data.element_size()), torch.get_num_threads()
-        )
+        """Read every byte of a tensor of any shape once, with all threads: what the memory can give."""
+        count = ctypes.c_int64(data.numel() * data.element_size())
+        self.library.dsv2_read(pointer(data), count, torch.get_num_threads())
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
@@ -172,21 +165,20 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def matrix(weight: Tensor | Quantized | None) -> Matrix:
-    """How C++ sees a weight [rows, cols] or a stack of them; kind 0 for none. The weight must outlive it."""
+    """How C++ sees a weight [rows, cols] or a stack of them, or None. The weight must outlive it."""
     if weight is None:
-        return Matrix()
+        return Matrix(kind=Kind.NONE)
     rows, cols = weight.shape[-2:]
+    stacked = len(weight.shape) == 3
     if isinstance(weight, Quantized):
-        steps = (weight.codes.stride(0), weight.scales.stride(0)) if len(weight.shape) == 3 else (0, 0)
-        return Matrix(
-            weight.codes.data_ptr(), weight.scales.data_ptr(), *steps, weight.bits, rows, cols, weight.group
-        )
-    assert weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1), (
-        "kernels read bf16 as it lies"
-    )
-    return Matrix(
-        weight.data_ptr(), None, weight.stride(0) * 2 if weight.dim() == 3 else 0, 0, LANES, rows, cols, 0
-    )
+        codes, scales = weight.codes, weight.scales
+        strides = (codes.stride(0), scales.stride(0)) if stacked else (0, 0)
+        kind = Kind(weight.bits)
+        return Matrix(codes.data_ptr(), scales.data_ptr(), *strides, kind, rows, cols, weight.group)
+    lies_as_read = weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1)
+    assert lies_as_read, "kernels read bf16 as it lies"
+    stride = weight.stride(0) * weight.element_size() if stacked else 0
+    return Matrix(weight.data_ptr(), None, stride, 0, Kind.BF16, rows, cols, 0)
 
 
 def compiler() -> str | None:
@@ -199,9 +191,8 @@ def load(target: str = "native") -> tuple[Kernels | None, str]:
     """The kernels for a target, or None and the reason, as words to follow 'because'."""
     program = compiler()
     flags = FLAGS.split() + TARGETS[target]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, processor())).encode()).hexdigest()[:16]
     folder = compiled_kernels()
-    built = folder / f"{target}-{key}.so"
+    built = folder / f"{target}-{key_of(SOURCES, flags, processor())}.so"
     try:
         if not built.exists():
             if program is None:
@@ -213,14 +204,27 @@ def load(target: str = "native") -> tuple[Kernels | None, str]:
         return None, f"they could not be compiled ({str(error).splitlines()[0]})"
 
 
+def key_of(sources: Path, flags: list[str], cpu: str) -> str:
+    """What a compiled library is kept by: names and contents of all `sources`, flags, and the processor."""
+    digest = hashlib.sha256(repr((flags, cpu)).encode())
+    for path in sorted(path for path in sources.iterdir() if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
+
+
 def build(program: str, flags: list[str], built: Path) -> None:
-    """Compile beside the place and move there, so that two processes may do it at once. OpenMP where there is one."""
+    """Compile beside the place and move there, so that two processes may do it at once.
+
+    With OpenMP where there is one. Raises subprocess.CalledProcessError if the compiler fails, and OSError if
+    it can not be started or the place can not be written.
+    """
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         out = Path(folder) / built.name
         done = None
         for openmp in (["-fopenmp"], []):
             done = subprocess.run(
-                [program, *flags, *openmp, "-o", str(out), str(SOURCE)], capture_output=True
+                [program, *flags, *openmp, "-o", str(out), str(SOURCES / "api.cpp")], capture_output=True
             )
             if done.returncode == 0:
                 out.replace(built)
@@ -230,7 +234,7 @@ def build(program: str, flags: list[str], built: Path) -> None:
 
 
 def processor() -> str:
-    """What must be the same for a compiled library to run."""
+    """What must be the same for a compiled library to run: the instruction sets, as Linux lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -1,0 +1,341 @@
+// The MLP of a layer: RMSNorm, the router, routed experts, shared experts; or the one dense MLP in the place
+// of the shared ones. experts.py and linear.py say in plain torch what is computed here.
+#pragma once
+#include "streams.h"
+
+// A layer's MLP as Python hands it over; native.py's MlpPart is its twin.
+struct Mlp {
+  const uint16_t* norm;  // null: x is taken as it is
+  const float* gate;     // the router
+  Matrix gate_up, down, shared_gate_up, shared_down;
+  int32_t hidden, width, shared_width, experts, top_k, groups, top_groups, normalise;
+  float eps, factor;
+};
+
+namespace {
+
+// ---- the router's choice, see experts.route ---------------------------------------------------------------
+
+INLINE void softmax(float* scores, int count) {
+  float most = scores[0], total = 0;
+  for (int e = 1; e < count; e++) most = std::max(most, scores[e]);
+  for (int e = 0; e < count; e++) total += scores[e] = std::exp(scores[e] - most);
+  for (int e = 0; e < count; e++) scores[e] /= total;
+}
+// Experts outside the best groups get the score 0; a group's score is its best expert's.
+INLINE void keep_best_groups(const Mlp& p, float* scores) {
+  const int size = p.experts / p.groups;
+  std::vector<char> kept(p.groups, 0);
+  for (int k = 0; k < p.top_groups; k++) {
+    int best = -1;
+    float value = -1;
+    for (int g = 0; g < p.groups; g++) {
+      const float top = *std::max_element(scores + g * size, scores + (g + 1) * size);
+      if (!kept[g] && top > value) best = g, value = top;
+    }
+    kept[best] = 1;
+  }
+  for (int e = 0; e < p.experts; e++)
+    if (!kept[e / size]) scores[e] = 0;
+}
+// The best top_k experts of one token, in falling order, and their weights.
+NOINLINE void choose(const Mlp& p, float* scores, int32_t* index, float* weight) {
+  softmax(scores, p.experts);
+  if (p.groups > 1) keep_best_groups(p, scores);
+  std::vector<char> open(p.experts, 1);
+  float chosen = 0;
+  for (int k = 0; k < p.top_k; k++) {
+    int best = -1;
+    for (int e = 0; e < p.experts; e++)
+      if (open[e] && (best < 0 || scores[e] > scores[best])) best = e;
+    open[best] = 0;
+    index[k] = best;
+    chosen += weight[k] = scores[best];
+  }
+  for (int k = 0; k < p.top_k; k++)
+    weight[k] = p.normalise && p.top_k > 1 ? weight[k] / (chosen + 1e-20f) : weight[k] * p.factor;
+}
+
+// to = silu(gates) * ups, in whole vectors.
+NOINLINE void silu_times(const float* gates, const float* ups, float* to, int count) {
+  for (int i = 0; i < count; i += NATIVE / 4) {
+    const NF g = load_as<NF>(gates + i);
+    store(to + i, g / (1.0f + exp_of(-g)) * load_as<NF>(ups + i));
+  }
+}
+
+// ---- what lies between the phases -------------------------------------------------------------------------
+
+constexpr int MOST_UNIT = 64;  // columns of gate and up in one job, at most; a group of the down projection
+constexpr int DOWN_JOBS = 8;   // jobs a thread of the down projections of one token: long streams
+constexpr int LOGITS = 8;      // of the router, in one job
+
+// A slot is one expert of one token; there are n * top_k. In `sums` each thread has its sums of a down job
+// [n, rows of the job], and behind them room for products.
+struct MlpScratch {
+  Rows in, routed, shared;  // norm(x); silu(gate) * up of each slot, and of each token
+  float *normed, *logits, *weight, *sums;
+  int32_t *index, *order, *tokens, *starts, *active, *actives, *all;
+  size_t sums_length, thread_length;
+
+  MlpScratch(const Mlp& p, int n, int threads, Scratch& scratch) {
+    const size_t slots = (size_t)n * p.top_k;
+    const size_t down_rows = n > 1 ? JOB_ROWS : (blocks_of(p.hidden) / (DOWN_JOBS * threads) + 1) * LANES;
+    in.claim(scratch, p.experts ? p.gate_up : p.shared_gate_up, n);
+    if (p.experts) routed.claim(scratch, p.down, slots);
+    if (p.shared_width) shared.claim(scratch, p.shared_down, n);
+    normed = scratch.take<float>((size_t)n * p.hidden);
+    logits = scratch.take<float>((size_t)n * p.experts);
+    index = scratch.take<int32_t>(slots);  // the expert of each slot
+    weight = scratch.take<float>(slots);
+    order = scratch.take<int32_t>(slots);           // slots sorted by expert
+    tokens = scratch.take<int32_t>(slots);          // the token of order[i]
+    starts = scratch.take<int32_t>(p.experts + 1);  // where each expert's slots begin in `order`
+    active = scratch.take<int32_t>(p.experts + 1);  // the experts that have tokens
+    actives = scratch.take<int32_t>(1);             // and how many they are
+    all = scratch.take<int32_t>(n);                 // 0, 1, ...
+    sums_length = n * down_rows;
+    thread_length = sums_length + std::max<size_t>(TILE_TOKENS * TILE_ROWS, down_rows);
+    sums = scratch.take<float>(threads * thread_length);
+  }
+};
+
+// The experts that a router outside has chosen, both [n, top_k]; one below 0 is another process's.
+struct Choice {
+  const int32_t* index = nullptr;
+  const float* weight = nullptr;
+};
+
+// A job of gate and up: `columns` of the width of one expert (or of the shared ones) for all of its tokens.
+struct UpJob {
+  Matrix gate_up;
+  int width;
+  Span columns;
+  Rows* to;
+  const int32_t *rows_in, *rows_to;  // row rows_in[i] of the input gives row rows_to[i] of `to`
+  int count;
+
+  int first_up() const { return gate_up.kind == BF16 ? width : blocks_of(width) * LANES; }
+  Halves addresses() const {
+    return {address_of(gate_up, columns.begin), address_of(gate_up, first_up() + columns.begin)};
+  }
+};
+
+// ---- one pass of n tokens through the MLP, as one thread sees it; its phases in order ---------------------
+
+struct MlpPass {
+  const Mlp& p;
+  const int n;
+  Thread& thread;
+  MlpScratch s;
+  const bool has_routed, has_shared;
+  const int slots, unit, units, shared_units;  // units: jobs of gate and up for one expert
+  float *const sums, *const products;          // this thread's
+
+  MlpPass(const Mlp& p, int n, Scratch scratch, Thread& thread)
+      : p(p),
+        n(n),
+        thread(thread),
+        s(p, n, thread.asked, scratch),
+        has_routed(p.experts > 0),
+        has_shared(p.shared_width > 0),
+        slots(has_routed ? n * p.top_k : 0),
+        unit(s.in.kind == BF16 ? MOST_UNIT : (has_routed ? p.down.group : p.shared_down.group)),
+        units(has_routed ? (p.width + unit - 1) / unit : 0),
+        shared_units((p.shared_width + unit - 1) / unit),
+        sums(s.sums + thread.number * s.thread_length),
+        products(sums + s.sums_length) {}
+
+  void normalise(const uint16_t* x) {
+    thread.each(n, [&](int t) {
+      float* row = s.normed + (size_t)t * p.hidden;
+      widen_row(x + (size_t)t * p.hidden, p.hidden, row);
+      if (p.norm) norm_row(row, p.norm, p.hidden, p.eps, row);
+      s.in.put(t, 0, p.hidden, row);
+      s.all[t] = t;
+    });
+    if (thread.number == 0) *s.actives = s.active[0] = 0;
+  }
+
+  void router_logits() {
+    const int chunks = (p.experts + LOGITS - 1) / LOGITS;
+    thread.each(n * chunks, [&](int job) {
+      const int t = job / chunks, begin = job % chunks * LOGITS;
+      for (int e = begin; e < std::min(p.experts, begin + LOGITS); e++) router_logit(t, e);
+    });
+  }
+  INLINE void router_logit(int t, int e) {
+    const float *row = s.normed + (size_t)t * p.hidden, *w = p.gate + (size_t)e * p.hidden;
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < p.hidden; i++) total += row[i] * w[i];
+    s.logits[(size_t)t * p.experts + e] = total;
+  }
+
+  void choose_experts() {
+    thread.each(n, [&](int t) {
+      choose(p, s.logits + (size_t)t * p.experts, s.index + t * p.top_k, s.weight + t * p.top_k);
+    });
+  }
+
+  // By the first thread alone: slots by expert, and which experts have any.
+  void sort_slots(Choice choice) {
+    if (thread.number != 0) return;
+    if (choice.index) {
+      memcpy(s.index, choice.index, slots * sizeof(int32_t));
+      memcpy(s.weight, choice.weight, slots * sizeof(float));
+    }
+    memset(s.starts, 0, (p.experts + 1) * sizeof(int32_t));
+    for (int i = 0; i < slots; i++)
+      if (s.index[i] >= 0) s.starts[s.index[i] + 1]++;
+    for (int e = 0; e < p.experts; e++) {
+      if (s.starts[e + 1]) s.active[(*s.actives)++] = e;
+      s.starts[e + 1] += s.starts[e];
+    }
+    std::vector<int32_t> next(s.starts, s.starts + p.experts);
+    for (int i = 0; i < slots; i++) {
+      if (s.index[i] < 0) continue;
+      const int at = next[s.index[i]]++;
+      s.order[at] = i, s.tokens[at] = i / p.top_k;
+    }
+  }
+
+  // silu(gate) * up, into s.routed and s.shared: first the jobs of each active expert, then the shared ones'.
+  void gate_and_up() {
+    const int jobs = *s.actives * units + shared_units;
+    thread.each_ahead(jobs, [&](int job, int after) {
+      const Halves next = after < jobs ? up_job(after).addresses() : Halves{};
+      const UpJob here = up_job(job);
+      if (here.count == 1) gate_and_up_one(here, next);
+      else gate_and_up_many(here);
+    });
+  }
+  UpJob up_job(int job) {
+    const int shared_job = job - *s.actives * units;
+    if (shared_job >= 0) {
+      const Span columns = unit_of(p.shared_width, shared_job);
+      return {p.shared_gate_up, p.shared_width, columns, &s.shared, s.all, s.all, n};
+    }
+    const int e = s.active[job / units], first = s.starts[e], count = s.starts[e + 1] - first;
+    const Span columns = unit_of(p.width, job % units);
+    return {p.gate_up.of_stack(e), p.width, columns, &s.routed, s.tokens + first, s.order + first, count};
+  }
+  Span unit_of(int width, int i) const { return {i * unit, std::min(unit, width - i * unit)}; }
+  void gate_and_up_one(const UpJob& job, const Halves& next) {
+    float gates[MOST_UNIT], ups[MOST_UNIT];
+    const Span columns = job.columns;
+    const int firsts[2] = {columns.begin, job.first_up() + columns.begin};
+    float* const outs[2] = {gates, ups};
+    stream<2>(job.gate_up, firsts, columns.count, s.in.row(*job.rows_in), outs, next.at);
+    silu_times(gates, ups, gates, columns.count);
+    job.to->put(*job.rows_to, columns.begin, columns.count, gates);
+  }
+  void gate_and_up_many(const UpJob& job) {
+    float both[TILE_TOKENS * TILE_ROWS], inner[TILE_TOKENS * MOST_UNIT];
+    const Span columns = job.columns;
+    for (int t = 0; t < job.count; t += TILE_TOKENS) {
+      const int count = std::min(TILE_TOKENS, job.count - t);
+      Row x[TILE_TOKENS];
+      for (int i = 0; i < count; i++) x[i] = s.in.row(job.rows_in[t + i]);
+      for (int c = 0; c < columns.count; c += LANES) {
+        const int firsts[2] = {columns.begin + c, job.first_up() + columns.begin + c};
+        multiply(job.gate_up, firsts, 2, x, count, both);
+        for (int i = 0; i < count; i++) {
+          const float* gates = both + i * TILE_ROWS;
+          silu_times(gates, gates + LANES, inner + i * MOST_UNIT + c, LANES);
+        }
+      }
+      for (int i = 0; i < count; i++)
+        job.to->put(job.rows_to[t + i], columns.begin, columns.count, inner + i * MOST_UNIT);
+    }
+  }
+
+  // to += the down projections, weighted. A job is some rows of all active experts and of the shared ones.
+  void down(uint16_t* to) {
+    const int jobs = n > 1 ? (p.hidden + JOB_ROWS - 1) / JOB_ROWS : DOWN_JOBS * thread.asked;
+    thread.each_ahead(jobs, [&](int job, int after) {
+      const Span rows = down_rows(job), rows_after = down_rows(after);
+      const Halves job_after = rows_after.count > 0 ? down_addresses(0, rows_after) : Halves{};
+      const size_t stride = blocks_of(rows.count) * LANES;
+      memset(sums, 0, n * stride * sizeof(float));
+      for (int a = 0; a < *s.actives; a++) {
+        const bool more = a + 1 < *s.actives || has_shared;
+        down_routed(s.active[a], rows, more ? down_addresses(a + 1, rows) : job_after);
+      }
+      if (has_shared) down_shared(rows, job_after);
+      for (int t = 0; t < n; t++)
+        add_to(to + (size_t)t * p.hidden + rows.begin, sums + t * stride, rows.count);
+    });
+  }
+  // One token's jobs are an eighth of a thread's share. Past the last job there are no rows.
+  Span down_rows(int job) const {
+    return {first_down_row(job), first_down_row(job + 1) - first_down_row(job)};
+  }
+  int first_down_row(int job) const {
+    if (n > 1) return std::min(p.hidden, job * JOB_ROWS);
+    const int64_t block = (int64_t)blocks_of(p.hidden) * job / (DOWN_JOBS * thread.asked);
+    return (int)std::min<int64_t>(p.hidden, block * LANES);
+  }
+  // Where these rows of the a-th active expert begin; past the last one, of the shared ones if there are any.
+  Halves down_addresses(int a, Span rows) const {
+    if (a >= *s.actives && has_shared) return halves_of(p.shared_down, rows);
+    return halves_of(p.down.of_stack(s.active[a]), rows);
+  }
+  void down_routed(int e, Span rows, const Halves& next) {
+    const size_t stride = blocks_of(rows.count) * LANES;
+    const Matrix w = p.down.of_stack(e);
+    for (int i = s.starts[e]; i < s.starts[e + 1]; i += TILE_TOKENS) {
+      const int count = std::min(TILE_TOKENS, s.starts[e + 1] - i);
+      multiply_down(w, rows, s.routed, s.order + i, count, next);
+      for (int j = 0; j < count; j++) {
+        const float factor = s.weight[s.order[i + j]], *from = products + j * TILE_ROWS;
+        float* sum = sums + s.tokens[i + j] * stride;
+        for (int l = 0; l < rows.count; l++) sum[l] += factor * from[l];
+      }
+    }
+  }
+  void down_shared(Span rows, const Halves& next) {
+    const size_t stride = blocks_of(rows.count) * LANES;
+    for (int t = 0; t < n; t += TILE_TOKENS) {
+      const int count = std::min(TILE_TOKENS, n - t);
+      multiply_down(p.shared_down, rows, s.shared, s.all + t, count, next);
+      for (int i = 0; i < count; i++) {
+        const float* from = products + i * TILE_ROWS;
+        float* sum = sums + (t + i) * stride;
+        for (int l = 0; l < rows.count; l++) sum[l] += from[l];
+      }
+    }
+  }
+  // products = rows of w times some rows of x.
+  void multiply_down(const Matrix& w, Span rows, const Rows& x, const int32_t* picked, int count,
+                     const Halves& next) {
+    if (count == 1) return stream_halves(w, rows, x.row(*picked), products, next);
+    const int firsts[2] = {rows.begin, rows.begin + LANES};
+    Row some[TILE_TOKENS];
+    for (int i = 0; i < count; i++) some[i] = x.row(picked[i]);
+    multiply(w, firsts, blocks_of(rows.count), some, count, products);
+  }
+};
+
+// to += MLP(norm(x)) for x and to [n, hidden] in bf16, which may be the same. A choice replaces the router.
+void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, Choice choice, int n, Scratch scratch,
+             Thread& thread) {
+  MlpPass pass(p, n, scratch, thread);
+  pass.normalise(x);
+  thread.meet();
+  if (pass.has_routed && !choice.index) {
+    pass.router_logits();
+    thread.meet();
+    pass.choose_experts();
+    thread.meet();
+  }
+  if (pass.has_routed) {
+    pass.sort_slots(choice);
+    thread.meet();
+  }
+  pass.gate_and_up();
+  thread.meet();
+  pass.down(to);
+}
+
+}  // namespace

@@ -1,0 +1,160 @@
+// Tiles: one or two 16-row blocks of a matrix times several tokens, so that weights are read once for all of
+// them. What a tile adds up stays in registers; how many tokens it takes therefore depends on the processor.
+#pragma once
+#include "matrix.h"
+
+namespace {
+
+constexpr int TILE_TOKENS = 12;       // at most
+constexpr int TILE_ROWS = 2 * LANES;  // of the matrix, in what a tile gives: [token][TILE_ROWS]
+constexpr int AHEAD = 2048;           // bytes by which weights are asked for early
+
+// ---- int8 and int4 ----------------------------------------------------------------------------------------
+
+// Sums of R blocks and M tokens for four columns, whose codes are `w`.
+template <int R, int M> INLINE void add_columns(I (&acc)[R][M], const B (&w)[R], const Row* x, int column) {
+  for (int m = 0; m < M; m++) {
+    const int32_t a = load_as<int32_t>(x[m].int8 + column);
+    for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+  }
+}
+
+// One group of columns of R blocks, whose codes begin at `at`, times M tokens; `at` moves to the next group.
+template <int R, int M>
+INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const Row* x, int g) {
+  const int group = x[0].group, begin = g * group;
+#pragma GCC unroll 4
+  for (int k = 0; k < group; k += 4) {
+    B w[R];
+    for (int r = 0; r < R; r++) {
+      w[r] = from_code(load_as<B>(at[r]));
+      if (M <= 2) __builtin_prefetch(at[r] + AHEAD);
+      at[r] += 64;
+    }
+    add_columns(acc, w, x, begin + k);
+  }
+}
+template <int R, int M>
+INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const Row* x, int g) {
+  const int group = x[0].group, begin = g * group;
+  const B low = (B)((U){} + 0x0f0f0f0fu);
+#pragma GCC unroll 2
+  for (int k = 0; k < group; k += 8) {
+    B w[R], v[R];
+    for (int r = 0; r < R; r++) {
+      const B both = load_as<B>(at[r]);
+      if (M <= 2) __builtin_prefetch(at[r] + AHEAD);
+      w[r] = look_up(both & low);
+      v[r] = look_up((B)((U)both >> 4) & low);
+      at[r] += 64;
+    }
+    add_columns(acc, w, x, begin + k);
+    add_columns(acc, v, x, begin + k + 4);
+  }
+}
+
+// R blocks times M tokens. out[token][TILE_ROWS]
+template <int BITS, int R, int M> INLINE void tile_blocks(const Address* from, const Row* x, float* out) {
+  F total[R][M];
+  const uint8_t* at[R];
+  for (int r = 0; r < R; r++) {
+    at[r] = from[r].codes;
+    for (int m = 0; m < M; m++) total[r][m] = (F){};
+  }
+  for (int g = 0; g < x[0].groups; g++) {
+    I acc[R][M];
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++) acc[r][m] = (I){} + x[m].shift[g];
+    if constexpr (BITS == 8) add_int8_group(acc, at, x, g);
+    else add_int4_group(acc, at, x, g);
+    for (int r = 0; r < R; r++) {
+      const F s = widen16(from[r].scales + (size_t)g * LANES);
+      for (int m = 0; m < M; m++) total[r][m] += as_floats(acc[r][m]) * (s * x[m].scale[g]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) store(out + m * TILE_ROWS + r * LANES, total[r][m]);
+}
+
+// Two blocks times M tokens: both at once where there are registers for it.
+template <int BITS, int M> NOINLINE void tile_codes(const Address* from, const Row* x, float* out) {
+  Row rows[M];
+  std::copy_n(x, M, rows);
+  constexpr int R = BROAD ? 2 : 1;
+  for (int first = 0; first < 2; first += R) tile_blocks<BITS, R, M>(from + first, rows, out + first * LANES);
+}
+
+template <int BITS> NOINLINE void tiles_codes(const Address* from, const Row* x, int count, float* out) {
+  while (count > 0) {
+    int done = 1;
+    if (BROAD && count >= 12) tile_codes<BITS, 12>(from, x, out), done = 12;
+    else if (BROAD && count >= 8) tile_codes<BITS, 8>(from, x, out), done = 8;
+    else if (count >= 4) tile_codes<BITS, 4>(from, x, out), done = 4;
+    else if (count >= 2) tile_codes<BITS, 2>(from, x, out), done = 2;
+    else tile_codes<BITS, 1>(from, x, out);
+    count -= done, x += done, out += done * TILE_ROWS;
+  }
+}
+
+// ---- bf16 -------------------------------------------------------------------------------------------------
+
+// out[token][TILE_ROWS] = R rows of w, `cols` long, times M tokens; what is beyond a token's end is not read.
+template <int R, int M>
+NOINLINE void tile_bf16(const uint16_t* const* w, const Row* x, int cols, float* out) {
+  constexpr int lanes = NATIVE / 2;
+  NF acc[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) acc[r][m] = (NF){};
+  int k = 0;
+  for (; k + lanes <= cols; k += lanes) {
+    NB a[R];
+    for (int r = 0; r < R; r++) {
+      a[r] = load_as<NB>(w[r] + k);
+      if (M <= 2) __builtin_prefetch(w[r] + k + AHEAD / 4);
+    }
+    for (int m = 0; m < M; m++) {
+      const NB b = load_as<NB>(x[m].bf16 + k);
+      for (int r = 0; r < R; r++) dot_bf16(acc[r][m], a[r], b);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      float total = sum(acc[r][m]);
+      for (int i = k; i < cols; i++) total += widen(w[r][i]) * widen(x[m].bf16[i]);
+      out[m * TILE_ROWS + r] = total;
+    }
+}
+
+template <int R>
+NOINLINE void tiles_bf16(const uint16_t* const* w, const Row* x, int count, int cols, float* out) {
+  while (count > 0) {
+    int done = 1;
+    if (BROAD && count >= 6) tile_bf16<R, 6>(w, x, cols, out), done = 6;
+    else if (BROAD && count >= 4) tile_bf16<R, 4>(w, x, cols, out), done = 4;
+    else if (count >= 2) tile_bf16<R, 2>(w, x, cols, out), done = 2;
+    else tile_bf16<R, 1>(w, x, cols, out);
+    count -= done, x += done, out += done * TILE_ROWS;
+  }
+}
+
+// ---- both -------------------------------------------------------------------------------------------------
+
+// 1 or 2 blocks of w, which begin at rows `firsts`, times up to TILE_TOKENS tokens: out[token][TILE_ROWS].
+// Beyond the last row stand zeros (quantised) or its own results again (bf16), and in place of a second block
+// that was not asked for anything.
+NOINLINE void multiply(const Matrix& w, const int* firsts, int blocks, const Row* x, int count, float* out) {
+  if (w.kind == BF16) {
+    for (int b = 0; b < blocks; b++)
+      for (int r = 0; r < LANES; r += 4) {
+        const uint16_t* from[4];
+        for (int i = 0; i < 4; i++) from[i] = (const uint16_t*)address_of(w, firsts[b] + r + i).codes;
+        tiles_bf16<4>(from, x, count, w.cols, out + b * LANES + r);
+      }
+    return;
+  }
+  const Address from[2] = {address_of(w, firsts[0]), address_of(w, firsts[blocks - 1])};
+  if (w.kind == INT8) tiles_codes<8>(from, x, count, out);
+  else tiles_codes<4>(from, x, count, out);
+}
+
+}  // namespace

@@ -1,0 +1,249 @@
+// Numbers and vectors: bf16 and fp32, and vectors of 64 bytes with the few operations that the kernels need,
+// for AVX-512 (VNNI, BF16), for AVX2, or for whatever the compiler makes of them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+// For what is long and called from several places: copies would only cost time to compile.
+#define NOINLINE __attribute__((noinline))
+
+namespace {
+
+// ---- numbers ----------------------------------------------------------------------------------------------
+
+INLINE float widen(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+INLINE uint16_t narrow(float x) {  // to the nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float rounded(float x) { return widen(narrow(x)); }
+
+// ---- vectors ----------------------------------------------------------------------------------------------
+
+// Bytes of the vectors in which the processor multiplies bytes.
+#if defined(__AVX512VNNI__)
+constexpr int NATIVE = 64;
+#elif defined(__AVX2__)
+constexpr int NATIVE = 32;
+#else
+constexpr int NATIVE = 16;
+#endif
+constexpr bool BROAD = NATIVE == 64;
+typedef float NF __attribute__((vector_size(NATIVE)));
+typedef int32_t NI __attribute__((vector_size(NATIVE)));
+typedef uint32_t NU __attribute__((vector_size(NATIVE)));
+typedef uint8_t NB __attribute__((vector_size(NATIVE)));
+typedef uint16_t NH __attribute__((vector_size(NATIVE / 2)));
+
+// F, I, U and B are vectors of 64 bytes. GCC keeps vectors that are wider than the processor's in memory,
+// which is ten and more times as slow; so these are pairs of narrower ones, or pairs of pairs, which it keeps
+// in registers.
+template <class V> struct Pair {
+  typedef V Half;
+  V low, high;
+  template <class W> explicit operator Pair<W>() const { return {(W)low, (W)high}; }
+  auto operator[](int i) const {
+    constexpr int half = sizeof(V) / 4;
+    return i < half ? low[i] : high[i - half];
+  }
+};
+template <class V, int BYTES> struct Grown {
+  typedef typename Grown<Pair<V>, BYTES * 2>::Type Type;
+};
+template <class V> struct Grown<V, 64> {
+  typedef V Type;
+};
+typedef Grown<NF, NATIVE>::Type F;
+typedef Grown<NI, NATIVE>::Type I;
+typedef Grown<NU, NATIVE>::Type U;
+typedef Grown<NB, NATIVE>::Type B;
+
+#define EACH_HALF(op)                                                      \
+  template <class V> INLINE Pair<V> operator op(Pair<V> a, Pair<V> b) {    \
+    return {a.low op b.low, a.high op b.high};                             \
+  }                                                                        \
+  template <class V, class S> INLINE Pair<V> operator op(Pair<V> a, S b) { \
+    return {a.low op b, a.high op b};                                      \
+  }                                                                        \
+  template <class V, class S> INLINE Pair<V> operator op(S a, Pair<V> b) { \
+    return {a op b.low, a op b.high};                                      \
+  }                                                                        \
+  template <class V, class S> INLINE Pair<V>& operator op##=(Pair<V>& a, S b) { return a = a op b; }
+EACH_HALF(+)
+EACH_HALF(-)
+EACH_HALF(*)
+EACH_HALF(/)
+EACH_HALF(&)
+EACH_HALF(|)
+EACH_HALF(<<)
+EACH_HALF(>>)
+#undef EACH_HALF
+
+template <class T> constexpr bool is_pair = false;
+template <class V> constexpr bool is_pair<Pair<V>> = true;
+
+template <class T> INLINE T load_as(const void* p) {
+  if constexpr (is_pair<T>) {
+    typedef typename T::Half V;
+    return {load_as<V>(p), load_as<V>((const char*)p + sizeof(V))};
+  } else {
+    T out;
+    memcpy(&out, p, sizeof(T));
+    return out;
+  }
+}
+template <class T> INLINE void store(void* p, T x) {
+  if constexpr (is_pair<T>) store(p, x.low), store((char*)p + sizeof(x.low), x.high);
+  else memcpy(p, &x, sizeof(T));
+}
+template <class T> INLINE T larger(T a, T b) {
+  if constexpr (is_pair<T>) return {larger(a.low, b.low), larger(a.high, b.high)};
+  else return a > b ? a : b;
+}
+INLINE NF as_floats(NI x) { return __builtin_convertvector(x, NF); }
+template <class V> INLINE auto as_floats(Pair<V> x) -> Pair<decltype(as_floats(x.low))> {
+  return {as_floats(x.low), as_floats(x.high)};
+}
+template <class T> INLINE T widen_as(const uint16_t* p) {
+  if constexpr (is_pair<T>) {
+    typedef typename T::Half V;
+    return {widen_as<V>(p), widen_as<V>(p + sizeof(V) / 4)};
+  } else {
+    return (NF)(__builtin_convertvector(load_as<NH>(p), NU) << 16);
+  }
+}
+INLINE F widen16(const uint16_t* p) { return widen_as<F>(p); }
+
+INLINE float sum(NF x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float out = 0;
+  for (int i = 0; i < NATIVE / 4; i++) out += x[i];
+  return out;
+#endif
+}
+
+// e to the power of x, to the last bit or two; x below -87 or above 88 counts as these, so the result stays
+// finite.
+INLINE NF exp_of(NF x) {
+  x = x < -87.0f ? (NF){} - 87.0f : x > 88.0f ? (NF){} + 88.0f : x;
+  const NF scaled = x * 1.44269504f;
+  const NI whole = __builtin_convertvector(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f, NI);
+  const NF n = as_floats(whole);
+  const NF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two terms
+  NF e = (NF){} + 1.0f / 720;
+  e = e * r + 1.0f / 120, e = e * r + 1.0f / 24, e = e * r + 1.0f / 6;
+  e = e * r + 0.5f, e = e * r + 1.0f, e = e * r + 1.0f;
+  return e * (NF)((whole + 127) << 23);
+}
+template <class V> INLINE Pair<V> exp_of(Pair<V> x) { return {exp_of(x.low), exp_of(x.high)}; }
+
+// ---- products of vectors ----------------------------------------------------------------------------------
+
+// dot4: acc[i] += sum of 4 products of bytes of w with the 4 signed bytes of a. The bytes of w are unsigned
+// codes, or, where the processor only multiplies signed ones (SIGNED), codes from which 128 has been taken.
+#if defined(__AVX512VNNI__)
+constexpr bool SIGNED = false;
+INLINE void dot4(NI& acc, NB w, int32_t a) {
+  acc = (NI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
+}
+#elif defined(__AVX2__)
+constexpr bool SIGNED = true;
+INLINE void dot4(NI& acc, NB w, int32_t a) {  // |w| times a with w's sign: no sum of two leaves 16 bits
+  const __m256i v = (__m256i)w;
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(_mm256_set1_epi32(a), v));
+  acc += (NI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr bool SIGNED = false;
+INLINE void dot4(NI& acc, NB w, int32_t a) {
+  const int8_t* v = (const int8_t*)&a;
+  for (int i = 0; i < NATIVE / 4; i++)
+    acc[i] += w[4 * i] * v[0] + w[4 * i + 1] * v[1] + w[4 * i + 2] * v[2] + w[4 * i + 3] * v[3];
+}
+#endif
+template <class V, class W> INLINE void dot4(Pair<V>& acc, Pair<W> w, int32_t a) {
+  dot4(acc.low, w.low, a), dot4(acc.high, w.high, a);
+}
+INLINE NB from_code(NB code) { return SIGNED ? code ^ 128 : code; }
+template <class V> INLINE Pair<V> from_code(Pair<V> code) {
+  return {from_code(code.low), from_code(code.high)};
+}
+
+// acc += products of bf16 with bf16, in any order of lanes.
+INLINE void dot_bf16(NF& acc, NB w, NB x) {
+#if defined(__AVX512BF16__)
+  acc = (NF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+#else
+  const NU high = (NU){} + 0xffff0000u;
+  acc += (NF)((NU)w << 16) * (NF)((NU)x << 16);
+  acc += (NF)((NU)w & high) * (NF)((NU)x & high);
+#endif
+}
+template <class V, class W> INLINE void dot_bf16(Pair<V>& acc, Pair<W> w, Pair<W> x) {
+  dot_bf16(acc.low, w.low, x.low), dot_bf16(acc.high, w.high, x.high);
+}
+
+NB codebook;  // the 16 values of an int4 code as dot4 wants them, over and over; set once by dsv2_codebook
+INLINE NB look_up(NB index) {
+#if defined(__AVX512VNNI__)
+  return (NB)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)index);
+#elif defined(__AVX2__)
+  return (NB)_mm256_shuffle_epi8((__m256i)codebook, (__m256i)index);
+#else
+  NB out;
+  for (int i = 0; i < NATIVE; i++) out[i] = codebook[index[i]];
+  return out;
+#endif
+}
+template <class V> INLINE Pair<V> look_up(Pair<V> index) { return {look_up(index.low), look_up(index.high)}; }
+
+// ---- rows of numbers --------------------------------------------------------------------------------------
+
+NOINLINE void widen_row(const uint16_t* x, int size, float* out) {
+  for (int i = 0; i < size; i++) out[i] = widen(x[i]);
+}
+NOINLINE void narrow_row(const float* x, int size, uint16_t* out) {
+  for (int i = 0; i < size; i++) out[i] = narrow(x[i]);
+}
+// A residual: x += values, with one rounding of each.
+NOINLINE void add_to(uint16_t* x, const float* values, int count) {
+  for (int i = 0; i < count; i++) x[i] = narrow(widen(x[i]) + rounded(values[i]));
+}
+INLINE float largest(const float* x, int count) {  // without its sign
+  constexpr int lanes = NATIVE / 4;
+  NF most = {};
+  int i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const NF v = load_as<NF>(x + i);
+    most = larger(v < 0.0f ? -v : v, most);
+  }
+  float out = 0;
+  for (int lane = 0; lane < lanes; lane++) out = std::max(out, most[lane]);
+  for (; i < count; i++) out = std::max(out, std::fabs(x[i]));
+  return out;
+}
+// RMSNorm of a row that was rounded to bf16, rounded twice as plain torch does it; into floats.
+NOINLINE void norm_row(const float* x, const uint16_t* weight, int size, float eps, float* out) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int i = 0; i < size; i++) total += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(total / size + eps);
+  for (int i = 0; i < size; i++) out[i] = rounded(widen(weight[i]) * rounded(x[i] * factor));
+}
+
+}  // namespace

@@ -19,6 +19,7 @@ from dsv2cli.engine.batch import Job, run_batch
 from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill, speculate
 from dsv2cli.engine.sampling import SamplingParams, distribution, sample_rows
 from dsv2cli.kernels import attention, experts, gpu_attention, gpu_experts, gpu_linear
+from dsv2cli.kernels.experts import Routing
 from dsv2cli.kernels.gpu_linear import table
 from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
 from dsv2cli.kernels.quantized import CODEBOOK, Quantized
@@ -146,7 +147,7 @@ def test_the_router_chooses_as_the_plain_one(routing):
     torch.manual_seed(1)
     logits = random(40, routing[0])
     index, weight = gpu_experts.choose(logits, gpu_experts.Routing(*routing, 2.5))
-    wanted = experts.route(logits, routing[1], *routing[2:], 2.5)
+    wanted = experts.route(logits, Routing(*routing[1:], 2.5))
     assert torch.equal(index.long(), wanted[0])
     torch.testing.assert_close(weight, wanted[1])
 
@@ -160,7 +161,7 @@ def test_the_router_chooses_as_the_plain_one(routing):
 def test_experts_equal_the_plain_ones(routing, hidden, width, shared, kind, dtype):
     torch.manual_seed(2)
     group = 32 if kind == 4 else 64
-    e, top_k, *rest = routing
+    e = routing[0]
     norm, router = (torch.rand(hidden) + 0.5).to(DEVICE, dtype), random(e, hidden)
     gate_up, down = (
         weights(torch.randn(e, 2 * width, hidden) * 0.2, kind, dtype, 2, group),
@@ -180,7 +181,7 @@ def test_experts_equal_the_plain_ones(routing, hidden, width, shared, kind, dtyp
     for count in (2, gpu_experts.FEW + 3):
         x = random(count, hidden, dtype=dtype)
         inner = rms_norm(x, norm, 1e-6)
-        index, weight = experts.route(linear(inner.float(), router), top_k, *rest, 2.5)
+        index, weight = experts.route(linear(inner.float(), router), Routing(*routing[1:], 2.5))
         routed, mlp = (
             experts.run_experts(inner, index, weight, gate_up, down),
             gated_mlp(inner, shared_gate_up, shared_down) if shared else 0,

@@ -15,6 +15,7 @@ from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels import attention, experts
+from dsv2cli.kernels.experts import Routing
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
 from dsv2cli.model.rope import frequencies
 from training.train import initialise
@@ -101,7 +102,7 @@ def test_attention_in_pieces_merged_by_their_sums_equals_attention_in_one(start,
 def test_sorted_experts_equal_one_by_one(tokens, top_k, count):
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(tokens, 16), torch.randn(count, 24, 16), torch.randn(count, 16, 12)
-    index, weight = experts.route(torch.randn(tokens, count), top_k, 1, 1, False, 2.0)
+    index, weight = experts.route(torch.randn(tokens, count), Routing(top_k, 1, 1, False, 2.0))
     with torch.inference_mode():
         close(
             experts.run_experts(x, index, weight, gate_up, down),
@@ -111,15 +112,15 @@ def test_sorted_experts_equal_one_by_one(tokens, top_k, count):
 
 def test_grouped_routing_stays_within_the_best_groups():
     logits = torch.tensor([[5.0, 0.0, 4.0, 3.9, 0.0, 4.5]])  # groups of two: best experts 5.0, 4.0, 4.5
-    index, weight = experts.route(
-        logits, 3, n_group=3, topk_group=2, norm_topk_prob=False, scaling_factor=16.0
-    )
+    routing = Routing(3, n_group=3, topk_group=2, norm_topk_prob=False, scaling_factor=16.0)
+    index, weight = experts.route(logits, routing)
     assert set(index[0].tolist()[:2]) == {0, 5} and index[0, 2].item() in (1, 4)
     close(weight[0, 0], logits.softmax(-1)[0, 0] * 16)
 
 
 def test_normalised_weights_are_not_scaled():
-    _, weight = experts.route(torch.randn(4, 8), 2, 1, 1, norm_topk_prob=True, scaling_factor=16.0)
+    routing = Routing(2, 1, 1, norm_topk_prob=True, scaling_factor=16.0)
+    _, weight = experts.route(torch.randn(4, 8), routing)
     close(weight.sum(-1), torch.ones(4))
 
 

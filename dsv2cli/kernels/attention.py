@@ -1,8 +1,8 @@
 """Multi-head latent attention: over the compressed cache, or over keys and values expanded from it.
 
-Both compute the same numbers from the same weights. A cached token is one row of `kv_lora_rank` latent numbers
-and one rotated key of `qk_rope_head_dim` numbers shared by all heads. Letters: b batch, s new tokens, t past and
-new tokens, h heads, c latent, d nope or value, r rope.
+Both compute the same numbers from the same weights. A cached token is one row of `kv_lora_rank` latent
+numbers and one rotated key of `qk_rope_head_dim` numbers shared by all heads. Letters: b batch, s new tokens,
+t past and new tokens, h heads, c latent, d nope or value, r rope.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ PIECE = 4096  # cached tokens whose keys and values are expanded at a time
 
 
 def visible(positions: Tensor, length: int) -> Tensor:
-    """Which cache slots each query may read: slot t holds position t, so t <= position. [batch, 1, seq, length]"""
+    """Which cache slots each query may read: slot t holds position t, so t <= position.
+
+    positions [b, s] -> [b, 1, s, length] bool
+    """
     return (torch.arange(length, device=positions.device) <= positions[..., None])[:, None]
 
 
@@ -35,9 +38,10 @@ def attend_reference(q_latent: Tensor, q_rope: Tensor, cached: Tensor, mask: Ten
 
 
 def attend_absorbed(q_latent: Tensor, q_rope: Tensor, cached: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The same as attend_reference in two matrix products, with the cache as the left factor.
+    """The same as attend_reference, shapes too, in two matrix products with the cache as the left factor.
 
-    On a CPU cache @ queries is several times faster than queries @ cache, because the long side is cut into rows.
+    On a CPU cache @ queries is several times faster than queries @ cache, because the long side is cut into
+    rows.
     """
     batch, seq, heads, rank = q_latent.shape
     queries = torch.cat([q_latent, q_rope], dim=-1).flatten(1, 2)  # [b, s*h, c+r]
@@ -50,8 +54,11 @@ def attend_absorbed(q_latent: Tensor, q_rope: Tensor, cached: Tensor, mask: Tens
 
 
 def expand(cached: Tensor, kv_b_proj: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of all heads from cached [b, t, c + r], the values padded with zeros to the keys' size, because the fast
-    attention kernels want equal head sizes. Both [b, h, t, nope + r]"""
+    """Keys and values of all heads: cached [b, t, c + r], kv_b_proj [h, d + v, c] -> both [b, h, t, d + r].
+
+    The values are padded with zeros to the keys' size, because the fast attention kernels want equal head
+    sizes.
+    """
     heads, _, rank = kv_b_proj.shape
     latent, k_rope = cached.split([rank, cached.shape[-1] - rank], dim=-1)
     expanded = linear(latent, kv_b_proj.flatten(0, 1)).unflatten(-1, (heads, -1))  # [b, t, h, d+v]
@@ -86,10 +93,10 @@ def attend_in_pieces(
     scale: float,
     piece: int = PIECE,
 ) -> Tensor:
-    """attend_expanded where all rows' new tokens begin at `start`, with no mask, and keys and values of few tokens at a time.
+    """attend_expanded, shapes too, where all rows' new tokens begin at `start`: no mask, little memory.
 
-    What lies before `start` is attended to piece by piece, each with a softmax of its own; the log of a softmax's sum is its
-    weight among the others. So memory does not grow with the context.
+    What lies before `start` is attended to piece by piece, each with a softmax of its own; the log of a
+    softmax's sum is its weight among the others. So memory does not grow with the context.
     """
     query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
     mixed, logs = attend_with_logs(
@@ -108,8 +115,9 @@ def attend_in_pieces(
 def attend_with_logs(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention, and the log of each softmax's sum in fp32. All [b, h, tokens, size] -> the same and [b, h, s].
+    """Attention, and the log of each softmax's sum in fp32.
 
+    query [b, h, s, size], key and value [b, h, t, size] -> [b, h, s, size] and [b, h, s].
     torch's public function keeps the logs to itself, so this calls what it would call.
     """
     ops = torch.ops.aten
@@ -127,8 +135,9 @@ def attend_with_logs(
 
 
 def expanding_pays(seq: int, length: int, kv_b_proj: Tensor, rope: int) -> bool:
-    """Which path takes fewer multiplications: expanding all `length` latents and attending to short keys, or
-    absorbing `seq` queries and attending to long ones. A first prefill expands, a decode step absorbs."""
+    """Whether it takes fewer multiplications to expand all `length` latents and attend to short keys than to
+    absorb `seq` queries and attend to long ones. kv_b_proj [h, d + v, c]. A first prefill expands, a decode
+    step absorbs."""
     out, rank = kv_b_proj.shape[1:]
     expanded = length * out * rank + seq * length * (out + rope)
     absorbed = seq * out * rank + seq * length * (2 * rank + rope)
@@ -145,15 +154,16 @@ def attend(
     path: str,
     start: int | None = None,
 ) -> Tensor:
-    """MLA by the path named: `absorbed`, `expanded`, or `auto` by the number of new tokens. -> [b, s, h, v]
+    """MLA by the path named: `reference`, `absorbed`, `expanded`, or `auto` by the number of new tokens.
 
-    `mask()` says what each new token sees; `start` is where they begin, if that is one place for all rows.
+    q_nope [b, s, h, d], q_rope [b, s, h, r], cached [b, t, c + r], kv_b_proj [h, d + v, c] -> [b, s, h, v].
+    `mask()` [b, 1, s, t] says what each new token sees; `start` is where they begin, if that is one place for
+    all rows.
     """
     seq, length = q_nope.shape[1], cached.shape[1]
     if path == "expanded" or (path == "auto" and expanding_pays(seq, length, kv_b_proj, q_rope.shape[-1])):
-        if start and (
-            start >= PIECE or cached.device.type != "cpu"
-        ):  # a CPU is as fast with a mask, and a GPU is not
+        # A CPU is as fast with a mask, and a GPU is not.
+        if start and (start >= PIECE or cached.device.type != "cpu"):
             return attend_in_pieces(q_nope, q_rope, cached, kv_b_proj, start, scale)
         return attend_expanded(q_nope, q_rope, cached, kv_b_proj, None if seq == length else mask(), scale)
     w_uk, w_uv = kv_b_proj.split([q_nope.shape[-1], kv_b_proj.shape[1] - q_nope.shape[-1]], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,36 +11,44 @@ from dsv2cli.kernels.linear import gated_mlp
 from dsv2cli.kernels.quantized import Quantized
 
 
-def route(
-    router_logits: Tensor,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    norm_topk_prob: bool,
-    scaling_factor: float,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Routing:
+    """How a router chooses: `top_k` experts, from the best `topk_group` of `n_group`. Names as in config.json."""
+
+    top_k: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    scaling_factor: float
+
+
+def route(router_logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """router_logits [n, e] in fp32 -> (expert index [n, k], weight [n, k] in fp32). Paper section 2.2.
 
-    With n_group > 1 a group's score is its best expert's, and experts outside the best `topk_group` groups score 0.
-    Normalised weights are not scaled: the official code does one or the other.
+    With n_group > 1 a group's score is its best expert's, and experts outside the best `topk_group` groups
+    score 0. Normalised weights are not scaled: the official code does one or the other.
     """
     scores = router_logits.softmax(dim=-1)
     choose_from = scores
-    if n_group > 1:
-        grouped = scores.unflatten(-1, (n_group, -1))  # [n, groups, experts per group]
-        best = grouped.amax(dim=-1).topk(topk_group, dim=-1).indices
+    if routing.n_group > 1:
+        grouped = scores.unflatten(-1, (routing.n_group, -1))  # [n, groups, experts per group]
+        best = grouped.amax(dim=-1).topk(routing.topk_group, dim=-1).indices
         kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
         choose_from = (grouped * kept[..., None]).flatten(-2)
-    weight, index = choose_from.topk(top_k, dim=-1)
-    if norm_topk_prob and top_k > 1:
+    weight, index = choose_from.topk(routing.top_k, dim=-1)
+    if routing.norm_topk_prob and routing.top_k > 1:
         return index, weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
-    return index, weight * scaling_factor
+    return index, weight * routing.scaling_factor
 
 
 def experts_reference(
     x: Tensor, index: Tensor, weight: Tensor, gate_up_proj: Tensor, down_proj: Tensor
 ) -> Tensor:
-    """Each token's chosen experts, one by one, weighted and summed in fp32, rounded once. x [n, hidden] -> same."""
+    """Each token's chosen experts, one by one, weighted and summed in fp32, rounded once.
+
+    x [n, hidden], index and weight [n, k], gate_up_proj [e, 2*width, hidden], down_proj [e, hidden, width] ->
+    [n, hidden].
+    """
     rows = []
     for token, experts, weights in zip(x, index.tolist(), weight, strict=True):
         outputs = torch.stack([gated_mlp(token[None], gate_up_proj[e], down_proj[e])[0] for e in experts])
@@ -56,8 +66,9 @@ def run_experts(
 ) -> Tensor:
     """The same as experts_reference, with each expert run once over all of its tokens.
 
-    x [n, hidden], index and weight [n, k], gate_up_proj [e, 2*width, hidden], down_proj [e, hidden, width] -> [n, hidden].
-    The e experts here are `first` and those after it; others are another rank's, and left out of the sum.
+    x [n, hidden], index and weight [n, k], gate_up_proj [e, 2*width, hidden], down_proj [e, hidden, width] ->
+    [n, hidden]. The e experts here are `first` and those after it; others are another rank's, and left out of
+    the sum.
     """
     n, top_k = index.shape
     # unbind, not indexing: its gradient is one stack, not a full-size zero tensor per expert.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv2cli.kernels.quantized import Quantized
 
-MANY = 32  # rows from which a copy of the weights is worth its time
+WIDENED_ROWS = 32  # rows from which a copy of the weights in fp32 is worth its time
 
 
 @functools.cache
@@ -21,46 +21,45 @@ def one_row_by_mv() -> bool:
 
 @functools.cache
 def multiplies_bf16() -> bool:
-    """Whether torch has a matrix product in bf16 for this CPU (AVX-512 or more), and not just a loop. Private in torch, as above."""
+    """Whether torch has a matrix product in bf16 for this CPU (AVX-512 or more), and not just a loop.
+
+    Private in torch, as above.
+    """
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)())
 
 
 def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in], plus bias [out].
+    """x [..., in] times weight [out, in], plus bias [out] -> [..., out].
 
     A single row on a CPU with AMX goes through matrix-vector: there it reads the weights 1.2-1.4x faster than
-    torch's matrix product with one row, and reading the weights is all the work there is. On a Zen 5, which has
-    AVX-512 but no AMX, the matrix product is the faster one, by 1.2-2x. Where a CPU has no product in bf16, many rows
-    take one in fp32, rounded once: a Zen 3 is 2-6x as fast with that, copies of the weights counted.
+    torch's matrix product with one row, and reading the weights is all the work there is. On a Zen 5, which
+    has AVX-512 but no AMX, the matrix product is the faster one, by 1.2-2x. Where a CPU has no product in
+    bf16, many rows take one in fp32, rounded once: a Zen 3 is 2-6x as fast with that, copies of the weights
+    counted.
     """
     if isinstance(weight, Quantized):
         weight = weight.dequantize(x.dtype)  # slow, and right: the fast road is native.py
-    if (
-        one_row_by_mv()
-        and x.device.type == "cpu"
-        and x.numel() == x.shape[-1]
-        and not torch.is_grad_enabled()
-    ):
+    on_cpu, size = x.device.type == "cpu", x.shape[-1]
+    if one_row_by_mv() and on_cpu and x.numel() == size and not torch.is_grad_enabled():
         out = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
-    if (
-        x.dtype is torch.bfloat16
-        and x.device.type == "cpu"
-        and x.numel() >= MANY * x.shape[-1]
-        and not multiplies_bf16()
-    ):
+    many = x.numel() >= WIDENED_ROWS * size
+    if x.dtype is torch.bfloat16 and on_cpu and many and not multiplies_bf16():
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
     return F.linear(x, weight, bias)
 
 
 def gated_mlp(x: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Quantized) -> Tensor:
-    """down(silu(gate(x)) * up(x)) for x [tokens, hidden], gate_up_proj [2*width, hidden], down_proj [hidden, width]."""
+    """down(silu(gate(x)) * up(x)). x [tokens, hidden] -> the same shape.
+
+    gate_up_proj [2*width, hidden], down_proj [hidden, width].
+    """
     gate, up = linear(x, gate_up_proj).chunk(2, dim=-1)
     return linear(F.silu(gate) * up, down_proj)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, computed in fp32 and rounded once."""
+    """x [..., size] / rms(x) * weight [size], computed in fp32 and rounded once. -> x's shape"""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.type_as(x)

@@ -1,8 +1,9 @@
-"""Weights in 8 or 4 bits: groups of numbers along a row share a scale, and a code stands for a value times that scale.
+"""Weights in 8 or 4 bits: a code stands for a value times a scale, which a group of numbers of a row shares.
 
-An int8 code c means c - 128. An int4 code means an entry of CODEBOOK: 16 values that lie closer together near zero,
-where most weights are. Against evenly spaced codes with a minimum of their own they lose less at fewer bits.
-Sixteen rows lie interleaved, four numbers of each in turn, which is the order in which a CPU multiplies them.
+An int8 code c means c - 128. An int4 code means an entry of CODEBOOK: 16 values that lie closer together near
+zero, where most weights are. Against evenly spaced codes with a minimum of their own they lose less at fewer
+bits. Sixteen rows lie interleaved, four numbers of each in turn, which is the order in which a CPU multiplies
+them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ SHRINKS = tuple(sign * factor for factor in (127.0, 118.0, 137.0, 110.0, 148.0) 
 
 
 class Quantized(nn.Module):
-    """A matrix [rows, cols], or a stack of them, in `bits` bits. `parts` equal parts of the rows (gate and up) are
-    padded to whole blocks each. codes [..., blocks, bytes] uint8, scales [..., blocks, groups, 16] bf16."""
+    """A matrix [rows, cols], or a stack of them, in `bits` bits.
+
+    `parts` equal parts of the rows (gate and up) are padded to whole blocks each. codes [..., blocks, bytes]
+    uint8, scales [..., blocks, groups, 16] bf16.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -61,7 +65,7 @@ class Quantized(nn.Module):
         return self.codes.device
 
     def part(self, expert: int | None, part: int) -> tuple[Tensor, Tensor]:
-        """Codes and scales of one part of one matrix, to be filled."""
+        """Codes [blocks, bytes] and scales [blocks, groups, 16] of one part of one matrix, to be filled."""
         blocks = slice(part * self.blocks_per_part, (part + 1) * self.blocks_per_part)
         codes, scales = (
             (self.codes, self.scales) if expert is None else (self.codes[expert], self.scales[expert])
@@ -92,15 +96,17 @@ class Quantized(nn.Module):
                 index.long()
             ]  # [..., blocks, cols / 4, 16, 4]
         values = values.transpose(-3, -2).flatten(-2).unflatten(-1, (self.groups, self.group))
-        values = (values * self.scales.float().transpose(-2, -1)[..., None]).flatten(
-            -2
-        )  # [..., blocks, 16, cols]
+        values = values * self.scales.float().transpose(-2, -1)[..., None]
+        values = values.flatten(-2)  # [..., blocks, 16, cols]
         values = values.reshape(*stack, self.parts, -1, values.shape[-1])
         return values[..., : rows // self.parts, :cols].reshape(self.shape).to(dtype)
 
 
 def pack_reference(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """weight [rows, cols] -> codes and scales of one part, padded with zeros to whole blocks and groups."""
+    """weight [rows, cols] -> codes [blocks, bytes] and scales [blocks, groups, 16] of one part.
+
+    Zeros fill it up to whole blocks and groups.
+    """
     rows, cols = weight.shape
     padded = weight.new_zeros(-(-rows // LANES) * LANES, -(-cols // group) * group, dtype=torch.float32)
     padded[:rows, :cols] = weight
@@ -120,7 +126,11 @@ def pack_reference(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tenso
 
 
 def search(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """For each group the scale (bf16) and codes with the least squared error among SHRINKS, each scale refitted."""
+    """For each group the scale and codes with the least squared error among SHRINKS, each scale refitted.
+
+    x [..., groups, group] and each group's largest number [..., groups, 1] -> scale in bf16 and codes, so
+    too.
+    """
     values = torch.tensor(CODEBOOK, device=x.device)
     middles = (values[1:] + values[:-1]) / 2
 
@@ -139,7 +149,10 @@ def search(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_activations(x: Tensor, group: int) -> Tensor:
-    """What the CPU kernels make of the rows that meet 8- and 4-bit weights: int8 with a scale a group. x [..., cols]"""
+    """What the CPU kernels make of rows that meet 8- and 4-bit weights: int8 with a scale a group.
+
+    x [..., cols] -> the numbers that stands for, in fp32.
+    """
     cols = x.shape[-1]
     wide = torch.nn.functional.pad(x.float(), (0, -cols % group)).unflatten(-1, (-1, group))
     scale = wide.abs().amax(-1, keepdim=True) / 127

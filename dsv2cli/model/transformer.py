@@ -122,15 +122,9 @@ class MoEGate(nn.Module):
         config = self.config
         with torch.autocast(x.device.type, enabled=False):  # training casts everything else down
             router_logits = linear(x.float(), self.weight)
-        n_group, topk_group = config.router_groups
-        return experts.route(
-            router_logits,
-            top_k=config.num_experts_per_tok or 0,
-            n_group=n_group,
-            topk_group=topk_group,
-            norm_topk_prob=config.norm_topk_prob,
-            scaling_factor=config.routed_scaling_factor,
-        )
+        top_k, scaling = config.num_experts_per_tok or 0, config.routed_scaling_factor
+        routing = experts.Routing(top_k, *config.router_groups, config.norm_topk_prob, scaling)
+        return experts.route(router_logits, routing)
 
 
 class MoE(nn.Module):

@@ -18,11 +18,14 @@ from dsv2cli.checkpoint.weights import load_model, random_model
 from dsv2cli.engine.batch import Job, run_batch
 from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill, speculate
 from dsv2cli.engine.sampling import SamplingParams, distribution, sample_rows
-from dsv2cli.kernels import attention, experts, gpu_attention, gpu_experts, gpu_linear
+from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
-from dsv2cli.kernels.gpu_linear import table
 from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
 from dsv2cli.kernels.quantized import CODEBOOK, Quantized
+from dsv2cli.kernels.triton import attention as gpu_attention
+from dsv2cli.kernels.triton import experts as gpu_experts
+from dsv2cli.kernels.triton import linear as gpu_linear
+from dsv2cli.kernels.triton.linear import table
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.fused import triton_refusal, use_kernels
 from dsv2cli.model.rope import rotate
@@ -83,7 +86,7 @@ def test_a_product_equals_the_plain_one(shape, dtype):
     for kind, group in ((16, 0), (8, 64), (4, 32)):
         weight, other = (weights(torch.randn(shape) * 0.1, kind, dtype, group=group) for _ in range(2))
         norm = (torch.rand(shape[1]) + 0.5).to(DEVICE, dtype)
-        for count in (2, gpu_linear.FEW + 1):
+        for count in (2, gpu_linear.MATVEC_ROWS + 1):
             x, residual = random(count, shape[1], dtype=dtype), random(count, shape[0], dtype=dtype)
             normed = rms_norm(x, norm, 1e-6)
             both = gpu_linear.linear(x, table(weight), table(other), norm=norm, eps=1e-6)
@@ -178,7 +181,7 @@ def test_experts_equal_the_plain_ones(routing, hidden, width, shared, kind, dtyp
         norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up), table(down), *extra
     )
     dense = gpu_experts.Feed(norm, 1e-6, None, gpu_experts.NO_ROUTING, None, None, *extra)
-    for count in (2, gpu_experts.FEW + 3):
+    for count in (2, gpu_experts.MATVEC_TOKENS + 3):
         x = random(count, hidden, dtype=dtype)
         inner = rms_norm(x, norm, 1e-6)
         index, weight = experts.route(linear(inner.float(), router), Routing(*routing[1:], 2.5))
@@ -222,7 +225,7 @@ def test_scores_that_are_no_numbers_harm_nobody_else():
         None,
         None,
     )
-    for count in (3, gpu_experts.FEW + 1):
+    for count in (3, gpu_experts.MATVEC_TOKENS + 1):
         x = random(count, 32)
         alone = added(x, feed)
         x[1] = float("nan")

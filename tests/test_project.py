@@ -19,7 +19,7 @@ from dsv2cli.cli.app import completion_script, manual_page
 # A file imports only from files named before it.
 ORDER = """
 errors formats memory places device team
-kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts kernels.gpu_linear kernels.gpu_attention kernels.gpu_experts
+kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts kernels.triton.linear kernels.triton.attention kernels.triton.experts
 model.config model.share model.size model.rope model.cache model.transformer model.gpu model.fused model.conductor
 checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize checkpoint.placement
 engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store engine.benchmark engine.needle

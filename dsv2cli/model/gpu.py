@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2cli.kernels import gpu_attention, gpu_experts, gpu_linear
-from dsv2cli.kernels.gpu_linear import Table, table
 from dsv2cli.kernels.quantized import Quantized
+from dsv2cli.kernels.triton import attention as gpu_attention
+from dsv2cli.kernels.triton import experts as gpu_experts
+from dsv2cli.kernels.triton import linear as gpu_linear
+from dsv2cli.kernels.triton.linear import Table, table
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.transformer import MLP, Attention, DeepseekV2, Experts, Layer, Linear, MoE, Step
 

@@ -1,8 +1,9 @@
 """Triton: the router, and experts for few tokens and for many, as kernels/experts.py says in plain torch.
 
-For few tokens every token's experts are read by matrix-vector kernels, with the shared experts in further slots: one kernel
-for gate, up and SiLU, one for down and the weights, one for the sum. For many, tokens are sorted by expert, and tiles of them
-go through tensor cores. Nothing here waits for the GPU: how many tokens an expert has is known to the GPU alone.
+For few tokens every token's experts are read by matrix-vector kernels, with the shared experts in further
+slots: one kernel for gate, up and SiLU, one for down and the weights, one for the sum. For many, tokens are
+sorted by expert, and tiles of them go through tensor cores. Nothing here waits for the GPU: how many tokens
+an expert has is known to the GPU alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2cli.kernels.gpu_linear import (
+from dsv2cli.kernels.triton.linear import (
     DENSE,
     LANES_OF_A_BLOCK,
     Table,
@@ -28,7 +29,8 @@ from dsv2cli.kernels.gpu_linear import (
     weight_tile,
 )
 
-FEW = 8  # tokens whose experts are read one by one
+MATVEC_TOKENS = 8  # up to so many tokens each one's experts are read by itself
+TILE_COLUMNS = 64  # of what a tensor core's tile gives
 
 
 @triton.jit
@@ -45,17 +47,20 @@ def router_kernel(
     CHUNK: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Programs (token, some experts): router logits [tokens, experts] of norm(x), in fp32; the first also writes norm(x)."""
-    token, part = tl.program_id(0), tl.program_id(1)
+    """Programs (token, some experts): router logits [tokens, experts] of norm(x), in fp32.
+
+    The first program of a token also writes norm(x).
+    """
+    token, tile = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * cols
     factor = inverse_rms(x, cols, eps, SIZE)
-    expert = part * ROWS + tl.arange(0, ROWS)
+    expert = tile * ROWS + tl.arange(0, ROWS)
     products = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in range(0, cols, CHUNK):
         at = start + tl.arange(0, CHUNK)
         values = (tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32) * factor).to(x.dtype.element_ty)
         values = (values * tl.load(norm + at, mask=at < cols, other=0.0)).to(x.dtype.element_ty)
-        if part == 0:
+        if tile == 0:
             tl.store(normed + token.to(tl.int64) * cols + at, values, mask=at < cols)
         inside = (expert < experts)[:, None] & (at < cols)[None, :]
         products += (
@@ -79,15 +84,13 @@ def choose_kernel(
     TOP_GROUPS: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """One token a program of one warp: its experts, best first, and their weights. index and weight [tokens, k]"""
+    """One token a program of one warp: its experts, best first, and their weights, both [tokens, k]."""
     token = tl.program_id(0)
     expert, choice = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     scores = tl.load(logits + token * experts + expert, mask=expert < experts, other=float("-inf"))
     scores = tl.exp(scores - tl.max(scores, axis=0))
     scores /= tl.sum(scores, axis=0)
-    scores = tl.where(
-        scores == scores, scores, 0.0
-    )  # of no numbers the choice is as good as any, but it must be one
+    scores = tl.where(scores == scores, scores, 0.0)  # of NaN any choice is as good, but it must be one
     if GROUPS > 1:
         group = expert // (experts // GROUPS)
         rest, kept = scores, tl.zeros([EXPERTS], tl.int1)
@@ -113,7 +116,7 @@ def gated(
     x,
     norm,
     block,
-    part_blocks,
+    half_blocks,
     rows,
     cols,
     KIND: tl.constexpr,
@@ -122,7 +125,7 @@ def gated(
     CHUNK: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Sums of one block of the gate and of the same block of up, `part_blocks` further on."""
+    """Sums of one block of the gate and of the same block of up, `half_blocks` further on."""
     gate, up = nothing(KIND, GROUP, ROWS, CHUNK), nothing(KIND, GROUP, ROWS, CHUNK)
     for start in range(0, cols, CHUNK):
         gate = add_products(
@@ -150,7 +153,7 @@ def gated(
                 up,
                 codes,
                 scales,
-                block + part_blocks,
+                block + half_blocks,
                 rows,
                 cols,
                 x,
@@ -178,10 +181,10 @@ def few_up_kernel(
     cols,
     width,
     shared_rows,
-    codes_step,
-    scales_step,
-    part_blocks,
-    shared_part_blocks,
+    codes_stride,
+    scales_stride,
+    half_blocks,
+    shared_half_blocks,
     shared_blocks,
     first,
     here,
@@ -194,9 +197,10 @@ def few_up_kernel(
     NORM: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """Programs (block, slot, token): silu(gate) * up of the token's slot-th expert; slots from TOP_K on are the shared MLP's.
+    """Programs (block, slot, token): silu(gate) * up of the token's slot-th expert.
 
-    out [tokens, routed and shared width]; where an expert is not here nothing is written.
+    Slots from TOP_K on are the shared MLP's. out [tokens, routed and shared width]; where an expert is not
+    here nothing is written.
     """
     block, slot, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     x += token.to(tl.int64) * cols
@@ -206,17 +210,17 @@ def few_up_kernel(
         expert = tl.load(index + token * TOP_K + slot) - first
         if (expert < 0) | (expert >= here):
             return
-        codes += expert.to(tl.int64) * codes_step
-        scales += expert.to(tl.int64) * scales_step
+        codes += expert.to(tl.int64) * codes_stride
+        scales += expert.to(tl.int64) * scales_stride
         out += slot * width
     else:
-        codes, scales, part_blocks, rows = shared_codes, shared_scales, shared_part_blocks, shared_rows
+        codes, scales, half_blocks, rows = shared_codes, shared_scales, shared_half_blocks, shared_rows
         block += (slot - TOP_K) * shared_blocks
         out += TOP_K * width
     at = block * ROWS + tl.arange(0, ROWS)
     if block * ROWS < rows // 2:
         gate, up = gated(
-            codes, scales, x, norm, block, part_blocks, rows, cols, KIND, GROUP, ROWS, CHUNK, NORM
+            codes, scales, x, norm, block, half_blocks, rows, cols, KIND, GROUP, ROWS, CHUNK, NORM
         )
         if NORM:
             rms = inverse_rms(x, cols, eps, SIZE)
@@ -233,13 +237,13 @@ def few_down_kernel(
     shared_scales,
     index,
     weight,
-    parts,
+    terms,
     rows,
     width,
     shared_width,
     piece,
-    codes_step,
-    scales_step,
+    codes_stride,
+    scales_stride,
     first,
     here,
     KIND: tl.constexpr,
@@ -248,9 +252,10 @@ def few_down_kernel(
     CHUNK: tl.constexpr,
     TOP_K: tl.constexpr,
 ):
-    """Programs (block, slot, token): parts [tokens, slots, rows] in fp32, each slot's down projection times its weight.
+    """Programs (block, slot, token): terms [tokens, slots, rows] in fp32, down projections times weights.
 
-    Slots from TOP_K on are the shared MLP's, each for `piece` of its columns. `gather_kernel` adds them up, always in one order.
+    Slots from TOP_K on are the shared MLP's, each for `piece` of its columns. `gather_kernel` adds them up,
+    always in one order.
     """
     block, slot, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     hidden += token.to(tl.int64) * (TOP_K * width + shared_width)
@@ -260,8 +265,8 @@ def few_down_kernel(
     if slot < TOP_K:
         expert = tl.load(index + token * TOP_K + slot) - first
         factor = tl.load(weight + token * TOP_K + slot).to(tl.float32)
-        codes += tl.maximum(expert, 0).to(tl.int64) * codes_step
-        scales += tl.maximum(expert, 0).to(tl.int64) * scales_step
+        codes += tl.maximum(expert, 0).to(tl.int64) * codes_stride
+        scales += tl.maximum(expert, 0).to(tl.int64) * scales_stride
         hidden += slot * width
         if (expert < 0) | (expert >= here):
             end = 0  # another rank's
@@ -277,12 +282,12 @@ def few_down_kernel(
         )
     sums = tl.where(end > start, row_sums(products, KIND) * factor, 0.0)
     row = block * ROWS + tl.arange(0, ROWS)
-    tl.store(parts + (token * tl.num_programs(1) + slot).to(tl.int64) * rows + row, sums, mask=row < rows)
+    tl.store(terms + (token * tl.num_programs(1) + slot).to(tl.int64) * rows + row, sums, mask=row < rows)
 
 
 @triton.jit
 def expert_of_tile(ends, tile, EXPERTS: tl.constexpr, BM: tl.constexpr):
-    """Which expert's tokens tile number `tile` holds, from where among the sorted ones to where; no tokens past the last tile.
+    """Which expert's tokens a tile holds, from where among the sorted ones to where; past the last tile none.
 
     ends [EXPERTS]: where each expert's tokens end among the sorted ones, filled up with the last.
     """
@@ -307,9 +312,9 @@ def many_up_kernel(
     out,
     cols,
     width,
-    codes_step,
-    scales_step,
-    part_blocks,
+    codes_stride,
+    scales_stride,
+    half_blocks,
     repeats,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -318,35 +323,38 @@ def many_up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Programs (tile of sorted tokens, columns): out [sorted, width] = silu(gate) * up. Sorted place i is token order[i] // repeats."""
+    """Programs (tile of sorted tokens, columns): out [sorted, width] = silu(gate) * up.
+
+    Sorted place i is token order[i] // repeats.
+    """
     expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
     if first >= end:
         return
     place = first + tl.arange(0, BM)
     row = tl.load(order + place, mask=place < end, other=0) // repeats
     block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
-    codes += expert.to(tl.int64) * codes_step
-    scales += expert.to(tl.int64) * scales_step
-    up_codes, up_block = codes, block + part_blocks
+    codes += expert.to(tl.int64) * codes_stride
+    scales += expert.to(tl.int64) * scales_stride
+    up_codes, up_block = codes, block + half_blocks
     if KIND == 16:
         up_codes, up_block = codes + width.to(tl.int64) * cols, block
     gate, up = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
-    for step in range(0, tl.cdiv(cols, BK)):
-        k = step * BK + tl.arange(0, BK)
+    for chunk in range(0, tl.cdiv(cols, BK)):
+        k = chunk * BK + tl.arange(0, BK)
         a = tl.load(
             x + row[:, None].to(tl.int64) * cols + k[None, :],
             mask=(place < end)[:, None] & (k < cols)[None, :],
             other=0.0,
         )
-        b = weight_tile(codes, scales, block, width, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        b = weight_tile(codes, scales, block, width, cols, chunk, x.dtype.element_ty, KIND, GROUP, BN, BK)
         gate = tl.dot(a, b, gate, input_precision="ieee")
         b = weight_tile(
             up_codes,
             scales,
             up_block,
-            width if KIND == 16 else part_blocks * LANES_OF_A_BLOCK + width,
+            width if KIND == 16 else half_blocks * LANES_OF_A_BLOCK + width,
             cols,
-            step,
+            chunk,
             x.dtype.element_ty,
             KIND,
             GROUP,
@@ -374,8 +382,8 @@ def many_down_kernel(
     out,
     rows,
     width,
-    codes_step,
-    scales_step,
+    codes_stride,
+    scales_stride,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -384,15 +392,15 @@ def many_down_kernel(
     BK: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Programs (tile of sorted tokens, rows): the down projection of sorted place i, times its weight, at out[order[i]]."""
+    """Programs (tile of sorted tokens, rows): down projections times weights, place i at out[order[i]]."""
     expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
     if first >= end:
         return
     place = first + tl.arange(0, BM)
     to = tl.load(order + place, mask=place < end, other=0)
     block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
-    codes += expert.to(tl.int64) * codes_step
-    scales += expert.to(tl.int64) * scales_step
+    codes += expert.to(tl.int64) * codes_stride
+    scales += expert.to(tl.int64) * scales_stride
     sums = tile_products(
         hidden, place, place < end, codes, scales, block, rows, width, KIND, GROUP, BM, BN, BK
     )
@@ -406,12 +414,12 @@ def many_down_kernel(
 
 
 @triton.jit
-def gather_kernel(parts, shared, out, cols, PARTS: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr):
-    """Programs (token, columns): out [tokens, cols] += the sum of the token's PARTS rows of parts, and of shared."""
+def gather_kernel(terms, shared, out, cols, TERMS: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr):
+    """Programs (token, columns): out [tokens, cols] += the token's TERMS rows of terms and row of shared."""
     token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(out + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
-    for k in range(PARTS):
-        total += tl.load(parts + (token * PARTS + k) * cols + at, mask=at < cols, other=0.0).to(tl.float32)
+    for k in range(TERMS):
+        total += tl.load(terms + (token * TERMS + k) * cols + at, mask=at < cols, other=0.0).to(tl.float32)
     if SHARED:
         total += tl.load(shared + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
     tl.store(out + token * cols + at, total.to(out.dtype.element_ty), mask=at < cols)
@@ -419,19 +427,22 @@ def gather_kernel(parts, shared, out, cols, PARTS: tl.constexpr, SHARED: tl.cons
 
 @dataclass(frozen=True)
 class Routing:
-    """How a model's router chooses: as kernels/experts.py's `route`."""
+    """How a model's router chooses among so many experts: kernels/experts.py's Routing says the rest."""
 
     experts: int
     top_k: int
-    groups: int
-    top_groups: int
-    normalise: bool
-    factor: float
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    scaling_factor: float
+
+
+NO_ROUTING = Routing(1, 0, 1, 1, False, 1.0)
 
 
 @dataclass(frozen=True)
 class Feed:
-    """One layer's MLP: routed experts, shared ones, or (`router` None) a dense MLP in the place of the shared ones."""
+    """One layer's MLP: routed experts, shared ones, or (`router` None) a dense MLP in place of the shared."""
 
     norm: Tensor
     eps: float
@@ -442,8 +453,26 @@ class Feed:
     shared_gate_up: Table | None
     shared_down: Table | None
 
+    @property
+    def width(self) -> int:
+        """Of a routed expert."""
+        return 0 if self.gate_up is None else self.gate_up.rows // 2
 
-NO_ROUTING = Routing(1, 0, 1, 1, False, 1.0)
+    @property
+    def shared_width(self) -> int:
+        """Of all shared experts together."""
+        return 0 if self.shared_gate_up is None else self.shared_gate_up.rows // 2
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Each token's experts and weights, both [tokens, top_k]. `here` experts lie here, from `first` on."""
+
+    index: Tensor
+    weight: Tensor
+    top_k: int
+    first: int
+    here: int
 
 
 def router_logits(x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
@@ -452,7 +481,7 @@ def router_logits(x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
     count, cols = x.shape
     experts = feed.routing.experts
     normed, logits = torch.empty_like(x), x.new_empty(count, experts, dtype=torch.float32)
-    size, rows = triton.next_power_of_2(cols), 2 if count <= FEW else 16
+    size, rows = triton.next_power_of_2(cols), 2 if count <= MATVEC_TOKENS else 16
     router_kernel[(count, -(-experts // rows))](
         x,
         feed.norm,
@@ -470,7 +499,7 @@ def router_logits(x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
 
 
 def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """The same as kernels/experts.py's `route`, the indices in int32."""
+    """kernels/experts.py's `route`: logits [tokens, experts] -> index (int32), weight, both [tokens, k]."""
     index = logits.new_empty(logits.shape[0], routing.top_k, dtype=torch.int32)
     weight = logits.new_empty(logits.shape[0], routing.top_k)
     choose_kernel[(logits.shape[0],)](
@@ -478,13 +507,13 @@ def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         index,
         weight,
         routing.experts,
-        routing.factor,
+        routing.scaling_factor,
         EXPERTS=triton.next_power_of_2(routing.experts),
         TOP_K=routing.top_k,
         CHOICES=triton.next_power_of_2(routing.top_k),
-        GROUPS=routing.groups,
-        TOP_GROUPS=routing.top_groups,
-        NORMALISE=routing.normalise,
+        GROUPS=routing.n_group,
+        TOP_GROUPS=routing.topk_group,
+        NORMALISE=routing.norm_topk_prob,
         num_warps=1,
     )
     return index, weight
@@ -498,29 +527,37 @@ def run(x: Tensor, feed: Feed, out: Tensor, first: int = 0) -> Tensor:
     assert x.is_contiguous() and out.is_contiguous()
     if feed.gate_up is None and feed.shared_gate_up is None:
         return out
-    return few(x, feed, out, first) if x.shape[0] <= FEW else many(x, feed, out, first)
+    return few(x, feed, out, first) if x.shape[0] <= MATVEC_TOKENS else many(x, feed, out, first)
 
 
 def few(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
-    count, cols = x.shape
-    routed = feed.gate_up is not None
-    routing = feed.routing if routed else NO_ROUTING
-    up, down = feed.gate_up or feed.shared_gate_up, feed.down or feed.shared_down
-    assert up is not None and down is not None
-    shared_up, shared_down = feed.shared_gate_up or up, feed.shared_down or down
-    inner, index, weight = x, x, x
-    if routed:
+    """`run` for few tokens: every token's experts are read by themselves. x and out [tokens, hidden]"""
+    inner, chosen = x, Chosen(x, x, 0, first, 0)
+    if feed.gate_up is not None:
         inner, logits = router_logits(x, feed)
-        index, weight = choose(logits, routing)
-    width, shared_width = up.rows // 2 if routed else 0, shared_up.rows // 2 if feed.shared_gate_up else 0
+        here = feed.gate_up.codes.shape[0]
+        chosen = Chosen(*choose(logits, feed.routing), feed.routing.top_k, first, here)
+    hidden = few_up(inner, feed, chosen)
+    return gather(few_down(hidden, feed, chosen), None, out)
+
+
+def few_up(x: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
+    """silu(gate) * up of each token's experts and of the shared ones. x [tokens, hidden] -> [tokens, widths]
+
+    x is normed already where there is a router; else it is normed here.
+    """
+    up = feed.gate_up or feed.shared_gate_up
+    assert up is not None
+    shared_up = feed.shared_gate_up or up
+    (count, cols), width, shared_width = x.shape, feed.width, feed.shared_width
     blocks = -(-(width or shared_width) // up.block_rows)  # of one half
     # The shared experts are one MLP: as many more slots as it is wider than a routed expert.
-    slots = routing.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
-    hidden = x.new_empty(count, routing.top_k * width + shared_width)
+    slots = chosen.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
+    hidden = x.new_empty(count, chosen.top_k * width + shared_width)
     few_up_kernel[(blocks, slots, count)](
-        inner,
+        x,
         feed.norm,
-        index,
+        chosen.index,
         up.codes,
         up.scales,
         shared_up.codes,
@@ -531,63 +568,72 @@ def few(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
         2 * shared_width,
         up.codes.stride(0),
         up.scales.stride(0),
-        up.part_blocks,
-        shared_up.part_blocks,
+        up.half_blocks,
+        shared_up.half_blocks,
         blocks,
-        first,
-        up.codes.shape[0] if routed else 0,
+        chosen.first,
+        chosen.here,
         feed.eps,
         KIND=up.kind,
         GROUP=up.group,
         ROWS=up.block_rows,
         CHUNK=up.chunk(8),
         SIZE=triton.next_power_of_2(cols),
-        NORM=not routed,
-        TOP_K=routing.top_k,
+        NORM=feed.gate_up is None,
+        TOP_K=chosen.top_k,
         num_warps=8,
     )
-    blocks, warps = down.blocks(), 8
+    return hidden
+
+
+def few_down(hidden: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
+    """hidden [tokens, widths] -> weighted outputs, to be summed [tokens, slots, hidden size] in fp32."""
+    down = feed.down or feed.shared_down
+    assert down is not None
+    shared_down = feed.shared_down or down
+    count, cols, width, shared_width = hidden.shape[0], down.rows, feed.width, feed.shared_width
+    warps = 8
     chunk = down.chunk(warps)
     piece = -(-min(shared_width, width or 2048) // chunk) * chunk if shared_width else chunk
-    slots = routing.top_k + -(-shared_width // piece)
-    parts = x.new_empty(count, slots, cols, dtype=torch.float32)
-    few_down_kernel[(blocks, slots, count)](
+    slots = chosen.top_k + -(-shared_width // piece)
+    terms = hidden.new_empty(count, slots, cols, dtype=torch.float32)
+    few_down_kernel[(down.blocks(), slots, count)](
         hidden,
         down.codes,
         down.scales,
         shared_down.codes,
         shared_down.scales,
-        index,
-        weight,
-        parts,
+        chosen.index,
+        chosen.weight,
+        terms,
         cols,
         width,
         shared_width,
         piece,
         down.codes.stride(0),
         down.scales.stride(0),
-        first,
-        down.codes.shape[0] if routed else 0,
+        chosen.first,
+        chosen.here,
         KIND=down.kind,
         GROUP=down.group,
         ROWS=down.block_rows,
         CHUNK=chunk,
-        TOP_K=routing.top_k,
+        TOP_K=chosen.top_k,
         num_warps=warps,
     )
-    return gather(parts, None, out)
+    return terms
 
 
-def gather(parts: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
-    """out [tokens, cols] += the sum of parts [tokens, any, cols] and of shared."""
+def gather(terms: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
+    """out [tokens, cols] += the sum of terms [tokens, any, cols] and of shared [tokens, cols], in place."""
     count, cols = out.shape
     chunk = min(1024, triton.next_power_of_2(cols))
     gather_kernel[(count, -(-cols // chunk))](
-        parts,
+        terms,
         out if shared is None else shared,
         out,
         cols,
-        PARTS=parts.shape[1],
+        TERMS=terms.shape[1],
         SHARED=shared is not None,
         CHUNK=chunk,
     )
@@ -595,17 +641,18 @@ def gather(parts: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
 
 
 def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
+    """`run` for many tokens: sorted by expert, through tensor cores. x and out [tokens, hidden]"""
     count = x.shape[0]
-    parts, shared = x.new_empty(count, 0, x.shape[1]), None
+    terms, shared = x.new_empty(count, 0, x.shape[1]), None
     if feed.gate_up is not None and feed.down is not None:
         inner, logits = router_logits(x, feed)
         index, weight = choose(logits, feed.routing)
-        parts = grouped(inner, index - first, weight, feed.gate_up, feed.down).unflatten(0, (count, -1))
+        terms = grouped(inner, index - first, weight, feed.gate_up, feed.down).unflatten(0, (count, -1))
     else:
         inner = rms_norm(x, feed.norm, feed.eps)
     if feed.shared_gate_up is not None and feed.shared_down is not None:
         shared = dense(inner, feed.shared_gate_up, feed.shared_down)
-    return gather(parts, shared, out)
+    return gather(terms, shared, out)
 
 
 def dense(x: Tensor, gate_up: Table, down: Table) -> Tensor:
@@ -613,34 +660,51 @@ def dense(x: Tensor, gate_up: Table, down: Table) -> Tensor:
     return grouped(x, x.new_zeros(x.shape[0], 1, dtype=torch.int32), None, gate_up, down)
 
 
-def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:
-    """Every token's chosen experts, each output times its weight. x [n, hidden], index [n, k] -> [n * k, hidden]
+@dataclass(frozen=True)
+class Sorted:
+    """Choices (token i's j-th is number i * k + j) sorted by expert, and the tiles that they are cut into."""
 
-    One that is not here (below 0 or too high) gives zeros. A dense MLP is one expert, chosen by all.
-    """
-    count, cols = x.shape
-    top_k, width = index.shape[1], gate_up.rows // 2
-    here = gate_up.codes.shape[0] if weight is not None else 1
+    order: Tensor  # [n * k] int32: the choice at each place
+    ends: Tensor  # [size] int32: where each expert's choices end, filled up with the last
+    repeats: int  # choices a token
+    rows: int  # of a tile
+    tiles: int  # at most: every expert may have one that is not full
+
+    @property
+    def warps(self) -> int:
+        return 4 if self.rows < 128 else 8
+
+
+def sort_by_expert(index: Tensor, here: int) -> Sorted:
+    """index [n, k] of experts below `here`. Others (below 0 or too high) come last, past every end."""
     flat = index.flatten()
     flat = torch.where((flat >= 0) & (flat < here), flat, here)
     sorted_experts, order = flat.sort(stable=True)
     size = triton.next_power_of_2(here)
-    ends = torch.searchsorted(
-        sorted_experts,
-        torch.arange(size, device=x.device, dtype=flat.dtype).clamp(max=here - 1),
-        right=True,
-        out_int32=True,
-    )
-    order = order.int()
-    bm, bn = tile_rows(count * top_k / here), 64
-    tiles = count * top_k // bm + here  # at most: every expert may have one that is not full
-    warps = 4 if bm < 128 else 8
-    bk = gate_up.group if gate_up.kind != DENSE else 64
-    hidden = x.new_empty(count * top_k, width)
-    many_up_kernel[(tiles, -(-width // bn))](
+    experts = torch.arange(size, device=index.device, dtype=flat.dtype).clamp(max=here - 1)
+    ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
+    rows = tile_rows(len(flat) / here)
+    return Sorted(order.int(), ends, index.shape[1], rows, len(flat) // rows + here)
+
+
+def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:
+    """Every token's chosen experts, each output times its weight. x [n, hidden] -> [n * k, hidden]
+
+    index and weight [n, k]. An expert that is not here (below 0 or too high) gives zeros. A dense MLP is one
+    expert, chosen by all.
+    """
+    by_expert = sort_by_expert(index, gate_up.codes.shape[0] if weight is not None else 1)
+    return many_down(many_up(x, by_expert, gate_up), by_expert, weight, down)
+
+
+def many_up(x: Tensor, by_expert: Sorted, gate_up: Table) -> Tensor:
+    """silu(gate) * up of every choice, in sorted order. x [n, hidden] -> [n * k, width]"""
+    cols, width = x.shape[1], gate_up.rows // 2
+    hidden = x.new_empty(len(by_expert.order), width)
+    many_up_kernel[(by_expert.tiles, -(-width // TILE_COLUMNS))](
         x,
-        order,
-        ends,
+        by_expert.order,
+        by_expert.ends,
         gate_up.codes,
         gate_up.scales,
         hidden,
@@ -648,38 +712,49 @@ def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, dow
         width,
         gate_up.codes.stride(0),
         gate_up.scales.stride(0),
-        gate_up.part_blocks,
-        top_k,
+        gate_up.half_blocks,
+        by_expert.repeats,
         KIND=gate_up.kind,
         GROUP=gate_up.group,
-        EXPERTS=size,
-        BM=bm,
-        BN=bn,
-        BK=bk,
-        num_warps=warps,
+        EXPERTS=len(by_expert.ends),
+        BM=by_expert.rows,
+        BN=TILE_COLUMNS,
+        BK=depth(gate_up),
+        num_warps=by_expert.warps,
         num_stages=3,
     )
-    out = x.new_zeros(count * top_k, cols)
-    many_down_kernel[(tiles, -(-cols // bn))](
+    return hidden
+
+
+def many_down(hidden: Tensor, by_expert: Sorted, weight: Tensor | None, down: Table) -> Tensor:
+    """hidden [n * k, width] in sorted order -> each choice's output, times its weight if any [n * k, rows]"""
+    cols = down.rows
+    out = hidden.new_zeros(len(by_expert.order), cols)
+    many_down_kernel[(by_expert.tiles, -(-cols // TILE_COLUMNS))](
         hidden,
-        order,
-        ends,
-        weight if weight is not None else x,
+        by_expert.order,
+        by_expert.ends,
+        weight if weight is not None else hidden,
         down.codes,
         down.scales,
         out,
         cols,
-        width,
+        hidden.shape[1],
         down.codes.stride(0),
         down.scales.stride(0),
         KIND=down.kind,
         GROUP=down.group,
-        EXPERTS=size,
-        BM=bm,
-        BN=bn,
-        BK=bk,
+        EXPERTS=len(by_expert.ends),
+        BM=by_expert.rows,
+        BN=TILE_COLUMNS,
+        BK=depth(down),
         WEIGHTED=weight is not None,
-        num_warps=warps,
+        num_warps=by_expert.warps,
         num_stages=3,
     )
     return out
+
+
+def depth(weight: Table) -> int:
+    """Columns of the weights that a tile takes at a time: of packed ones a group."""
+    return 64 if weight.kind == DENSE else weight.group

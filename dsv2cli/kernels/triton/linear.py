@@ -1,8 +1,9 @@
 """Triton: products of rows with dense, 8-bit and 4-bit weights, as kernels/linear.py says in plain torch.
 
-A few rows go through a matrix-vector kernel, which reads the weights at the memory's pace; more go through tensor cores.
-Packed weights are read as they lie (kernels/quantized.py): sixteen rows interleaved, so that a tile of one block is one run
-of memory. Needs triton, which comes with torch's CUDA builds; with TRITON_INTERPRET=1 everything here runs on a CPU.
+A few rows go through a matrix-vector kernel, which reads the weights at the memory's pace; more go through
+tensor cores. Packed weights are read as they lie (kernels/quantized.py): sixteen rows interleaved, so that a
+tile of one block is one run of memory. Needs triton, which comes with torch's CUDA builds; with
+TRITON_INTERPRET=1 everything here runs on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dsv2cli.formats import LANES
 from dsv2cli.kernels.quantized import CODEBOOK, Quantized
 
 DENSE = 16  # the kind of weights that are not packed; packed ones go by their bits
-FEW = 4  # rows up to which weights are read once a row, through the second-level cache
+MATVEC_ROWS = 4  # up to so many rows each reads the weights by itself, all but the first from the L2 cache
 BYTES_A_WARP = 1024  # of weights, that it reads at a time
 FULL = 256  # programs from which all multiprocessors have several; fewer programs are made larger
 
@@ -31,8 +32,9 @@ LOW_HALF = tl.constexpr(int.from_bytes(bytes(BYTES[:8]), "little", signed=True))
 HIGH_HALF = tl.constexpr(int.from_bytes(bytes(BYTES[8:]), "little", signed=True))
 SIGNS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: turns bytes c into c - 128
 WORDS = [int.from_bytes(bytes(BYTES[i : i + 4]), "little") for i in range(0, 16, 4)]
-# Eight 4-bit codes to eight numbers: `prmt` picks bytes by the low three bits of a nibble, from either half of the codebook;
-# a second one takes for each the half that its fourth bit names; two more sort low nibbles from high ones.
+# Eight 4-bit codes to eight numbers: `prmt` picks bytes by the low three bits of a nibble, from either half
+# of the codebook; a second one takes for each the half that its fourth bit names; two more sort low nibbles
+# from high ones.
 UNPACK = tl.constexpr(f"""{{
 .reg .b32 pick, half, a, b, p, q;
 and.b32 pick, $2, 0x77777777;
@@ -61,7 +63,7 @@ def entry(code):
 
 @triton.jit
 def unpack(words):
-    """Words of eight 4-bit codes -> words of the four numbers that their low halves stand for, and their high halves."""
+    """Words of eight 4-bit codes -> words of the four numbers of their low, and of their high halves."""
     if INTERPRETED:
         low, high = tl.zeros_like(words), tl.zeros_like(words)
         for j in tl.static_range(4):
@@ -108,6 +110,7 @@ def nothing(KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: 
 
 @triton.jit
 def row_sums(products, KIND: tl.constexpr):
+    """What `add_products` has added up -> a sum for each of its rows. [ROWS]"""
     if KIND == 16:
         return tl.sum(products, axis=1)
     else:
@@ -116,7 +119,7 @@ def row_sums(products, KIND: tl.constexpr):
 
 @triton.jit
 def four_products(word, x, norm, at, cols, NORM: tl.constexpr):
-    """The four numbers of each word [groups, words, rows] times x at columns `at` [groups, words] and the three after them."""
+    """Each word's numbers [groups, words, rows] times x at columns `at` [groups, words] and three more."""
     sums = number(word, 0) * scaled(x, norm, at, cols, NORM)[:, :, None]
     for j in tl.static_range(1, 4):
         sums += number(word, j) * scaled(x, norm, at + j, cols, NORM)[:, :, None]
@@ -142,16 +145,15 @@ def add_products(
 ):
     """Columns start..start+CHUNK of the block's ROWS rows times x, added up as they lie; `row_sums` ends it.
 
-    Loads of x and of scales are smaller than the program has threads: the compiler then lays them out as the codes lie, and
-    nothing is exchanged between threads before the end.
+    Loads of x and of scales are smaller than the program has threads: the compiler then lays them out as the
+    codes lie, and nothing is exchanged between threads before the end.
     """
     if KIND == 16:
         row, at = block * ROWS + tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
         inside = (row < rows)[:, None] & (at < cols)[None, :]
         weights = tl.load(codes + row[:, None].to(tl.int64) * cols + at[None, :], mask=inside, other=0.0)
-        every = at[None, :] + tl.zeros(
-            [ROWS, 1], tl.int32
-        )  # x once for each row: that is how the weights are laid out, a row a warp
+        # x once for each row: that is how the weights are laid out, a row a warp.
+        every = at[None, :] + tl.zeros([ROWS, 1], tl.int32)
         return products + weights.to(tl.float32) * scaled(x, norm, every, cols, NORM)
     else:
         words: tl.constexpr = GROUP * KIND // 32  # of one row and group
@@ -163,11 +165,11 @@ def add_products(
         )
         at = group[:, None] * GROUP + word[None, :] * (32 // KIND)
         inside = (group < groups)[:, None, None]
-        run = group[:, None] * words + word[None, :]
+        place = group[:, None] * words + word[None, :]  # counted in words of a block's rows
         data = tl.load(
             codes
             + block.to(tl.int64) * groups * (words * ROWS)
-            + (run[:, :, None] * ROWS + lane[None, None, :]),
+            + (place[:, :, None] * ROWS + lane[None, None, :]),
             mask=inside,
             other=0,
         )
@@ -210,9 +212,10 @@ def few_rows_kernel(
     TWO: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """out [tokens, rows + more_rows] = (residual +) norm(x) [tokens, cols] times one matrix, or two of the same kind.
+    """out [tokens, rows + more_rows] = (residual +) norm(x) [tokens, cols] times one matrix or two of a kind.
 
-    One program a token and block; tokens are neighbours, so that all but the first find the weights in the cache.
+    One program a token and block; tokens are neighbours, so that all but the first find the weights in the
+    cache.
     """
     token, block = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * cols
@@ -250,26 +253,29 @@ def weight_tile(
     first_block,
     rows,
     cols,
-    step,
+    chunk,
     dtype,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BK columns of BN rows from row 16 * first_block on, transposed, as `dtype`. [BK, BN]. Packed: BK is a group."""
+    """Columns chunk * BK and on of the BN rows from row 16 * first_block on, transposed, as `dtype`. [BK, BN]
+
+    Of packed weights BK is a group.
+    """
     if KIND == 16:
-        row, k = first_block * LANES_OF_A_BLOCK + tl.arange(0, BN), step * BK + tl.arange(0, BK)
+        row, k = first_block * LANES_OF_A_BLOCK + tl.arange(0, BN), chunk * BK + tl.arange(0, BK)
         inside = (k < cols)[:, None] & (row < rows)[None, :]
         return tl.load(codes + row[None, :].to(tl.int64) * cols + k[:, None], mask=inside, other=0.0)
     else:
         words: tl.constexpr = GROUP * KIND // 32
         block, lane = first_block + tl.arange(0, BN // LANES_OF_A_BLOCK), tl.arange(0, LANES_OF_A_BLOCK)
         there = (block * LANES_OF_A_BLOCK < rows)[:, None]
-        place = (block * tl.cdiv(cols, GROUP) + step)[:, None]  # counted in groups of a block's rows
-        run = tl.arange(0, words * LANES_OF_A_BLOCK)
+        place = (block * tl.cdiv(cols, GROUP) + chunk)[:, None]  # counted in groups of a block's rows
+        word = tl.arange(0, words * LANES_OF_A_BLOCK)
         data = tl.load(
-            codes + place.to(tl.int64) * (words * LANES_OF_A_BLOCK) + run[None, :], mask=there, other=0
+            codes + place.to(tl.int64) * (words * LANES_OF_A_BLOCK) + word[None, :], mask=there, other=0
         )
         data = data.reshape(BN // LANES_OF_A_BLOCK, words, LANES_OF_A_BLOCK)
         scale = tl.load(scales + place * LANES_OF_A_BLOCK + lane[None, :], mask=there, other=0.0).to(
@@ -300,16 +306,17 @@ def tile_products(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The rows `row` [BM] of x [any, cols], as far as they are there, times BN rows of a matrix. [BM, BN] in fp32"""
+    """Rows `row` [BM] of x [any, cols], those that are `there`, times BN rows of a matrix. [BM, BN] fp32"""
     sums = tl.zeros([BM, BN], tl.float32)
-    for step in range(0, tl.cdiv(cols, BK)):
-        k = step * BK + tl.arange(0, BK)
+    for chunk in range(0, tl.cdiv(cols, BK)):
+        k = chunk * BK + tl.arange(0, BK)
         a = tl.load(
             x + row[:, None].to(tl.int64) * cols + k[None, :],
             mask=there[:, None] & (k < cols)[None, :],
             other=0.0,
         )
-        b = weight_tile(codes, scales, first_block, rows, cols, step, x.dtype.element_ty, KIND, GROUP, BN, BK)
+        dtype = x.dtype.element_ty
+        b = weight_tile(codes, scales, first_block, rows, cols, chunk, dtype, KIND, GROUP, BN, BK)
         sums = tl.dot(a, b, sums, input_precision="ieee")
     return sums
 
@@ -344,7 +351,7 @@ def many_rows_kernel(
 
 @triton.jit
 def store_normed(x, weight, out, cols, eps, SIZE: tl.constexpr):
-    """out = x / rms(x) * weight, rounded as kernels/linear.py does it. Rows of `cols` numbers, SIZE a power of two"""
+    """out = x / rms(x) * weight for rows [cols], rounded as in kernels/linear.py. SIZE is a power of two."""
     at = tl.arange(0, SIZE)
     values = tl.load(x + at, mask=at < cols, other=0.0).to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values) / cols + eps)
@@ -371,8 +378,8 @@ class Table:
     cols: int
 
     @property
-    def part_blocks(self) -> int:
-        """Blocks of the gate's half where gate and up are one packed matrix: each half is padded to whole ones."""
+    def half_blocks(self) -> int:
+        """Blocks of the gate where gate and up are one packed matrix: each half is padded to whole blocks."""
         return -(-self.rows // 2 // LANES)
 
     @property
@@ -385,17 +392,15 @@ class Table:
         return -(-self.rows // self.block_rows)
 
     def chunk(self, warps: int) -> int:
-        """Columns that one takes at a time, so that each thread of so many warps has a few loads under way."""
-        item = (
-            self.codes.element_size() if self.kind == DENSE else 1
-        )  # 4-bit codes in chunks half as large: see add_products
-        return max(
-            self.group,
-            min(BYTES_A_WARP * warps // item // self.block_rows, triton.next_power_of_2(self.cols)),
-        )
+        """Columns it takes at a time, so that each thread of so many warps has a few loads under way."""
+        # 4-bit codes in chunks half as large: see add_products.
+        item = self.codes.element_size() if self.kind == DENSE else 1
+        wanted = BYTES_A_WARP * warps // item // self.block_rows
+        return max(self.group, min(wanted, triton.next_power_of_2(self.cols)))
 
 
 def table(weight: Tensor | Quantized) -> Table:
+    """A weight [rows, cols], or a stack of them, as the kernels take it; the memory is shared."""
     rows, cols = weight.shape[-2:]
     if isinstance(weight, Quantized):
         return Table(weight.codes.view(torch.int32), weight.scales, weight.bits, weight.group, rows, cols)
@@ -420,10 +425,18 @@ def linear(
         and cols == weight.cols
         and (more is None or (more.kind, more.group, more.cols) == (weight.kind, weight.group, cols))
     )
-    if count > FEW:
-        x = x if norm is None else rms_norm(x, norm, eps)
-        out = many_rows(x, weight, residual)
-        return out if more is None else torch.cat([out, many_rows(x, more, None)], dim=1)
+    if count <= MATVEC_ROWS:
+        return few_rows(x, weight, more, norm, eps, residual)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    out = many_rows(x, weight, residual)
+    return out if more is None else torch.cat([out, many_rows(x, more, None)], dim=1)
+
+
+def few_rows(
+    x: Tensor, weight: Table, more: Table | None, norm: Tensor | None, eps: float, residual: Tensor | None
+) -> Tensor:
+    """`linear` for few rows x [tokens, cols], as matrix-vector products. -> [tokens, rows of both]"""
+    count, cols = x.shape
     other = more or weight
     blocks = weight.blocks()
     every = blocks + (more.blocks() if more else 0)
@@ -457,7 +470,7 @@ def linear(
 
 
 def many_rows(x: Tensor, weight: Table, residual: Tensor | None) -> Tensor:
-    """The same for more rows. Dense weights go to the vendor's own matrix product."""
+    """(residual +) x [tokens, cols] times weight -> [tokens, rows]. Dense weights go to torch's product."""
     if weight.kind == DENSE:
         return (
             x @ weight.codes.T if residual is None else torch.addmm(residual, x, weight.codes.T, out=residual)
@@ -486,7 +499,7 @@ def many_rows(x: Tensor, weight: Table, residual: Tensor | None) -> Tensor:
 
 
 def tile_rows(count: float) -> int:
-    """Rows of a tile for a product of so many: what a tensor core takes at least, and no more than there are."""
+    """Rows of a tile for a product of so many: at least what a tensor core takes, at most what there are."""
     return max(16, min(128, triton.next_power_of_2(int(count))))
 
 

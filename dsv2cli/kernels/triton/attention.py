@@ -1,8 +1,9 @@
 """Triton: absorbed latent attention for few new tokens, as kernels/attention.py says in plain torch.
 
-Three kernels: one turns positions, absorbs queries and writes the cache; one reads the cache, cut into splits so that all of
-the GPU is busy; one puts the splits together and leads out of the latent. Every token has a row of the cache and a position;
-one at a negative position is not there: it writes nothing and its output means nothing.
+Three kernels: one turns positions, absorbs queries and writes the cache; one reads the cache, cut into splits
+so that all of the GPU is busy; one puts the splits together and leads out of the latent. Every token has a
+row of the cache and a position; one at a negative position is not there: it writes nothing and its output
+means nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2cli.kernels.gpu_linear import store_normed
+from dsv2cli.kernels.triton.linear import store_normed
 
 TOKENS_AT_A_TIME = 32  # of the cache
 HEADS_AT_A_TIME = 16  # a tensor core takes no fewer
 MOST_SPLITS = 128
-FEW = 8  # tokens up to which each reads kv_b_proj by itself
+ABSORB_TOKENS = 8  # up to so many tokens each reads kv_b_proj by itself
+LATENT_EPS = 1e-6  # of kv_a_layernorm, fixed in the official code
 
 
 @triton.jit
@@ -119,9 +121,10 @@ def attend_kernel(
     RANK_SIZE: tl.constexpr,
     ROPE_SIZE: tl.constexpr,
 ):
-    """Programs (token, heads, split): softmax over the split's part of the cache; a latent read once is key and value.
+    """Programs (token, heads, split): softmax over a split of the cache; a latent read once is key and value.
 
-    mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; nothing is written for an empty split.
+    mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; nothing is written
+    for an empty split.
     """
     token, split = tl.program_id(0), tl.program_id(2)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -184,7 +187,7 @@ def merge_kernel(
     TILE: tl.constexpr,
     LEAD_OUT: tl.constexpr,
 ):
-    """Programs (token, head, tile): the splits' means, weighted by their sums; with LEAD_OUT times W_uv, tile by tile.
+    """Programs (token, head, tile): the splits' means, weighted by their sums, and with LEAD_OUT times W_uv.
 
     out [tokens, heads, value], or [tokens, heads, rank] without LEAD_OUT.
     """
@@ -246,8 +249,32 @@ def processors(device: torch.device) -> int:
 
 
 def count_splits(programs: int, capacity: int, device: torch.device) -> int:
-    """Into how many parts each token's cache is cut: two programs for each multiprocessor, none with less than one tile."""
+    """Splits of each token's cache: two programs a multiprocessor, none with less than a tile."""
     return max(1, min(2 * processors(device) // programs, capacity // TOKENS_AT_A_TIME, MOST_SPLITS))
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What `attend` is given."""
+
+    q: Tensor
+    kv: Tensor
+    kv_norm: Tensor
+    kv_b: Tensor
+    rotary: Tensor
+    positions: Tensor
+    slots: Tensor
+    cache: Tensor
+    shape: Shape
+
+    @property
+    def absorb_each(self) -> bool:
+        """Whether each token reads kv_b_proj by itself."""
+        return self.q.shape[0] <= ABSORB_TOKENS
+
+    @property
+    def rank_size(self) -> int:
+        return max(16, triton.next_power_of_2(self.shape.rank))
 
 
 def attend(
@@ -263,97 +290,111 @@ def attend(
 ) -> Tensor:
     """Attention of few new tokens, which enter the cache first. -> [tokens, heads * value]
 
-    q [tokens, heads * (nope + rope)], kv [tokens, rank + rope] and kv_b [heads * (nope + value), rank] are projections,
-    rotary [tokens, 2, rope / 2] in fp32, positions and slots [tokens] int32, cache [slots, capacity, rank + rope].
-    Rows of q and kv may lie in one tensor. All tokens at once: those of one slot must be neighbours in position.
+    q [tokens, heads * (nope + rope)], kv [tokens, rank + rope] and kv_b [heads * (nope + value), rank] are
+    projections, rotary [tokens, 2, rope / 2] in fp32, positions and slots [tokens] int32, cache [slots,
+    capacity, rank + rope]. Rows of q and kv may lie in one tensor. All tokens at once: those of one slot must
+    be neighbours in position.
     """
-    assert (
-        rotary.is_contiguous()
-        and positions.is_contiguous()
-        and slots.is_contiguous()
-        and cache[0].is_contiguous()
-    )
-    count, few = q.shape[0], q.shape[0] <= FEW
-    size = triton.next_power_of_2
-    rank_size = max(16, size(shape.rank))
-    q_rope = q.new_empty(count, shape.heads, shape.rope)
-    q_latent = q.new_empty(count, shape.heads, shape.rank)
+    assert all(tensor.is_contiguous() for tensor in (rotary, positions, slots, cache[0]))
+    new = NewTokens(q, kv, kv_norm, kv_b, rotary, positions, slots, cache, shape)
+    return merge(new, *read_cache(new, *prepare(new)))
+
+
+def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
+    """Queries, absorbed [tokens, heads, rank] and rotated [tokens, heads, rope]; new rows enter the cache."""
+    shape, count, rank_size = new.shape, new.q.shape[0], new.rank_size
+    q_latent = new.q.new_empty(count, shape.heads, shape.rank)
+    q_rope = new.q.new_empty(count, shape.heads, shape.rope)
     tile = min(64, rank_size)
-    prepare_kernel[(count, shape.heads + 1, -(-shape.rank // tile) if few else 1)](
-        q,
-        kv,
-        kv_norm,
-        kv_b,
-        rotary,
-        positions,
-        slots,
-        cache,
+    tiles = -(-shape.rank // tile) if new.absorb_each else 1
+    prepare_kernel[(count, shape.heads + 1, tiles)](
+        new.q,
+        new.kv,
+        new.kv_norm,
+        new.kv_b,
+        new.rotary,
+        new.positions,
+        new.slots,
+        new.cache,
         q_latent,
         q_rope,
-        cache.stride(0),
-        q.stride(0),
-        kv.stride(0),
-        1e-6,
+        new.cache.stride(0),
+        new.q.stride(0),
+        new.kv.stride(0),
+        LATENT_EPS,
         HEADS=shape.heads,
         NOPE=shape.nope,
         ROPE=shape.rope,
         VALUE=shape.value,
         RANK=shape.rank,
-        NOPE_SIZE=size(shape.nope),
-        PAIRS=size(shape.rope // 2),
+        NOPE_SIZE=triton.next_power_of_2(shape.nope),
+        PAIRS=triton.next_power_of_2(shape.rope // 2),
         RANK_SIZE=rank_size,
         TILE=tile,
-        ABSORB=few,
+        ABSORB=new.absorb_each,
     )
-    w_uk, w_uv = kv_b.view(shape.heads, -1, shape.rank).split([shape.nope, shape.value], dim=1)
-    if not few:  # the weights would be read once a token: a matrix product a head is better
-        q_nope = q.unflatten(1, (shape.heads, -1))[..., : shape.nope]
+    if not new.absorb_each:  # the weights would be read once a token: a matrix product a head is better
+        w_uk = new.kv_b.view(shape.heads, -1, shape.rank)[:, : shape.nope]
+        q_nope = new.q.unflatten(1, (shape.heads, -1))[..., : shape.nope]
         torch.bmm(q_nope.transpose(0, 1), w_uk, out=q_latent.transpose(0, 1))
-    bh = HEADS_AT_A_TIME
-    head_tiles = -(-shape.heads // bh)
-    splits = count_splits(count * head_tiles, cache.shape[1], q.device)
-    mixed = q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
-    log_sums = q.new_empty(count, splits, shape.heads, dtype=torch.float32)
+    return q_latent, q_rope
+
+
+def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Each split's mean latent [tokens, splits, heads, rank] and log sum [tokens, splits, heads], in fp32."""
+    shape, count = new.shape, new.q.shape[0]
+    head_tiles = -(-shape.heads // HEADS_AT_A_TIME)
+    splits = count_splits(count * head_tiles, new.cache.shape[1], new.q.device)
+    mixed = new.q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
+    log_sums = new.q.new_empty(count, splits, shape.heads, dtype=torch.float32)
     attend_kernel[(count, head_tiles, splits)](
         q_latent,
         q_rope,
-        cache,
-        positions,
-        slots,
+        new.cache,
+        new.positions,
+        new.slots,
         mixed,
         log_sums,
-        cache.stride(0),
+        new.cache.stride(0),
         shape.scale,
         HEADS=shape.heads,
         RANK=shape.rank,
         ROPE=shape.rope,
         SPLITS=splits,
-        BH=bh,
+        BH=HEADS_AT_A_TIME,
         BT=TOKENS_AT_A_TIME,
-        RANK_SIZE=rank_size,
-        ROPE_SIZE=max(16, size(shape.rope)),
+        RANK_SIZE=new.rank_size,
+        ROPE_SIZE=max(16, triton.next_power_of_2(shape.rope)),
         num_warps=4,
         num_stages=2,
     )
-    out = q.new_empty(count, shape.heads, shape.value if few else shape.rank)
-    tile = min(32, size(shape.value))
-    merge_kernel[(count, shape.heads, -(-shape.value // tile) if few else 1)](
+    return mixed, log_sums
+
+
+def merge(new: NewTokens, mixed: Tensor, log_sums: Tensor) -> Tensor:
+    """The splits together, led out of the latent. -> [tokens, heads * value]"""
+    shape, (count, splits) = new.shape, log_sums.shape[:2]
+    out = new.q.new_empty(count, shape.heads, shape.value if new.absorb_each else shape.rank)
+    tile = min(32, triton.next_power_of_2(shape.value))
+    tiles = -(-shape.value // tile) if new.absorb_each else 1
+    merge_kernel[(count, shape.heads, tiles)](
         mixed,
         log_sums,
-        positions,
-        kv_b,
+        new.positions,
+        new.kv_b,
         out,
         HEADS=shape.heads,
         NOPE=shape.nope,
         VALUE=shape.value,
         RANK=shape.rank,
         SPLITS=splits,
-        SPLITS_SIZE=size(splits),
+        SPLITS_SIZE=triton.next_power_of_2(splits),
         BT=TOKENS_AT_A_TIME,
-        RANK_SIZE=rank_size,
+        RANK_SIZE=new.rank_size,
         TILE=tile,
-        LEAD_OUT=few,
+        LEAD_OUT=new.absorb_each,
     )
-    if not few:
+    if not new.absorb_each:
+        w_uv = new.kv_b.view(shape.heads, -1, shape.rank)[:, shape.nope :]
         out = torch.bmm(out.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
     return out.reshape(count, -1)

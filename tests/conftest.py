@@ -1,18 +1,26 @@
-"""Shared by all tests: where the data is, and dsv2 run from outside."""
+"""Shared by all tests: where the data is, models, and processes that end with the test that started them."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pexpect
+import psutil
 import pytest
 import torch
+from running import forked
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
@@ -23,7 +31,9 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared"
 CPU = torch.device("cpu")
+MARK = "STARTED_BY_TESTS"  # in the environment of all that this process starts
 
+os.environ[MARK] = f"{os.getpid()} {time.time()}"
 os.environ["DSV2_CONFIG"] = os.devnull  # nor is a person's configuration theirs
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(
     prefix="dsv2-tests-"
@@ -39,37 +49,118 @@ def golden_folders() -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def run_dsv2(
-    *arguments: str, stdin: str | bytes = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """dsv2 as a script would run it: no terminal anywhere."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [sys.executable, "-m", "dsv2cli", *arguments],
-        input=data,
-        capture_output=True,
-        timeout=300,
-        env=os.environ | environment,
-    )
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+def smallest_config() -> dict[str, Any]:
+    """q_lora, grouped routing, one dense layer and one of experts."""
+    return json.loads((DATA / "golden" / "v2" / "config.json").read_text()) | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "vocab_size": 48,
+    }
 
 
 PROMPT = r">.*\x1b\[\?25h"  # the prompt is drawn and the cursor shown again
 
 
-def in_terminal(*arguments: str, columns: int = 100, **environment: str) -> pexpect.spawn:
-    """dsv2 in a pseudo-terminal, as a person would see it."""
-    environment = (
-        os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"} | environment
-    )  # nobody answers where the cursor is
-    return pexpect.spawn(
-        sys.executable,
-        ["-m", "dsv2cli", *arguments],
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(30, columns),
-        env=environment,
-    )
+@pytest.fixture(scope="session", autouse=True)
+def nothing_outlives_the_tests() -> Iterator[None]:
+    """Neither a child of this process, nor, where its parent is gone, what it had started: it has our environment."""
+    yield
+    children = psutil.Process().children(recursive=True)
+    left = {process: line for process in psutil.process_iter() if (line := ours(process, children))}
+    end(list(left))
+    assert not left
+
+
+def ours(process: psutil.Process, children: list[psutil.Process]) -> str:
+    """What a process was started as, if it runs and was started by these tests; not what Python itself keeps."""
+    try:
+        line = shlex.join(process.cmdline())
+        mine = process in children or process.environ().get(MARK) == os.environ[MARK]
+        runs = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+        return line if mine and runs and "multiprocessing.resource_tracker" not in line else ""
+    except psutil.Error:
+        return ""
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """With all that they have started: asked to, and where that takes too long, made to."""
+    for process in list(processes):
+        with contextlib.suppress(psutil.Error):
+            processes = [*processes, *process.children(recursive=True)]
+    for way in ("terminate", "kill"):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                getattr(process, way)()
+        processes = psutil.wait_procs(processes, timeout=5)[1]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts dsv2 in a process that ends with the test, however that ends. It is forked from this one, or started `by` another."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        *arguments: str, by: tuple[str, ...] = (), stdin: int = subprocess.DEVNULL, **environment: str
+    ) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *by, "-m", "dsv2cli", *arguments],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env=os.environ | environment,
+            preexec_fn=None if by else forked(arguments, environment),
+        )
+        started.append(process)
+        return process
+
+    yield start
+    end([psutil.Process(process.pid) for process in started if process.poll() is None])
+    for process in started:
+        with process:  # closes its pipes
+            pass
+
+
+@pytest.fixture
+def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
+    """Starts dsv2 in a pseudo-terminal, as a person would see it, in a process that ends with the test."""
+    started: list[pexpect.spawn] = []
+
+    def start(
+        *arguments: str, columns: int = 100, before: Callable[[], object] = bool, **environment: str
+    ) -> pexpect.spawn:
+        """`before` is called in the new process."""
+        environment = {"PROMPT_TOOLKIT_NO_CPR": "1"} | environment  # nobody answers where the cursor is
+        child = forked(arguments, environment)
+        terminal = pexpect.spawn(
+            sys.executable,
+            ["-m", "dsv2cli", *arguments],
+            encoding="utf-8",
+            timeout=60,
+            dimensions=(30, columns),
+            preexec_fn=lambda: (before(), child()),
+        )
+        started.append(terminal)
+        return terminal
+
+    yield start
+    end([psutil.Process(terminal.pid) for terminal in started if terminal.isalive()])
+    for terminal in started:
+        terminal.close()
 
 
 @pytest.fixture(scope="session")

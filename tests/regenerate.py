@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from running import run_dsv2
 
 ROOT = Path(__file__).parents[1]
 TRANSCRIPTS = ROOT / "tests" / "data" / "transcripts"
@@ -24,23 +24,53 @@ def commands(path: Path) -> list[str]:
     return [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("$ ")]
 
 
+# A function of the shell that leaves what it is asked in files, says so, and waits for the exit code.
+DSV2 = """
+dsv2() {
+    cat > "$BOX/stdin"; printf '%s\\0' "$@" > "$BOX/arguments"
+    echo >&"$ASKS"; read -r code <&"$CODES"
+    cat "$BOX/stdout"; cat "$BOX/stderr" >&2; return "$code"
+}
+"""
+
+
+def shell(line: str, folder: Path, box: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line as bash understands it, and every dsv2 in it within this process."""
+    (asks, ask), (code, codes) = os.pipe(), os.pipe()
+    process = subprocess.Popen(
+        ["bash", "-c", DSV2 + line],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=(ask, code),
+        env=os.environ | {"BOX": str(box), "ASKS": str(ask), "CODES": str(code)},
+    )
+    os.close(ask)
+    try:
+        while os.read(asks, 1):  # nothing, once all that could ask has ended
+            arguments = (box / "arguments").read_text(encoding="utf-8").split("\0")[:-1]
+            stdin = (box / "stdin").read_bytes()
+            done = run_dsv2(*arguments, stdin=stdin, cwd=folder, DSV2_CONFIG=os.devnull)
+            (box / "stdout").write_text(done.stdout, encoding="utf-8")
+            (box / "stderr").write_text(done.stderr, encoding="utf-8")
+            os.write(codes, f"{done.returncode}\n".encode())
+        output = process.communicate()
+    finally:
+        process.kill()
+        for end in (asks, code, codes):
+            os.close(end)
+    return subprocess.CompletedProcess(line, process.returncode, *output)
+
+
 def record(path: Path) -> str:
     """Run a transcript's commands, one after the other in an empty folder, and write down what happens."""
-    program = f"{shlex.quote(sys.executable)} -m dsv2cli"
     out = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as box:
         (Path(folder) / "golden").symlink_to(ROOT / "tests" / "data" / "golden")
         for command in commands(path):
-            line = f'dsv2() {{ {program} "$@"; }}; {command}'
-            environment = os.environ | {"DSV2_CONFIG": os.devnull, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(
-                ["bash", "-c", line],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
+            done = shell(command, Path(folder), Path(box))
             text = CLOCK.sub(r"\1~", done.stdout)
             out.append(f"$ {command}\n{text}" + ("" if text.endswith("\n") or not text else "\n"))
             out += [f"! {error}\n" for error in done.stderr.splitlines()]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run_dsv2
+from running import run_dsv2
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
@@ -166,14 +166,8 @@ def test_an_answer_that_is_begun_goes_on_from_there(embedded_tokenizer):
     assert run_dsv2("complete", "--chat", "Hello", "--prefix", " I am", *options[1:]).stdout == out["text"]
 
 
-def test_lines_are_answered_one_by_one_to_a_program_that_waits():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsv2cli", "complete", "--jsonl", "-n", "3", "--seed", "0"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
+def test_lines_are_answered_one_by_one_to_a_program_that_waits(start):
+    process = start("complete", "--jsonl", "-n", "3", "--seed", "0", stdin=subprocess.PIPE)
     said = ""
     for i in range(3):
         process.stdin.write(json.dumps({"id": i, "prompt": "Once" + said}) + "\n")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import DATA, run_dsv2
+from conftest import DATA
+from running import run_dsv2
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.batch import Job, run_batch, run_samples
@@ -88,50 +87,30 @@ def test_speculation_leaves_the_cache_as_it_should_be(embedded, embedded_tokeniz
     assert again.token_ids == alone(embedded, embedded_tokenizer, Job(follow, Request(GREEDY, 10))).token_ids
 
 
-def test_ten_thousand_prompts_with_two_kills_give_ten_thousand_answers_in_order(tmp_path):
+def test_a_thousand_prompts_with_two_kills_give_a_thousand_answers_in_order(start, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    count = 10_000
-    source.write_text(
-        "".join(
-            json.dumps({"id": f"q{i}", "prompt_ids": [1 + i % 90, i // 90 % 90]}) + "\n" for i in range(count)
-        )
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "dsv2cli",
-        "complete",
-        "--batch",
-        source,
-        "--output",
-        out,
-        "-m",
-        V2,
-        "-n",
-        "2",
-        "--seed",
-        "1",
-        "--batch-size",
-        "64",
-    ]
+    count = 1000
+    asked = ({"id": f"q{i}", "prompt_ids": [1 + i % 90, i // 90 % 90]} for i in range(count))
+    source.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    command = ("complete", "--batch", str(source), "--output", str(out), "-m", V2, "-n", "2", "--seed", "1")
     lines = lambda: out.read_bytes().count(b"\n") if out.exists() else 0  # noqa: E731
-    for stop_at in (500, 3000):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for stop_at in (50, 300):
+        process = start(*command, "--batch-size", "8")
         while lines() < stop_at and process.poll() is None:
-            time.sleep(0.02)
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL and lines() < count
         with out.open("ab") as file:
             file.write(b'{"id": "q')  # what a kill in the middle of a line leaves
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_dsv2(*command, "--batch-size", "64")
     assert done.returncode == 0 and done.stdout == done.stderr == ""
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [answer["id"] for answer in answers] == [f"q{i}" for i in range(count)]
     assert all(
         len(answer["token_ids"]) in (1, 2) and answer["seed"] == 1 + answer["line"] for answer in answers
     )
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run_dsv2(*command)
     assert again.returncode == 0 and lines() == count
 
 

@@ -8,7 +8,8 @@ import json
 
 import pytest
 import torch
-from conftest import DATA, run_dsv2
+from conftest import DATA
+from running import run_dsv2, run_process
 
 from dsv2cli.cli.bench import numbers
 from dsv2cli.engine.benchmark import Ours, Timing, Work, compare, profile, random_prompts
@@ -81,7 +82,7 @@ def test_depth_is_in_the_cache_and_not_in_the_prompt(v2):
 
 
 def test_transformers_does_the_same_work_at_every_depth():
-    done = run_dsv2(
+    done = run_process(
         "bench",
         "--prompt",
         "6",

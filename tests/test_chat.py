@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
 import resource
 import signal
 import stat
 import subprocess
-import sys
 
 import pexpect
 import pytest
-from conftest import PROMPT, in_terminal, run_dsv2
+from conftest import PROMPT
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
+from running import run_dsv2
 
 from dsv2cli import places
 from dsv2cli.checkpoint.hub import EMBEDDED
@@ -191,20 +191,14 @@ def test_a_session_is_named_and_never_written_over_another(talk):
     assert talk.session.messages[1]["content"] == "Hello" and len(places.session_names()) == 2
 
 
-def test_a_program_may_wait_for_each_answer():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsv2cli", "chat", "--temperature", "0"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin and process.stdout
-    for ask, word in (("My name is Nora.", b"Nora"), ("What is my name?", b"Nora")):
-        process.stdin.write(ask.encode() + b"\n")
+def test_a_program_may_wait_for_each_answer(start):
+    process = start("chat", "--temperature", "0", stdin=subprocess.PIPE)
+    for ask in ("My name is Nora.", "What is my name?"):
+        process.stdin.write(ask + "\n")
         process.stdin.flush()
-        assert word in process.stdout.readline()
+        assert "Nora" in process.stdout.readline()
     process.stdin.close()
     assert process.wait(30) == 0
-    process.stdout.close()
 
 
 def test_settings_and_the_system_prompt_change_on_the_way(talk):
@@ -293,7 +287,7 @@ def test_a_summary_that_is_interrupted_leaves_the_conversation_as_it_was(talk):
     assert talk.session.messages == before
 
 
-def test_the_person_is_asked_what_to_do_about_a_full_context(home):
+def test_the_person_is_asked_what_to_do_about_a_full_context(in_terminal, home):
     store.save(
         store.path_of("long"),
         store.Conversation(
@@ -317,7 +311,7 @@ def test_the_person_is_asked_what_to_do_about_a_full_context(home):
     leave(child)
 
 
-def test_kill_during_an_answer_loses_neither_the_talk_nor_the_message(home):
+def test_kill_during_an_answer_loses_neither_the_talk_nor_the_message(in_terminal, home):
     child = in_terminal("chat", "--seed", "1")
     child.expect(PROMPT)
     child.send("My name is Nora.\r")
@@ -341,7 +335,7 @@ def test_kill_during_an_answer_loses_neither_the_talk_nor_the_message(home):
     assert asked[0] == "My name is Nora." and asked[-1] == "What is my name?"
 
 
-def test_an_unanswered_message_comes_back_at_the_prompt(home):
+def test_an_unanswered_message_comes_back_at_the_prompt(in_terminal, home):
     store.save(store.path_of("talk"), store.Conversation(pending="Who are you?"))
     child = in_terminal("chat", "--resume", "talk", "--temperature", "0")
     child.expect(PROMPT)
@@ -351,22 +345,9 @@ def test_an_unanswered_message_comes_back_at_the_prompt(home):
     assert store.load(store.path_of("talk")).branches["main"][0]["content"] == "Who are you?"
 
 
-def test_a_full_disk_is_said_once_and_ends_nothing(home):
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-    child = pexpect.spawn(
-        sys.executable,
-        [
-            "-c",
-            "import runpy, sys; sys.argv = ['dsv2', 'chat', '--temperature', '0']; runpy.run_module('dsv2cli', run_name='__main__')",
-        ],
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(30, 100),
-        env=os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1"},
-        preexec_fn=full,
-    )
+def test_a_full_disk_is_said_once_and_ends_nothing(in_terminal, home):
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, 0))
+    child = in_terminal("chat", "--temperature", "0", before=full)
     child.expect(PROMPT)
     child.send("Hello\r")
     child.expect("could not be written")
@@ -378,7 +359,7 @@ def test_a_full_disk_is_said_once_and_ends_nothing(home):
     leave(child)
 
 
-def test_a_home_that_is_no_folder_ends_nothing(tmp_path):
+def test_a_home_that_is_no_folder_ends_nothing(in_terminal, tmp_path):
     (tmp_path / "file").touch()
     child = in_terminal("chat", "--temperature", "0", XDG_DATA_HOME=str(tmp_path / "file"))
     child.expect(PROMPT)
@@ -388,7 +369,7 @@ def test_a_home_that_is_no_folder_ends_nothing(tmp_path):
     leave(child)
 
 
-def test_no_save_leaves_nothing_behind(home):
+def test_no_save_leaves_nothing_behind(in_terminal, home):
     child = in_terminal("chat", "--no-save", "--temperature", "0")
     child.expect(PROMPT)
     child.send("Hello\r")
@@ -397,7 +378,7 @@ def test_no_save_leaves_nothing_behind(home):
     assert not home.exists()
 
 
-def test_every_command_can_be_typed_and_tab_completes_it(home):
+def test_every_command_can_be_typed_and_tab_completes_it(in_terminal, home):
     child = in_terminal("chat", "--temperature", "0")
     child.expect(PROMPT)
     child.send("Hello\r")
@@ -456,7 +437,7 @@ def test_tab_offers_what_belongs_behind_a_command(talk, tmp_path):
     )
 
 
-def test_ctrl_g_opens_the_editor(home, tmp_path):
+def test_ctrl_g_opens_the_editor(in_terminal, home, tmp_path):
     editor = tmp_path / "editor"
     editor.write_text("#!/bin/sh\nprintf 'My name is Nora.' > \"$1\"\n")
     editor.chmod(0o755)
@@ -469,7 +450,7 @@ def test_ctrl_g_opens_the_editor(home, tmp_path):
     leave(child)
 
 
-def test_what_was_typed_can_be_searched_in_the_next_chat(home):
+def test_what_was_typed_can_be_searched_in_the_next_chat(in_terminal, home):
     for keys in ("My name is Nora.\r", "\x12name is\r\r"):  # Ctrl-R
         child = in_terminal("chat", "--temperature", "0")
         child.expect(PROMPT)
@@ -480,7 +461,9 @@ def test_what_was_typed_can_be_searched_in_the_next_chat(home):
         assert store.load(path).branches["main"][0]["content"] == "My name is Nora."
 
 
-def test_after_ctrl_c_the_next_answer_is_that_of_a_fresh_prefill(home, embedded, embedded_tokenizer):
+def test_after_ctrl_c_the_next_answer_is_that_of_a_fresh_prefill(
+    in_terminal, home, embedded, embedded_tokenizer
+):
     child = in_terminal("chat", "--temperature", "0")
     child.expect(PROMPT)
     child.delaybeforesend = 0
@@ -504,10 +487,10 @@ def test_after_ctrl_c_the_next_answer_is_that_of_a_fresh_prefill(home, embedded,
     )
 
 
-def test_a_paste_of_ten_thousand_lines_is_one_message_and_refused_whole(home):
+def test_a_paste_of_two_thousand_lines_is_one_message_and_refused_whole(in_terminal, home):
     child = in_terminal("chat", "--temperature", "0")
     child.expect(PROMPT)
-    child.send("\x1b[200~" + "a line\n" * 10_000 + "\x1b[201~\r")
+    child.send("\x1b[200~" + "a line\n" * 2000 + "\x1b[201~\r")
     child.expect("leaves no room for an answer")
     child.expect(PROMPT)
     child.send("Hello\r")
@@ -515,7 +498,7 @@ def test_a_paste_of_ten_thousand_lines_is_one_message_and_refused_whole(home):
     leave(child)
 
 
-def test_chinese_and_emoji_are_kept_as_they_are(home):
+def test_chinese_and_emoji_are_kept_as_they_are(in_terminal, home):
     child = in_terminal("chat", "--temperature", "0")
     child.expect(PROMPT)
     child.send("你好，我叫小明 🙂\r")
@@ -525,7 +508,7 @@ def test_chinese_and_emoji_are_kept_as_they_are(home):
     assert store.load(path).branches["main"][0]["content"] == "你好，我叫小明 🙂"
 
 
-def test_a_paste_and_quotes_are_one_message_each(home):
+def test_a_paste_and_quotes_are_one_message_each(in_terminal, home):
     child = in_terminal("chat", "--temperature", "0")
     child.expect(PROMPT)
     child.send("\x1b[200~one\ntwo\nthree\x1b[201~\r")
@@ -539,7 +522,7 @@ def test_a_paste_and_quotes_are_one_message_each(home):
     assert asked == ["one\ntwo\nthree", "four\nfive"]
 
 
-def test_on_a_narrow_terminal_lines_break_between_words(home):
+def test_on_a_narrow_terminal_lines_break_between_words(in_terminal, home):
     child = in_terminal("chat", "--seed", "1", columns=40)
     child.expect(PROMPT)
     child.send("Tell me a story about a fox.\r")
@@ -589,7 +572,7 @@ def bare(text):
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-def test_a_file_goes_before_the_next_message_and_its_escapes_stay_harmless(talk, tmp_path):
+def test_a_file_goes_before_the_next_message_and_its_escapes_stay_harmless(in_terminal, talk, tmp_path):
     (tmp_path / "note.txt").write_text("My name is \x1b[31mNora.")
     commands.run(talk, f"/file {tmp_path / 'note.txt'}")
     assert talk.attached == "note.txt:\n\nMy name is \x1b[31mNora.\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import run_dsv2
+from running import run_dsv2
 
 
 @pytest.fixture

@@ -6,13 +6,15 @@ import json
 import shutil
 
 import pytest
-from conftest import DATA, run_dsv2
+from conftest import DATA
+from running import run_dsv2, run_process
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 
 
 def doctor(*arguments, **environment):
-    done = run_dsv2("doctor", *map(str, arguments), "--json", **environment)
+    run = run_process if environment else run_dsv2
+    done = run("doctor", *map(str, arguments), "--json", **environment)
     out = json.loads(done.stdout)
     assert done.returncode == (0 if out["healthy"] else 1) and done.stderr == ""
     return {finding["name"]: finding for finding in out["findings"]}

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import CPU, DATA, golden_folders, run_dsv2
+from conftest import CPU, DATA, golden_folders
+from running import run_dsv2
 from safetensors.torch import load_file
 
 from dsv2cli.checkpoint.weights import load_model, weights_bytes

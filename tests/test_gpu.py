@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, ROOT, golden_folders, run_dsv2
+from conftest import DATA, ROOT, golden_folders, smallest_config
+from running import run_dsv2
 from safetensors.torch import load_file
 from test_native import close, quantize
 
@@ -302,28 +303,9 @@ def both_ways(work, model):
 
 
 def smallest(format=None):
-    """Random weights; q_lora, grouped routing, one dense layer and one of experts."""
-    raw = json.loads((DATA / "golden" / "v2" / "config.json").read_text()) | {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "vocab_size": 48,
-    }
+    """With random weights."""
     torch.manual_seed(6)
-    return random_model(DeepseekV2Config.from_dict(raw), DEVICE, torch.float32, format)
+    return random_model(DeepseekV2Config.from_dict(smallest_config()), DEVICE, torch.float32, format)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, ROOT, golden_folders, run_dsv2
+from conftest import DATA, ROOT, golden_folders
+from running import run_dsv2
 from safetensors.torch import save_file
 
 from dsv2cli.checkpoint.weights import destinations, empty_model, list_tensors, random_model, weights_bytes

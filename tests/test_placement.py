@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, golden_folders, run_dsv2
+from conftest import CPU, golden_folders
+from running import run_dsv2
 from safetensors.torch import load_file
 
 from dsv2cli.checkpoint.placement import load_placed, parse_memory, place, summary

@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_dsv2
+from conftest import ROOT
 from regenerate import COMPLETIONS
+from running import run_dsv2, run_process
 
 from dsv2cli.cli.app import command as command_group
 from dsv2cli.cli.app import completion_script, manual_page
@@ -106,7 +107,8 @@ def complete(words, **environment):
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
-    return run_dsv2(**asked, **environment).stdout.strip().split("\n")
+    run = run_process if environment else run_dsv2  # libraries read some variables when they are imported
+    return run(**asked, **environment).stdout.strip().split("\n")
 
 
 def test_completion_offers_commands_and_options():

@@ -8,7 +8,8 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, DATA, run_dsv2
+from conftest import CPU, DATA
+from running import run_dsv2
 from safetensors import safe_open
 
 from dsv2cli.checkpoint import weights

@@ -7,17 +7,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import pexpect
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CPU, DATA, PROMPT, golden_folders, in_terminal, run_dsv2
+from conftest import CPU, DATA, PROMPT, golden_folders, smallest_config
+from running import run_dsv2, run_process
 from safetensors.torch import load_file, save_file
 
 from dsv2cli.checkpoint.quantize import quantize_checkpoint
@@ -37,8 +37,10 @@ from dsv2cli.model.transformer import DeepseekV2
 from dsv2cli.team import Team
 
 V2 = str(DATA / "golden" / "v2")
+STEPS = 12  # tokens generated, where a team's are compared with those of one process
 GREEDY = ("--temperature", "0")
 TEAM = ("--device", "cpu", "--gpus", "2")
+TORCHRUN = ("-m", "torch.distributed.run")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -50,8 +52,23 @@ def test_shares_are_whole_units_that_make_up_the_whole(total, unit, size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 2 * unit
 
 
+def in_ranks(work, size, *arguments, method="fork"):
+    """Call work(rank, size, port, *arguments) in `size` processes, which join each other there.
+
+    They are forked, and so need not import torch again: in this process no ranks have ever come together.
+    """
+    arguments = (size, free_port(), *arguments)
+    ranks = mp.start_processes(work, arguments, nprocs=size, join=False, start_method=method)
+    try:
+        while not ranks.join():
+            pass
+    finally:
+        for process in ranks.processes:
+            process.kill()
+
+
 def join(rank, size, port):
-    """Make this process, which has been spawned, one rank of `size`."""
+    """Make this process one rank of `size`."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
@@ -97,25 +114,14 @@ def distances(model, folder, format):
             ),
         )
         worst = max(worst, float((found - expected).abs().max()))
-        if (
-            model.team.size > 2 and prompt != "A"
-        ):  # four processes on two cores wait for each other most of the time
+        if prompt != "A":  # ranks on few cores wait for each other most of the time
             continue
-        greedy = [
-            run[0].id
-            for run in generate_batch(
-                model, [ids.tolist()], Request(SamplingParams(0.0), 32), model.new_cache()
-            )
-        ]
-        if format is None:
-            same = same and greedy == golden[f"{prompt}.greedy_ids"].tolist()
-        else:
-            same = same and greedy == [
-                run[0].id
-                for run in generate_batch(
-                    alone, [ids.tolist()], Request(SamplingParams(0.0), 32), alone.new_cache()
-                )
-            ]
+        request = Request(SamplingParams(0.0), STEPS)
+        greedy, wanted = (
+            [row[0].id for row in generate_batch(one, [ids.tolist()], request, one.new_cache())]
+            for one in (model, alone)
+        )
+        same = greedy == (golden[f"{prompt}.greedy_ids"].tolist()[:STEPS] if format is None else wanted)
     return worst, same
 
 
@@ -123,7 +129,7 @@ def distances(model, folder, format):
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_together_say_what_one_says(size, format, tmp_path):
     out = tmp_path / "out.json"
-    mp.spawn(compare, args=(size, free_port(), format, golden_folders(), str(out)), nprocs=size)
+    in_ranks(compare, size, format, golden_folders(), str(out))
     results = json.loads(out.read_text())
     assert len(results) == len(golden_folders())
     for name, (worst, same) in results.items():
@@ -153,9 +159,7 @@ def compare_packed(rank, size, port, folder, out):
 def test_ranks_share_a_packed_checkpoint(size, format, group, tmp_path):
     for folder in golden_folders():
         quantize_checkpoint(folder, tmp_path / "packed" / folder.name, format, group)
-    mp.spawn(
-        compare_packed, args=(size, free_port(), str(tmp_path / "packed"), str(tmp_path / "out")), nprocs=size
-    )
+    in_ranks(compare_packed, size, str(tmp_path / "packed"), str(tmp_path / "out"))
     worst = json.loads((tmp_path / "out").read_text())
     assert len(worst) == len(golden_folders()) and max(worst.values()) < 1e-3, worst
 
@@ -194,20 +198,20 @@ def test_ranks_on_a_cpu_use_its_kernels(format, tmp_path):
     folder = next(
         (folder for folder in golden_folders() if folder.name == "real_dims"), DATA / "golden" / "v2"
     )
-    mp.spawn(compare_fast, args=(2, free_port(), format, str(folder), str(tmp_path / "out")), nprocs=2)
+    in_ranks(compare_fast, 2, format, str(folder), str(tmp_path / "out"))
     together, alone = json.loads((tmp_path / "out").read_text())
     assert together < 1.5 * alone + 0.01
 
 
-def compare_triton(rank, size, port, format, out):
+def compare_triton(rank, size, port, format, folder, out):
     """As compare, through the interpreted Triton kernels: prefill, and steps of which the leader tells; against plain torch."""
     join(rank, size, port)
-    model = load_model(Path(V2), CPU, format=format, team=Team(rank, size))
+    model = load_model(folder, CPU, format=format, team=Team(rank, size))
     use_kernels(model, None, triton=True)
     if rank > 0:
         follow(model)
     else:
-        alone, prompt = load_model(Path(V2), CPU, format=format), [5, 6, 7]
+        alone, prompt = load_model(folder, CPU, format=format), [5, 6, 7]
         with torch.inference_mode():
             texts = [
                 [
@@ -229,7 +233,11 @@ def compare_triton(rank, size, port, format, out):
 @pytest.mark.parametrize("format", [None, "int4"])
 def test_ranks_decode_together_in_steps_of_their_kernels(format, tmp_path):
     pytest.importorskip("triton")
-    mp.spawn(compare_triton, args=(2, free_port(), format, str(tmp_path / "out")), nprocs=2)
+    raw = smallest_config()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model = random_model(DeepseekV2Config.from_dict(raw), CPU, torch.float32, None)
+    save_file(dict(destinations(model)), tmp_path / "model.safetensors")
+    in_ranks(compare_triton, 2, format, tmp_path, str(tmp_path / "out"))
     stepwise, (together, alone), distance = json.loads((tmp_path / "out").read_text())
     assert together == alone and distance < 1e-3
     assert stepwise == (format is None), (
@@ -269,7 +277,7 @@ def compare_sequences(rank, size, port, format, folders, out):
 @pytest.mark.parametrize(("size", "format"), [(2, None), (3, "int8")])
 def test_ranks_with_sequences_of_their_own_say_what_one_says(size, format, tmp_path):
     out = tmp_path / "out.json"
-    mp.spawn(compare_sequences, args=(size, free_port(), format, golden_folders(), str(out)), nprocs=size)
+    in_ranks(compare_sequences, size, format, golden_folders(), str(out))
     results = json.loads(out.read_text())
     assert len(results) == len(golden_folders())
     for name, (distance, same) in results.items():
@@ -295,7 +303,8 @@ def test_sequences_of_their_own_are_for_batches_and_for_several_ranks(tmp_path):
     (tmp_path / "in").write_text('{"prompt_ids": [1, 2]}\n{"prompt_ids": [3]}\n')
     texts = []
     for options in ((), (*TEAM, "--split-attention", "sequences")):
-        done = run_dsv2(
+        run = run_process if options else run_dsv2
+        done = run(
             "complete",
             "-m",
             V2,
@@ -414,7 +423,7 @@ def test_a_ranks_memory_is_that_of_the_plan(tmp_path):
         {name: tensor.clone() for name, tensor in destinations(whole).items()}, tmp_path / "model.safetensors"
     )
     del whole
-    mp.spawn(measure, args=(2, free_port(), str(tmp_path), str(tmp_path / "out")), nprocs=2)
+    in_ranks(measure, 2, str(tmp_path), str(tmp_path / "out"), method="spawn")  # forked, one has much memory
     planned = bytes_by_rank(config, "bfloat16", "bfloat16", 2)[0] + 4 * 8192 * kv_bytes_per_token(
         config, "bfloat16"
     )
@@ -451,60 +460,40 @@ def test_what_does_not_fit_is_refused_with_the_nearest_plan_that_does():
     )
 
 
-def test_every_command_works_through_it(tmp_path):
-    plain = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20").stdout
-    assert run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20", *TEAM).stdout == plain
-    three = run_dsv2(
-        "complete", "Once upon a time", *GREEDY, "-n", "20", "--speculate", "--device", "cpu", "--gpus", "3"
-    )
-    assert three.returncode == 0 and three.stdout == plain and three.stderr == ""
+def test_every_command_works_through_it(start, tmp_path):
+    def told(*arguments):
+        process = start(*arguments)
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and errors == "", errors
+        return out
+
+    story = ("complete", "Once upon a time", *GREEDY, "-n", "20")
+    plain = run_dsv2(*story).stdout
+    assert run_process(*story, *TEAM).stdout == plain
+    assert told(*story, "--speculate", "--device", "cpu", "--gpus", "3") == plain
     samples = ("complete", "Once upon a time", "--samples", "3", "--seed", "1", "--json", "-n", "8")
     texts = [
-        [json.loads(line)["text"] for line in run_dsv2(*samples, *more).stdout.splitlines()]
-        for more in ((), TEAM)
+        [json.loads(line)["text"] for line in out.splitlines()]
+        for out in (run_dsv2(*samples).stdout, told(*samples, *TEAM))
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 3
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps({"prompt": "Once upon " * i}) + "\n" for i in range(1, 8))
     )
-    answers = []
-    for i, more in enumerate(((), TEAM)):
-        out = tmp_path / f"out{i}.jsonl"
-        batch = (
-            "complete",
-            "--batch",
-            str(tmp_path / "in.jsonl"),
-            "--output",
-            str(out),
-            "--batch-size",
-            "3",
-            *GREEDY,
-            "-n",
-            "9",
-        )
-        assert run_dsv2(*batch, *more).returncode == 0
-        answers.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
-    assert answers[0] == answers[1]
-    done = run_dsv2(
-        "bench",
-        "--prompt",
-        "8",
-        "--depth",
-        "0,9",
-        "--generate",
-        "3",
-        "--batch",
-        "1,2",
-        "-r",
-        "1",
-        "--json",
-        *TEAM,
+    batch = ("complete", "--batch", str(tmp_path / "in.jsonl"), "--batch-size", "3", *GREEDY, "-n", "9")
+    assert run_dsv2(*batch, "--output", str(tmp_path / "alone.jsonl")).returncode == 0
+    told(*batch, "--output", str(tmp_path / "together.jsonl"), *TEAM)
+    alone, answers = (
+        [json.loads(line)["text"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("alone", "together")
     )
-    assert done.returncode == 0 and len(json.loads(done.stdout)["runs"]) == 4
-    assert run_dsv2("niah", "--lengths", "128", "--depths", "0", "--json", *TEAM).returncode == 0
+    assert alone == answers and len(alone) == 7
+    sweep = ("--prompt", "8", "--depth", "0,9", "--generate", "3", "--batch", "1,2", "-r", "1")
+    assert len(json.loads(told("bench", *sweep, "--json", *TEAM))["runs"]) == 4
+    assert len(json.loads(told("niah", "--lengths", "128", "--depths", "0", "--json", *TEAM))["trials"]) == 1
 
 
-def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache():
+def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache(in_terminal):
     child = in_terminal("chat", *GREEDY, *TEAM)
     for said, expected in (
         ("My name is Nora.", "Nice to meet you, Nora"),
@@ -522,7 +511,7 @@ def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache():
     child.expect("first after")
     child.expect(PROMPT)
     child.sendeof()
-    child.expect(pexpect_eof())
+    child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
     child = in_terminal("chat", "--continue", *GREEDY, *TEAM)
@@ -532,76 +521,61 @@ def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache():
     assert int(child.match[2]) > 60
     child.expect(PROMPT)
     child.sendline("/quit")
-    child.expect(pexpect_eof())
+    child.expect(pexpect.EOF)
 
 
-def pexpect_eof():
-    import pexpect
-
-    return pexpect.EOF
-
-
-def followers(process):
+def followers(leader, count):
     """Waits until the ranks that a program has started are there."""
-    for _ in range(200):
-        found = [
-            child
-            for child in psutil.Process(process.pid).children()
-            if "dsv2cli" in " ".join(child.cmdline())
-        ]
-        if found:
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        found = psutil.Process(leader.pid).children()
+        if len(found) == count and all("dsv2cli" in child.cmdline() for child in found):
             return found
         time.sleep(0.05)
     raise AssertionError("no ranks")
 
 
-@pytest.mark.parametrize("moment", ["load", "prefill", "decode"])
-def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(moment):
-    work = ("complete", "Once", "--ignore-eos", "-n", "3500")
-    if moment == "prefill":
-        work = ("bench", "--prompt", "4000", "--generate", "2", "-r", "99")  # all but all of it is prefill
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsv2cli", *work, "--device", "cpu", "--gpus", "3"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def named(text):
+    """Whether a rank is said to have been killed, and nothing worse."""
+    return (
+        bool(re.search(r"Rank [12] of the model ended.*SIGKILL", text, re.DOTALL)) and "Traceback" not in text
     )
-    ranks = followers(process)
-    assert process.stdout is not None
+
+
+@pytest.mark.parametrize("moment", ["load", "decode"])
+def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(start, moment):
+    process = start("complete", "Once", "--ignore-eos", "-n", "3500", "--device", "cpu", "--gpus", "3")
+    ranks = followers(process, 2)
     if moment == "decode":
         process.stdout.read(20)
-    elif moment == "prefill":
-        busy = psutil.Process(process.pid)
-        while busy.cpu_times().user < 8:  # torch takes 2, and the model is small: it is reading prompts
-            time.sleep(0.05)
-    ranks[-1].send_signal(signal.SIGKILL)
+    ranks[-1].kill()
     killed = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 10 and process.returncode == 1
-    assert (
-        re.search(r"Rank [12] of the model ended", errors)
-        and "SIGKILL" in errors
-        and "Traceback" not in errors
-    )
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert time.monotonic() - killed < 10 and process.returncode == 1 and named(errors), errors
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+def test_a_rank_that_is_killed_while_others_read_a_prompt_is_named_in_the_terminal_too(in_terminal):
+    child = in_terminal("bench", "--prompt", "4000", "--generate", "2", "-r", "99", *TEAM)
+    (rank,) = followers(child, 1)
+    child.expect("measuring")  # which is, all but all of the time, reading prompts
+    rank.kill()
+    killed = time.monotonic()
+    child.expect(pexpect.EOF)
+    assert time.monotonic() - killed < 10 and named(child.before), child.before
+    child.close()
+    assert child.exitstatus == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_ranks_end_with_their_leader(number):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsv2cli", "complete", "Once", "-n", "3500", "--ignore-eos", *TEAM],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    ranks = followers(process)
-    assert process.stdout is not None and process.stdout.read(20)
+def test_the_ranks_end_with_their_leader(start, number):
+    process = start("complete", "Once", "-n", "3500", "--ignore-eos", *TEAM)
+    ranks = followers(process, 1)
+    assert process.stdout.read(20)
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
-    _, alive = psutil.wait_procs(ranks, timeout=10)
-    assert not alive
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
 def test_a_rank_that_can_not_load_is_named_with_its_reason(copy_of_v2):
@@ -612,65 +586,24 @@ def test_a_rank_that_can_not_load_is_named_with_its_reason(copy_of_v2):
     assert done.returncode == 2 and "can not share" in done.stderr
     shard = copy_of_v2 / "model-00002-of-000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-9])
-    done = run_dsv2("complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2), *TEAM)
+    done = run_process("complete", "--prompt-ids", "1,2", "--model", str(copy_of_v2), *TEAM)
     assert done.returncode == 1 and "truncated" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_under_torchrun_two_nodes_say_the_same():
+def test_under_torchrun_two_nodes_say_the_same(start):
     """Two agents, as on two machines, meet at one port."""
-    plain = run_dsv2("complete", "Once upon a time", *GREEDY, "-n", "20").stdout
-    port = free_port()
+    asked = ("complete", "Once upon a time", *GREEDY, "-n", "20", "--device", "cpu")
+    meet = ("--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
     nodes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "2",
-                "--node-rank",
-                str(node),
-                "--nproc-per-node",
-                "1",
-                "--master-addr",
-                "127.0.0.1",
-                "--master-port",
-                str(port),
-                "-m",
-                "dsv2cli",
-                "complete",
-                "Once upon a time",
-                *GREEDY,
-                "-n",
-                "20",
-                "--device",
-                "cpu",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for node in (0, 1)
+        start(*asked, by=(*TORCHRUN, "--nnodes", "2", "--node-rank", node, *meet), GLOO_SOCKET_IFNAME="lo")
+        for node in "01"
     ]
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert outputs[0][0] == plain and outputs[1][0] == ""
+    assert outputs[0][0] == run_dsv2(*asked).stdout and outputs[1][0] == ""
 
 
-def test_torchrun_with_nothing_to_load_ends():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "dsv2cli",
-        "--version",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0 and done.stdout.startswith("dsv2 0.")
+def test_torchrun_with_nothing_to_load_ends(start):
+    meet = ("--nproc-per-node", "2", "--master-port", str(free_port()))
+    process = start("--version", by=(*TORCHRUN, *meet))
+    assert process.communicate(timeout=120)[0].startswith("dsv2 0.") and process.returncode == 0

@@ -7,9 +7,9 @@ import itertools
 import math
 import random
 import re
-import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import CPU
 
@@ -18,7 +18,7 @@ from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.checkpoint.weights import empty_model, load_model
 from dsv2cli.engine.generate import Request, Result, stream_text
 from dsv2cli.engine.sampling import SamplingParams
-from training import chats
+from training import chats, train
 from training.chats import make_chat
 from training.corpus import render, rule_made
 from training.evaluate import IDENTITY, IMPOSSIBLE
@@ -118,14 +118,25 @@ def test_chats_are_rendered_as_the_chat_template_does(embedded_tokenizer):
         assert prompt == render(chat) + "Assistant:"
 
 
-def test_training_goes_on_where_it_stopped_and_writes_a_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "training.train", str(tmp_path), "--batch", "1", "--minutes"]
-    subprocess.run([*command, "0.1"], check=True, capture_output=True)
-    first = torch.load(tmp_path / "state.pt", weights_only=True)
-    subprocess.run([*command, "0.25"], check=True, capture_output=True)
-    second = torch.load(tmp_path / "state.pt", weights_only=True)
+@pytest.fixture
+def run_training(monkeypatch, tmp_path):
+    """Runs `python -m training.train`, within this process, and gives the folder that it writes to."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["train", str(tmp_path), "--batch", "1", *options])
+        train.main()
+        return tmp_path
+
+    return run
+
+
+def test_training_goes_on_where_it_stopped_and_writes_a_checkpoint(run_training):
+    folder = run_training("--minutes", "0.02")
+    first = torch.load(folder / "state.pt", weights_only=True)
+    run_training("--minutes", "0.04")
+    second = torch.load(folder / "state.pt", weights_only=True)
     assert second["step"] > first["step"] > 0
-    model, tokenizer = load_model(tmp_path / "checkpoint", CPU), Tokenizer(tmp_path / "checkpoint")
+    model, tokenizer = load_model(folder / "checkpoint", CPU), Tokenizer(folder / "checkpoint")
     assert tokenizer.encode("Once upon a time")[0] == model.config.bos_token_id
 
 
@@ -146,20 +157,9 @@ def test_training_steps_teach_what_they_show():
     assert losses[-1].item() < losses[0].item() - 1
 
 
-def test_training_can_begin_from_a_finished_checkpoint(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "training.train",
-        str(tmp_path),
-        "--begin",
-        str(EMBEDDED),
-        "--batch",
-        "1",
-    ]
-    subprocess.run([*command, "--minutes", "0.02", "--lr", "1e-9"], check=True, capture_output=True)
-    model, tokenizer = load_model(tmp_path / "checkpoint", CPU), Tokenizer(tmp_path / "checkpoint")
-    assert evaluate(model, held_out_rows(tokenizer.fast, False, 2)) < 1.0
+def test_training_can_begin_from_a_finished_checkpoint(run_training):
+    folder = run_training("--begin", str(EMBEDDED), "--minutes", "0.02", "--lr", "1e-9") / "checkpoint"
+    assert evaluate(load_model(folder, CPU), held_out_rows(Tokenizer(folder).fast, False, 2)) < 1.0
 
 
 def test_the_schedule_warms_up_holds_and_ends_near_zero():

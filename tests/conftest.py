@@ -82,7 +82,7 @@ def nothing_outlives_the_tests() -> Iterator[None]:
     children = psutil.Process().children(recursive=True)
     left = {process: line for process in psutil.process_iter() if (line := ours(process, children))}
     end(list(left))
-    assert not left
+    assert not list(left.values())
 
 
 def ours(process: psutil.Process, children: list[psutil.Process]) -> str:

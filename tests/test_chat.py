@@ -6,19 +6,21 @@ import functools
 import json
 import re
 import resource
+import shutil
 import signal
 import stat
 import subprocess
 
 import pexpect
 import pytest
-from conftest import PROMPT
+from conftest import CPU, PROMPT
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from running import run_dsv2
 
 from dsv2cli import places
 from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
@@ -30,6 +32,7 @@ from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import SUMMARISE, Session
 from dsv2cli.errors import Dsv2Error, UsageError
 
+CONTEXT = 1024  # tokens of the short model
 GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=30, eos_ids=frozenset([4095]))
 
 
@@ -39,16 +42,30 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "dsv2"
 
 
+def make_talk(model, tokenizer):
+    plan = make_plan(model.config, Compute())
+    opened = Opened(EMBEDDED, "embedded", model.config, {}, model, plan, 0.0)
+    return commands.Talk(Session(model, tokenizer, "Be brief."), opened, GREEDY)
+
+
 @pytest.fixture
 def talk(home, embedded, embedded_tokenizer):
-    session = Session(embedded, embedded_tokenizer, "Be brief.")
-    return commands.Talk(
-        session,
-        Opened(
-            EMBEDDED, "embedded", embedded.config, {}, embedded, make_plan(embedded.config, Compute()), 0.0
-        ),
-        GREEDY,
-    )
+    return make_talk(embedded, embedded_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory):
+    """The embedded one with a context that is soon full."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(EMBEDDED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    return load_model(folder, CPU)
+
+
+@pytest.fixture
+def short_talk(home, short_model, embedded_tokenizer):
+    return make_talk(short_model, embedded_tokenizer)
 
 
 def say(talk, text):
@@ -242,40 +259,42 @@ def test_an_unknown_command_suggests_the_nearest(talk):
 def fill(talk, turns=6):
     for i in range(turns):
         talk.session.messages += [
-            {"role": "user", "content": f"{i} " + "word " * 900},
+            {"role": "user", "content": f"{i} " + "word " * (CONTEXT // 5)},
             {"role": "assistant", "content": "Yes."},
         ]
 
 
-def test_the_oldest_turns_make_room_and_the_system_prompt_stays(talk):
-    fill(talk)
-    assert talk.session.prompt_tokens() > 4096
-    dropped = talk.session.make_room("Hello", 256)
-    assert 1 <= dropped < 6 and talk.session.prompt_tokens("Hello") < 4096 - 256
-    assert talk.session.messages[0] == {"role": "system", "content": "Be brief."}
-    assert talk.session.messages[1]["content"].startswith(f"{dropped} ")
+def test_the_oldest_turns_make_room_and_the_system_prompt_stays(short_talk):
+    fill(short_talk)
+    assert short_talk.session.prompt_tokens() > CONTEXT
+    dropped = short_talk.session.make_room("Hello", 256)
+    assert 1 <= dropped < 6 and short_talk.session.prompt_tokens("Hello") < CONTEXT - 256
+    assert short_talk.session.messages[0] == {"role": "system", "content": "Be brief."}
+    assert short_talk.session.messages[1]["content"].startswith(f"{dropped} ")
 
 
 @pytest.mark.parametrize("choice", [Overflow.drop, Overflow.summarise])
-def test_a_full_context_is_made_room_in_as_chosen_and_the_answer_is_that_of_a_fresh_prefill(talk, choice):
-    fill(talk, 5)
-    answer(talk, "Hello", choice, keep_going=False)
-    assert talk.session.prompt_tokens() < 4096 and talk.session.messages[0]["role"] == "system"
-    assert (talk.session.messages[1]["content"] == SUMMARISE) == (choice is Overflow.summarise)
-    wanted = fresh(talk, "Who are you?")
-    assert say(talk, "Who are you?")[1].token_ids == wanted
+def test_a_full_context_is_made_room_in_as_chosen_and_the_answer_is_that_of_a_fresh_prefill(
+    short_talk, choice
+):
+    fill(short_talk, 5)
+    answer(short_talk, "Hello", choice, keep_going=False)
+    assert short_talk.session.prompt_tokens() < CONTEXT and short_talk.session.messages[0]["role"] == "system"
+    assert (short_talk.session.messages[1]["content"] == SUMMARISE) == (choice is Overflow.summarise)
+    wanted = fresh(short_talk, "Who are you?")
+    assert say(short_talk, "Who are you?")[1].token_ids == wanted
 
 
-def test_a_full_context_with_stop_is_refused_and_nothing_is_lost(talk):
-    fill(talk)
-    before = list(talk.session.messages)
+def test_a_full_context_with_stop_is_refused_and_nothing_is_lost(short_talk):
+    fill(short_talk)
+    before = list(short_talk.session.messages)
     with pytest.raises(UsageError, match="no room"):
-        answer(talk, "Hello", Overflow.stop, keep_going=False)
-    assert talk.session.messages == before
+        answer(short_talk, "Hello", Overflow.stop, keep_going=False)
+    assert short_talk.session.messages == before
 
 
 def test_a_summary_that_is_interrupted_leaves_the_conversation_as_it_was(talk):
-    fill(talk, 3)
+    fill(talk, 9)
     before = list(talk.session.messages)
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.03)  # reading 1,800 tokens takes longer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 from conftest import DATA
@@ -39,6 +40,17 @@ def test_streaming_gives_the_same_text_and_no_half_characters(tokenizer, text):
     pieces = [decoder.add(token) for token in tokenizer.encode(text)] + [decoder.finish()]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streaming_any_ids_gives_what_decoding_them_at_once_gives(tokenizer):
+    """Also where lone bytes follow one another, which are no characters however long one waits."""
+    numbers, vocab = random.Random(0), tokenizer.fast.get_vocab_size()
+    halves = [token for token in range(vocab) if "\ufffd" in tokenizer.decode([token])]
+    for pool in (range(vocab), halves, [*halves, *tokenizer.encode("a b", add_bos=False)]):
+        for _ in range(100):
+            ids = [numbers.choice(pool) for _ in range(numbers.randint(1, 60))]
+            decoder = IncrementalDecoder(tokenizer)
+            assert "".join(map(decoder.add, ids)) + decoder.finish() == tokenizer.decode(ids)
 
 
 def test_an_unfinished_character_comes_out_at_the_end_as_a_mark(embedded_tokenizer):

@@ -1,7 +1,8 @@
 """Text to token ids and back, the chat template, and the checkpoint's sampling defaults.
 
-tokenizer.json is read with the `tokenizers` library itself: transformers 5's LlamaTokenizerFast, which the released
-tokenizer_config.json names, drops spaces, and AutoTokenizer ignores add_bos_token. BOS is our own rule: exactly once.
+tokenizer.json is read with the `tokenizers` library itself: transformers 5's LlamaTokenizerFast, which the
+released tokenizer_config.json names, drops spaces, and AutoTokenizer ignores add_bos_token. BOS is our own
+rule: exactly once.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import DecodeStream
 
 from dsv2cli.errors import Dsv2Error
 
 Message = dict[str, str]
-REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer with its BOS rule and chat template. Raises Dsv2Error where a file is missing."""
+    """The checkpoint's tokenizer with its BOS rule and chat template.
+
+    Raises Dsv2Error where a file is missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -27,7 +31,8 @@ class Tokenizer:
             raise Dsv2Error(
                 f"{folder} holds no tokenizer",
                 why="tokenizer.json is missing",
-                fix='copy it from the original repository, or give token ids: dsv2 complete --prompt-ids "1,2,3"',
+                fix="copy it from the original repository, or give token ids: "
+                'dsv2 complete --prompt-ids "1,2,3"',
             )
         try:
             self.fast = FastTokenizer.from_file(str(path))
@@ -66,9 +71,11 @@ class Tokenizer:
         return str(self.fast.decode(ids, skip_special_tokens=True))
 
     def encode_chat(self, messages: list[Message], prefix: str = "") -> list[int]:
-        """The whole conversation through the chat template, ending where the assistant's answer begins, or after its `prefix`.
+        """The whole conversation through the chat template, ending where the assistant's answer begins, or
+        after its `prefix`.
 
-        The template writes BOS itself. Raises Dsv2Error when the checkpoint has no template or it rejects the messages.
+        The template writes BOS itself. Raises Dsv2Error when the checkpoint has no template or it rejects the
+        messages.
         """
         if self.chat_template is None:
             raise Dsv2Error(
@@ -93,27 +100,25 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Token ids in, finished characters out: a character split over tokens is held until it is whole."""
+    """Token ids in, finished characters out: a character split over tokens is held until it is whole.
+
+    All pieces and `finish` together are what decoding all ids at once gives.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.printed = ""  # what self.ids has given so far
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.held: list[int] = []  # ids that have given nothing yet
 
     def add(self, token_id: int) -> str:
-        self.ids.append(token_id)
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith(REPLACEMENT) and len(self.ids) < 16:
-            return ""
-        piece = text[len(self.printed) :]
-        # One token stays as context, since some decoders treat the first token of a text differently.
-        self.ids = self.ids[-1:]
-        self.printed = self.tokenizer.decode(self.ids)
-        return piece
+        """The text that this token makes whole."""
+        piece: str | None = self.stream.step(self.tokenizer.fast, token_id)
+        self.held = [*self.held, token_id] if piece is None else []
+        return piece or ""
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        return self.tokenizer.decode(self.ids)[len(self.printed) :]
+        """What was held back, when no more tokens come: for half a character, marks that say so."""
+        return self.tokenizer.decode(self.held)
 
 
 def read_json(path: Path) -> dict[str, Any]:

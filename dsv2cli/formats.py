@@ -1,4 +1,6 @@
-"""Number formats by name, and how weights are packed: lanes, groups and bits, each said once. Needs no torch."""
+"""Number formats by name, and how weights are packed: lanes, groups and bits, each said
+once. Needs no torch.
+"""
 
 from __future__ import annotations
 

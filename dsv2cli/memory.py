@@ -10,12 +10,20 @@ from pathlib import Path
 
 from dsv2cli.errors import UsageError
 
-UNITS = {"GB": 10**9, "GIB": 2**30, "G": 10**9, "MB": 10**6, "MIB": 2**20, "TB": 10**12}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "G": 10**9}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str, unit: str = "") -> int | None:
+    """`75GB` or `1.5 TiB` in bytes; `unit` is what a bare number is in. None for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    scale = UNITS.get((match[2] or unit).upper()) if match else None
+    return None if match is None or scale is None else int(float(match[1]) * scale)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """`count` alike memories of `bytes` each."""
+    """`count` alike memories of `bytes` each; `kind` is gpu or cpu."""
 
     name: str
     bytes: int
@@ -24,6 +32,7 @@ class Memory:
 
     @property
     def label(self) -> str:
+        """As it is shown: `8 x H100 80 GB`."""
         each = f"{self.bytes / 1e9:.1f} GB".replace(".0 GB", " GB")
         return f"{self.count} x {self.name} {each}" if self.count > 1 else f"{self.name} {each}"
 
@@ -31,14 +40,13 @@ class Memory:
 def parse_gpus(text: str) -> list[Memory]:
     """`8x80GB` or `80GB,2x24GiB`. Raises UsageError for anything else."""
     found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", part)
-        unit = UNITS.get((match[3] or "GB").upper()) if match else None
-        if match is None or unit is None or int(match[1] or 1) == 0 or float(match[2]) == 0:
-            raise UsageError(
-                f"--gpus {text} is not a list of memories", fix="--gpus 8x80GB, or --gpus 80GB,2x24GB"
-            )
-        found.append(Memory("GPU", int(float(match[2]) * unit), int(match[1] or 1)))
+    for entry in text.split(","):
+        match = re.fullmatch(r"(?:\s*(\d+)\s*[x×*])?(.*)", entry)
+        count, size = (int(match[1] or 1), parse_size(match[2], "GB")) if match else (0, None)
+        if not count or not size:
+            fix = "--gpus 8x80GB, or --gpus 80GB,2x24GB"
+            raise UsageError(f"--gpus {text} is not a list of memories", fix=fix)
+        found.append(Memory("GPU", size, count))
     return found
 
 
@@ -48,6 +56,7 @@ def detected() -> list[Memory]:
 
 
 def gpus() -> list[Memory]:
+    """Those that the NVIDIA driver knows; none where there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

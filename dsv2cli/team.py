@@ -13,7 +13,9 @@ SHARED_BYTES = 2**20  # what is larger is summed faster by rings than by each GP
 
 
 class SharedMemory:
-    """Memory that every GPU of a team sees, through which small sums take one step: each reads what all others wrote."""
+    """Memory that every GPU of a team sees, through which small sums take one step: each reads what all
+    others wrote.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Raises RuntimeError where the GPUs can not see each other's memory."""
@@ -38,7 +40,7 @@ class SharedMemory:
 
 
 def shared_memory(rank: int, device: torch.device) -> SharedMemory | None:
-    """It, where there is such a thing on all ranks and what it adds up is right; else sums are left to NCCL."""
+    """The team's SharedMemory if every rank could allocate it and a test sum agrees with NCCL; else None."""
 
     def all_say(yes: bool) -> bool:
         vote = torch.full((1,), float(yes), device=device)
@@ -63,7 +65,8 @@ class Team:
     rank: int = 0
     size: int = 1
     shared: SharedMemory | None = None
-    sequences: bool = False  # whether each attends for sequences of its own, with all heads, instead of for all with some heads
+    # Whether each attends for sequences of its own, with all heads, instead of for all with some heads.
+    sequences: bool = False
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, in all of them. May reuse x."""
@@ -75,7 +78,10 @@ class Team:
         return x
 
     def join(self, x: Tensor, sizes: list[int], dim: int) -> Tensor:
-        """Every rank's part side by side along `dim` (0 or 1), in all of them; rank i has sizes[i] there. x [rows, columns]"""
+        """Every rank's part side by side along `dim` (0 or 1), in all of them; rank i has sizes[i] there.
+
+        x [rows, columns]
+        """
         if self.size == 1:
             return x
         padded = x.new_zeros((max(sizes), x.shape[1]) if dim == 0 else (x.shape[0], max(sizes)))

@@ -1,4 +1,5 @@
-"""Compile every Triton kernel that a function launches, for a GPU that need not be there, instead of launching it.
+"""Compile every Triton kernel that a function launches, for a GPU that need not be there, instead of
+launching it.
 
 Run as a program it compiles what a model's config needs and prints what each kernel takes: see `main`.
 """
@@ -20,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dsv2cli.checkpoint.weights import blueprint
+from dsv2cli.checkpoint.blueprint import blueprint
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.gpu import decode, use_gpu_kernels
+from dsv2cli.run.gpu import TritonRunner
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -85,17 +86,19 @@ def shortened(config, layers: int = 2):
 def compile_steps(config, format: str | None, sizes: list[int]) -> None:
     """All that a decode step of so many rows, and a prefill, launch."""
     model = blueprint(config, torch.bfloat16, format=format).to_empty(device="cpu").requires_grad_(False)
-    use_gpu_kernels(model)
+    runner = TritonRunner(model)
     with torch.inference_mode():
         for rows in sizes:
-            cache = model.new_cache(rows)
+            cache = runner.new_cache(rows)
             cache.reserve(4096)
-            decode(model, cache, torch.zeros(rows, 1, dtype=torch.long))
-        model(torch.zeros(1, 256, dtype=torch.long), model.new_cache())
+            runner.decode(torch.zeros(rows, 1, dtype=torch.long), cache)
+        runner(torch.zeros(1, 256, dtype=torch.long), runner.new_cache())
 
 
 def main() -> None:
-    """python tests/compile_for_gpu.py CONFIG BITS CAPABILITY: what each kernel takes, with BITS 16, 8 or 4, for sm_CAPABILITY."""
+    """python tests/compile_for_gpu.py CONFIG BITS CAPABILITY: what each kernel takes, with BITS 16, 8 or 4,
+    for sm_CAPABILITY.
+    """
     path, bits, capability = sys.argv[1:]
     compile_only(int(capability))
     compile_steps(

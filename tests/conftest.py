@@ -23,9 +23,9 @@ import torch
 from running import forked
 
 from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.checkpoint.weights import load_model
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run.runner import PlainRunner
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -77,7 +77,9 @@ PROMPT = r">.*\x1b\[\?25h"  # the prompt is drawn and the cursor shown again
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_outlives_the_tests() -> Iterator[None]:
-    """Neither a child of this process, nor, where its parent is gone, what it had started: it has our environment."""
+    """Neither a child of this process, nor, where its parent is gone, what it had started: it has our
+    environment.
+    """
     yield
     children = psutil.Process().children(recursive=True)
     left = {process: line for process in psutil.process_iter() if (line := ours(process, children))}
@@ -86,7 +88,9 @@ def nothing_outlives_the_tests() -> Iterator[None]:
 
 
 def ours(process: psutil.Process, children: list[psutil.Process]) -> str:
-    """What a process was started as, if it runs and was started by these tests; not what Python itself keeps."""
+    """What a process was started as, if it runs and was started by these tests; not what
+    Python itself keeps.
+    """
     try:
         line = shlex.join(process.cmdline())
         mine = process in children or process.environ().get(MARK) == os.environ[MARK]
@@ -110,7 +114,10 @@ def end(processes: list[psutil.Process]) -> None:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts dsv2 in a process that ends with the test, however that ends. It is forked from this one, or started `by` another."""
+    """Starts dsv2 in a process that ends with the test, however that ends.
+
+    It is forked from this one, or started `by` another.
+    """
     started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -163,15 +170,20 @@ def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
         terminal.close()
 
 
+def load(folder: Path, device: torch.device = CPU, *arguments: Any, **options: Any) -> PlainRunner:
+    """A checkpoint run by plain torch; the arguments are load_model's."""
+    return PlainRunner(load_model(folder, device, *arguments, **options))
+
+
 @pytest.fixture(scope="session")
-def v2() -> DeepseekV2:
+def v2() -> PlainRunner:
     """A tiny random DeepSeek-V2 with everything: q_lora, grouped routing, YaRN."""
-    return load_model(DATA / "golden" / "v2", CPU)
+    return load(DATA / "golden" / "v2")
 
 
 @pytest.fixture(scope="session")
-def embedded() -> DeepseekV2:
-    return load_model(EMBEDDED, CPU)
+def embedded() -> PlainRunner:
+    return load(EMBEDDED)
 
 
 @pytest.fixture(scope="session")

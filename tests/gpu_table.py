@@ -1,10 +1,11 @@
 """Measure a model on a GPU over batch sizes, contexts and formats, and write one JSON and one Markdown file.
 
-    python tests/gpu_table.py OUT CONFIG [--formats bfloat16,int8,int4] [--batch 1,8,32,128] [--context 64,4096,32768]
+    python tests/gpu_table.py OUT CONFIG [--formats bfloat16,int8,int4] [--batch 1,8,32,128]
+                              [--context 64,4096,32768]
                               [--prefill 4096] [--generate 64] [-r 3] [--against transformers] [--device cuda]
 
-Weights are random, made on the device from CONFIG alone. Every row's ceilings (reading memory, torch's matrix product) are
-measured just before it. What does not fit into the memory is left out, and said. The tables of the issue:
+Weights are random, made on the device from CONFIG alone. Every row's ceilings (reading memory, torch's matrix
+product) are measured just before it. What does not fit into the memory is left out, and said. For instance:
 
     python tests/gpu_table.py v2-lite tests/data/configs/DeepSeek-V2-Lite --against transformers
     python tests/gpu_table.py v2 tests/data/configs/DeepSeek-V2-Chat --formats int4
@@ -22,11 +23,12 @@ from pathlib import Path
 import torch
 
 from dsv2cli.cli import options as opt
-from dsv2cli.cli.bench import numbers, ranged, shares
+from dsv2cli.cli.bench import machine_reader, numbers, ranged, shares
 from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
 from dsv2cli.formats import PACKED_BITS
 from dsv2cli.model import size
+from dsv2cli.run.wish import Wish
 
 SPARE = 0.9  # of the memory: activations, and what else runs there
 
@@ -42,39 +44,29 @@ def works(options: argparse.Namespace) -> Iterator[benchmark.Work]:
 
 def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
     """One row a piece of work."""
-    quantize = opt.Quantize(format) if format in PACKED_BITS else opt.Quantize.none
-    dtype = opt.Dtype.bfloat16 if format in PACKED_BITS else opt.Dtype(format)
-    opened = opt.open_model(
-        None,
-        opt.Compute(options.device, dtype, quantize=quantize, kernels=opt.KernelsChoice(options.kernels)),
-        options.config,
-    )
-    model = opened.model
-    memory = gpu_memories()[model.device.index or 0] if model.device.type == "cuda" else None
-    twin = (
-        benchmark.transformers_twin(model, opened.folder)
-        if options.against and quantize is opt.Quantize.none
-        else None
-    )
+    packed = format in PACKED_BITS
+    dtype, quantize = ("bfloat16", format) if packed else (format, "none")
+    wish = Wish(options.device, dtype, quantize, kernels=options.kernels)
+    opened = opt.open_model(None, wish, options.config)
+    runner, kernels = opened.runner, machine_reader(opened.plan)
+    memory = gpu_memories()[runner.device.index or 0] if runner.device.type == "cuda" else None
+    twin = None
+    if options.against and not packed:
+        twin = benchmark.transformers_twin(runner, opened.folder)
     for work in works(options):
         tokens = work.batch * (work.depth + work.prompt + work.generate)
-        needed = size.weights_bytes(model.config, format, "bfloat16") + tokens * size.kv_bytes_per_token(
-            model.config, "bfloat16"
-        )
-        facts = {"format": format, "kernels": opened.plan.path} | work.as_json()
+        needed = size.weights_bytes(runner.config, format, "bfloat16")
+        needed += tokens * size.kv_bytes_per_token(runner.config, "bfloat16")
+        facts = {"format": format, "kernels": opened.plan.kernels_name} | work.as_json()
         if memory is not None and needed > SPARE * memory:
             yield facts | {"left_out": f"weights and cache take {needed / 1e9:.0f} GB"}
             continue
         beside = twin if work.batch == 1 and work.depth + work.prompt <= 4096 else None
-        for timing in benchmark.run(model, work, options.repetitions, beside, kernels=opened.plan.kernels):
-            yield (
-                facts
-                | timing.as_json()
-                | shares(model, timing)
-                | {"peak_memory_bytes": peak_memory_bytes(model.device)}
-            )
+        for timing in benchmark.measure_in_turn(runner, work, options.repetitions, beside, kernels=kernels):
+            peak = {"peak_memory_bytes": peak_memory_bytes(runner.device)}
+            yield facts | timing.as_json() | shares(runner, timing) | peak
         if options.profile and work.batch == 1:
-            yield facts | {"profile": benchmark.profile(model, work)}
+            yield facts | {"profile": benchmark.profile(runner, work)}
 
 
 def markdown(facts: dict) -> str:

@@ -1,7 +1,7 @@
 """Write anew what follows from the program itself: completions, the manual page and the golden transcripts.
 
-A transcript is a file of commands after `$ `, each followed by what it prints on stdout, `! ` before what it prints on
-stderr, and its exit code where that is not 0. Numbers that a clock gives stand as `~`.
+A transcript is a file of commands after `$ `, each followed by what it prints on stdout, `! ` before what it
+prints on stderr, and its exit code where that is not 0. Numbers that a clock gives stand as `~`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """dsv2 run from outside, in three ways: within this process, in one forked from it, and in a new one.
 
-To import torch and all that comes with it takes some 4 s of a processor, a command on a tiny model a tenth of that. So
-`run_dsv2` does it here, where all is imported, for whatever only goes in and comes out. Signals, pipes and terminals need a
-process, which may be `forked` from this one. A new one (`run_process`) is for what Python reads when it starts: the locale,
-variables that libraries read when they are imported, and which modules those are; and for teams, which start others.
+To import torch and all that comes with it takes some 4 s of a processor, a command on a tiny model a tenth of
+that. So `run_dsv2` does it here, where all is imported, for whatever only goes in and comes out. Signals,
+pipes and terminals need a process, which may be `forked` from this one. A new one (`run_process`) is for what
+Python reads when it starts: the locale, variables that libraries read when they are imported, and which
+modules those are; and for teams, which start others.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def run_process(
 
 
 def forked(arguments: tuple[str, ...], environment: dict[str, str]) -> Callable[[], NoReturn]:
-    """For `preexec_fn`: the child that was to become another program is dsv2 as it is, with all that is imported here.
+    """For `preexec_fn`: the child that was to become another program is dsv2 as it is, with all that is
+    imported here.
 
     Its parent waits on a pipe until the other program begins, that is, until the pipe is closed.
     """
@@ -133,7 +135,9 @@ def program(arguments: tuple[str, ...], environment: dict[str, str]) -> int:
 
 @contextmanager
 def streams(*files: IO[bytes]) -> Iterator[None]:
-    """Files in the place of stdin, stdout and stderr: for Python, for libraries in C, and for processes that are started."""
+    """Files in the place of stdin, stdout and stderr: for Python, for libraries in C, and for processes that
+    are started.
+    """
     kept, before = [os.dup(number) for number in range(3)], (sys.stdin, sys.stdout, sys.stderr)
     try:
         for number, file in enumerate(files):

@@ -1,4 +1,6 @@
-"""Many answers at once, and complete's ways of asking: the same words as one by one, in order, none lost or repeated."""
+"""Many answers at once, and complete's ways of asking: the same words as one by one, in order, none lost or
+repeated.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_samples_are_what_their_seeds_give_alone(embedded, embedded_tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_speculation_changes_no_word(embedded, embedded_tokenizer: Tokenizer, temperature):
-    """Greedy and sampled; also where the text repeats itself and where the limit or the end falls into a draft."""
+    """Greedy and sampled; also where the text repeats itself and where the limit or the end falls into a
+    draft.
+    """
     for text in (*PROMPTS, "1 2 3 1 2 3 1 2 3 1 2"):
         for count in (1, 2, 7, 60):
             results = []

@@ -1,4 +1,6 @@
-"""dsv2 bench and dsv2 niah: sweeps that measure what they say, comparisons that know the spread, needles where they should be."""
+"""dsv2 bench and dsv2 niah: sweeps that measure what they say, comparisons that know the spread, needles
+where they should be.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ import json
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import CPU, DATA
 from running import run_dsv2, run_process
 
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.cli.bench import numbers
 from dsv2cli.engine.benchmark import Ours, Timing, Work, compare, profile, random_prompts
 from dsv2cli.engine.needle import Haystack, make_prompt, sentences
 from dsv2cli.errors import UsageError
 from dsv2cli.kernels import native
-from dsv2cli.model.fused import use_kernels
+from dsv2cli.run.cpu import CppRunner
+from dsv2cli.run.runner import PlainRunner
 
 SHORT = ("--prompt", "8", "--generate", "3", "-r", "2")
 
@@ -106,22 +110,20 @@ def test_transformers_does_the_same_work_at_every_depth():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_parts_are_all_of_the_time_and_the_layers_are_left_as_they_were(fused):
-    from conftest import CPU
-
-    from dsv2cli.checkpoint.weights import load_model
-
+def test_the_parts_are_all_of_the_time_and_change_nothing(fused):
     model = load_model(DATA / "golden" / "v2", CPU, torch.bfloat16)
     library, why = native.load()
     if fused and library is None:
         pytest.skip(why)
-    use_kernels(model, library if fused else None)
-    before = [layer.fused for layer in model.model.layers]
-    parts = profile(model, Work(prompt=5, generate=4, depth=3, batch=2))
+    runner = CppRunner(model, library) if fused else PlainRunner(model)
+    ids = torch.arange(1, 6)[None]
+    with torch.inference_mode():
+        before = runner(ids, runner.new_cache())
+        parts = profile(runner, Work(prompt=5, generate=4, depth=3, batch=2))
+        assert torch.equal(runner(ids, runner.new_cache()), before)
     assert set(parts["decode"]) == {"attention", "experts", "dense layers", "head", "sampling", "the rest"}
     assert set(parts["prefill"]) == {"attention", "experts", "dense layers", "the rest"}
     assert all(seconds > 0 for phase in parts.values() for seconds in phase.values())
-    assert [layer.fused for layer in model.model.layers] == before
 
 
 def test_formats_hold_the_same_runs():
@@ -216,7 +218,9 @@ def test_the_needle_lies_at_its_depth(embedded_tokenizer):
 
 
 def test_a_heat_map_counts_the_right_answers(tmp_path):
-    """The embedded model finds no needle, and says so: `not told` is what it answers, and what is counted here."""
+    """The embedded model finds no needle, and says so: `not told` is what it answers, and what is counted
+    here.
+    """
     (tmp_path / "hay.txt").write_text("The owl sat in a tree. The bear ate honey.")
     asked = (
         "--lengths",

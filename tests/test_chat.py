@@ -13,24 +13,25 @@ import subprocess
 
 import pexpect
 import pytest
-from conftest import CPU, PROMPT
+from conftest import PROMPT, load
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from running import run_dsv2
 
 from dsv2cli import places
 from dsv2cli.checkpoint.hub import EMBEDDED
-from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
-from dsv2cli.cli.options import Compute, Opened, Overflow, make_plan
 from dsv2cli.cli.prompt import History, Suggestions
 from dsv2cli.engine import store
 from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import SUMMARISE, Session
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.run.open import Opened, look_around
+from dsv2cli.run.plan import make_plan
+from dsv2cli.run.wish import Wish
 
 CONTEXT = 1024  # tokens of the short model
 GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=30, eos_ids=frozenset([4095]))
@@ -43,7 +44,7 @@ def home(tmp_path, monkeypatch):
 
 
 def make_talk(model, tokenizer):
-    plan = make_plan(model.config, Compute())
+    plan = make_plan(model.config, Wish(), look_around())
     opened = Opened(EMBEDDED, "embedded", model.config, {}, model, plan, 0.0)
     return commands.Talk(Session(model, tokenizer, "Be brief."), opened, GREEDY)
 
@@ -60,7 +61,7 @@ def short_model(tmp_path_factory):
     shutil.copytree(EMBEDDED, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
-    return load_model(folder, CPU)
+    return load(folder)
 
 
 @pytest.fixture
@@ -69,13 +70,13 @@ def short_talk(home, short_model, embedded_tokenizer):
 
 
 def say(talk, text):
-    answer(talk, text, Overflow.stop, keep_going=False)
+    answer(talk, text, "stop", keep_going=False)
     return talk.session.messages[-1]["content"], talk.result
 
 
 def fresh(talk, text):
     """The answer to the same conversation with nothing cached."""
-    other = Session(talk.session.model, talk.session.tokenizer)
+    other = Session(talk.session.runner, talk.session.tokenizer)
     other.messages = [dict(message) for message in talk.session.messages]
     result = Result()
     "".join(other.reply(text, GREEDY, result))
@@ -93,16 +94,16 @@ def leave(child):
 def test_after_undo_edit_and_branch_answers_are_those_of_a_fresh_prefill(talk):
     for text in ("My name is Nora.", "Tell me a story about a fox.", "Thank you"):
         say(talk, text)
-    commands.run(talk, "/undo")
+    commands.carry_out(talk, "/undo")
     wanted = fresh(talk, "What is my name?")
     result = say(talk, "What is my name?")[1]
     assert result.token_ids == wanted and result.reused_tokens > 20
-    commands.run(talk, "/branch other")
-    commands.run(talk, "/edit 2")
+    commands.carry_out(talk, "/branch other")
+    commands.carry_out(talk, "/edit 2")
     assert talk.draft == "Tell me a story about a fox." and len(talk.session.asked()) == 1
     wanted = fresh(talk, "What is two plus two?")
     assert say(talk, "What is two plus two?")[1].token_ids == wanted
-    commands.run(talk, "/branch main")
+    commands.carry_out(talk, "/branch main")
     assert len(talk.session.asked()) == 3
     wanted = fresh(talk, "Bye")
     assert say(talk, "Bye")[1].token_ids == wanted
@@ -111,7 +112,7 @@ def test_after_undo_edit_and_branch_answers_are_those_of_a_fresh_prefill(talk):
 def test_retry_asks_the_same_again_with_another_seed(talk):
     say(talk, "Hello")
     seed = talk.request.seed
-    assert commands.run(talk, "/retry") == "Hello" and talk.request.seed == seed + 1
+    assert commands.carry_out(talk, "/retry") == "Hello" and talk.request.seed == seed + 1
     assert talk.session.asked() == []
 
 
@@ -120,7 +121,7 @@ def test_a_resumed_conversation_costs_no_prefill_and_goes_on_as_if_never_left(ta
     say(talk, "Tell me a story about a fox.")
     talk.save_cache()
     wanted = fresh(talk, "What is my name?")
-    again = commands.Talk(Session(talk.session.model, talk.session.tokenizer), talk.opened, GREEDY)
+    again = commands.Talk(Session(talk.session.runner, talk.session.tokenizer), talk.opened, GREEDY)
     again.resume(commands.find("last"))
     assert again.session.messages == talk.session.messages
     result = say(again, "What is my name?")[1]
@@ -134,7 +135,7 @@ def test_a_foreign_or_damaged_cache_falls_back_to_the_text(talk, v2):
     path = commands.cache_path(talk.name)
 
     def reason(model):
-        return store.load_cache(path, Session(talk.session.model, talk.session.tokenizer), model)
+        return store.load_cache(path, Session(talk.session.runner, talk.session.tokenizer), model)
 
     assert reason(store.identity(EMBEDDED, talk.session)) == ""
     assert reason("another model") == "it belongs to another model"
@@ -186,25 +187,25 @@ def test_a_list_of_messages_is_taken_in_and_a_conversation_written_out(talk, tmp
         {"role": "user", "content": "And?"},
     ]
     (tmp_path / "in.json").write_text(json.dumps({"messages": messages}))
-    commands.run(talk, f"/load {tmp_path / 'in.json'}")
+    commands.carry_out(talk, f"/load {tmp_path / 'in.json'}")
     assert talk.session.messages == messages[:2] and talk.draft == "And?"
-    commands.run(talk, f"/save {tmp_path / 'out.json'}")
-    commands.run(talk, f"/save {tmp_path / 'out.md'}")
+    commands.carry_out(talk, f"/save {tmp_path / 'out.json'}")
+    commands.carry_out(talk, f"/save {tmp_path / 'out.md'}")
     assert json.loads((tmp_path / "out.json").read_text()) == messages[:2]
     assert "**Assistant:** Hello!" in (tmp_path / "out.md").read_text()
 
 
 def test_a_session_is_named_and_never_written_over_another(talk):
     say(talk, "Hello")
-    commands.run(talk, "/save first talk")
+    commands.carry_out(talk, "/save first talk")
     assert places.session_names() == ["first talk"]
-    commands.run(talk, "/clear")
+    commands.carry_out(talk, "/clear")
     assert talk.session.asked() == [] and talk.name == ""
     say(talk, "Bye")
     with pytest.raises(UsageError, match="already"):
-        commands.run(talk, "/save first talk")
+        commands.carry_out(talk, "/save first talk")
     assert store.load(store.path_of("first talk")).branches["main"][1]["content"] == "Hello"
-    commands.run(talk, "/load first talk")
+    commands.carry_out(talk, "/load first talk")
     assert talk.session.messages[1]["content"] == "Hello" and len(places.session_names()) == 2
 
 
@@ -219,12 +220,12 @@ def test_a_program_may_wait_for_each_answer(start):
 
 
 def test_settings_and_the_system_prompt_change_on_the_way(talk):
-    commands.run(talk, "/set temperature 0.25")
-    commands.run(talk, "/set max-new-tokens 7")
+    commands.carry_out(talk, "/set temperature 0.25")
+    commands.carry_out(talk, "/set max-new-tokens 7")
     assert talk.request.sampling.temperature == 0.25 and talk.request.max_new_tokens == 7
-    commands.run(talk, "/system You are a bear.")
+    commands.carry_out(talk, "/system You are a bear.")
     assert talk.session.messages[0] == {"role": "system", "content": "You are a bear."}
-    commands.run(talk, "/system off")
+    commands.carry_out(talk, "/system off")
     assert talk.session.messages == []
 
 
@@ -247,12 +248,12 @@ def test_settings_and_the_system_prompt_change_on_the_way(talk):
 )
 def test_senseless_commands_are_answered_with_a_sentence(talk, line):
     with pytest.raises(UsageError):
-        commands.run(talk, line)
+        commands.carry_out(talk, line)
 
 
 def test_an_unknown_command_suggests_the_nearest(talk):
     with pytest.raises(UsageError) as caught:
-        commands.run(talk, "/hlep")
+        commands.carry_out(talk, "/hlep")
     assert caught.value.fix == "/help?"
 
 
@@ -273,14 +274,14 @@ def test_the_oldest_turns_make_room_and_the_system_prompt_stays(short_talk):
     assert short_talk.session.messages[1]["content"].startswith(f"{dropped} ")
 
 
-@pytest.mark.parametrize("choice", [Overflow.drop, Overflow.summarise])
+@pytest.mark.parametrize("choice", ["drop", "summarise"])
 def test_a_full_context_is_made_room_in_as_chosen_and_the_answer_is_that_of_a_fresh_prefill(
     short_talk, choice
 ):
     fill(short_talk, 5)
     answer(short_talk, "Hello", choice, keep_going=False)
     assert short_talk.session.prompt_tokens() < CONTEXT and short_talk.session.messages[0]["role"] == "system"
-    assert (short_talk.session.messages[1]["content"] == SUMMARISE) == (choice is Overflow.summarise)
+    assert (short_talk.session.messages[1]["content"] == SUMMARISE) == (choice == "summarise")
     wanted = fresh(short_talk, "Who are you?")
     assert say(short_talk, "Who are you?")[1].token_ids == wanted
 
@@ -289,7 +290,7 @@ def test_a_full_context_with_stop_is_refused_and_nothing_is_lost(short_talk):
     fill(short_talk)
     before = list(short_talk.session.messages)
     with pytest.raises(UsageError, match="no room"):
-        answer(short_talk, "Hello", Overflow.stop, keep_going=False)
+        answer(short_talk, "Hello", "stop", keep_going=False)
     assert short_talk.session.messages == before
 
 
@@ -442,7 +443,7 @@ def test_tab_offers_what_belongs_behind_a_command(talk, tmp_path):
         }
 
     say(talk, "Hello")
-    commands.run(talk, "/save my talk")
+    commands.carry_out(talk, "/save my talk")
     (tmp_path / "notes.txt").touch()
     assert (
         offered("/re") == {"retry"}
@@ -570,7 +571,8 @@ def test_markdown_is_drawn_the_same_however_the_text_arrives(step):
 
 
 def test_code_is_highlighted_by_line_and_never_broken():
-    text = "```python\nfor i in range(10): print('a line that is far too long for the terminal')\n```\nDone **now**"
+    line = "for i in range(10): print('a line that is far too long for the terminal')"
+    text = f"```python\n{line}\n```\nDone **now**"
     shown = flowed(text)
     assert "\x1b[" in shown.split("\n")[1] and bare(shown) == text.replace("**", "")
     assert flowed(text, drawn=False) == text
@@ -593,7 +595,7 @@ def bare(text):
 
 def test_a_file_goes_before_the_next_message_and_its_escapes_stay_harmless(in_terminal, talk, tmp_path):
     (tmp_path / "note.txt").write_text("My name is \x1b[31mNora.")
-    commands.run(talk, f"/file {tmp_path / 'note.txt'}")
+    commands.carry_out(talk, f"/file {tmp_path / 'note.txt'}")
     assert talk.attached == "note.txt:\n\nMy name is \x1b[31mNora.\n\n"
     child = in_terminal("chat", "--no-save", "--temperature", "0")
     child.expect(PROMPT)

@@ -165,7 +165,8 @@ def test_a_failure_is_exit_code_1_and_a_sentence(copy_of_v2):
 
 
 def test_a_reader_that_leaves_early_is_no_failure():
-    command = f"{sys.executable} -m dsv2cli complete Once -n 200 --ignore-eos </dev/null | head -c 1; echo ${{PIPESTATUS[0]}}"
+    program = f"{sys.executable} -m dsv2cli complete Once -n 200 --ignore-eos"
+    command = f"{program} </dev/null | head -c 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stdout[1:].strip() == "0" and done.stderr == ""
 

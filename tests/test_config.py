@@ -30,7 +30,8 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
 
 def test_a_preset_comes_before_the_files_other_tables_and_after_the_command_line(config):
     config.write_text(
-        '[chat]\nmax_new_tokens = 2\n[presets.long]\nmax-new-tokens = 9\ntemperature = 0\nsystem = "Be brief."\n'
+        "[chat]\nmax_new_tokens = 2\n"
+        '[presets.long]\nmax-new-tokens = 9\ntemperature = 0\nsystem = "Be brief."\n'
     )
     ask = {"stdin": json.dumps([{"role": "user", "content": "Tell me a story."}])}
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import CPU
 
+from dsv2cli.checkpoint.blueprint import empty_model
 from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.checkpoint.weights import empty_model, load_model
 from dsv2cli.engine.generate import Request, Result, stream_text
 from dsv2cli.engine.sampling import SamplingParams
 from training import chats, train
@@ -169,8 +170,8 @@ def test_the_schedule_warms_up_holds_and_ends_near_zero():
 
 
 def test_the_embedded_model_knows_its_small_world(embedded, embedded_tokenizer):
-    assert evaluate(embedded, held_out_rows(embedded_tokenizer.fast, False, 4)) < 1.0
-    assert sum(parameter.numel() for parameter in embedded.parameters()) > 3_000_000
+    assert evaluate(embedded.model, held_out_rows(embedded_tokenizer.fast, False, 4)) < 1.0
+    assert sum(parameter.numel() for parameter in embedded.model.parameters()) > 3_000_000
 
 
 def test_the_embedded_model_writes_english_and_ends_by_itself(embedded, embedded_tokenizer):

@@ -6,17 +6,21 @@ import json
 
 import pytest
 import torch
-from conftest import CPU, DATA, golden_folders
+from conftest import CPU, DATA, golden_folders, load
 from running import run_dsv2
 from safetensors.torch import load_file
 
-from dsv2cli.checkpoint.weights import load_model, weights_bytes
+from dsv2cli.checkpoint.blueprint import blueprint, weights_bytes
+from dsv2cli.checkpoint.load import give_memory, load_model
 from dsv2cli.kernels import native
 from dsv2cli.kernels.experts import run_experts
 from dsv2cli.kernels.linear import gated_mlp
 from dsv2cli.kernels.quantized import Quantized, pack_reference
-from dsv2cli.model.fused import bare_part, refusal, use_kernels
-from dsv2cli.model.transformer import Experts, MoE
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.layers import Experts
+from dsv2cli.model.transformer import MoE
+from dsv2cli.run.cpu import CppRunner, bare_part
+from dsv2cli.run.plan import cpp_refusal
 
 GREEDY = ("--temperature", "0", "-n", "12")
 WITH_EXPERTS = [
@@ -34,12 +38,21 @@ def kernels():
     return library
 
 
+def test_experts_lie_in_ram_from_the_layer_on_that_is_named():
+    """All else, and the experts before it, elsewhere: here where tensors have no memory."""
+    model = blueprint(DeepseekV2Config.load(DATA / "golden" / "v2"))
+    give_memory(model, torch.device("meta"), experts_on_gpu=1)
+    moes = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
+    homes = [moe.experts.down_proj.device.type for moe in moes]
+    assert len(homes) > 1 and homes == ["meta", *["cpu"] * (len(moes) - 1)]
+    in_ram = [name for name, tensor in model.named_parameters() if tensor.device.type == "cpu"]
+    assert all(".experts." in name for name in in_ram)
+
+
 @pytest.mark.parametrize("folder", WITH_EXPERTS, ids=lambda folder: folder.name)
 def test_golden_logits_hold_with_experts_apart(folder):
     golden = load_file(folder / "golden.safetensors")
-    model = load_model(folder, CPU, apart=1)
-    moes = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
-    assert [moe.apart for moe in moes] == [False, *[True] * (len(moes) - 1)]
+    model = load(folder, experts_on_gpu=1)
     with torch.inference_mode():
         logits = model.logits(model(golden["A.input_ids"].view(1, -1), model.new_cache()))[0]
     assert (logits - golden["A.logits"]).abs().max() < 1e-3
@@ -48,23 +61,26 @@ def test_golden_logits_hold_with_experts_apart(folder):
 @pytest.mark.parametrize("folder", WITH_EXPERTS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_the_kernels_compute_experts_where_they_lie(kernels, folder, format):
-    """Prefill and decode in bf16 against the plain path over the same weights, as far as two roundings may differ."""
+    """Prefill and decode in bf16 against the plain path over the same weights, as far as two roundings may
+    differ.
+    """
     plain, fast = (
-        load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels, apart=0) for _ in range(2)
+        load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels, experts_on_gpu=0)
+        for _ in range(2)
     )
-    if why := refusal(fast.config, CPU, torch.bfloat16):
+    if why := cpp_refusal(fast.config, "cpu", "bfloat16"):
         pytest.skip(why)
-    use_kernels(fast, kernels)
+    CppRunner(fast, kernels, apart=True)
     assert all(module.product is not None for module in fast.modules() if isinstance(module, Experts))
     torch.manual_seed(0)
     for n in (1, 2, 40):
         x = torch.randn(n, fast.config.hidden_size).bfloat16()
-        for a, b in zip(plain.model.layers, fast.model.layers, strict=True):
+        for a, b in zip(plain.layers, fast.layers, strict=True):
             if isinstance(a.mlp, MoE):
                 index, weight = a.mlp.gate(x)
                 expected, found = (
-                    a.mlp.run_routed(x, index, weight).float(),
-                    b.mlp.run_routed(x, index, weight).float(),
+                    a.mlp.experts(x, index, weight).float(),
+                    b.mlp.experts(x, index, weight).float(),
                 )
                 assert (found - expected).norm() < (0.02 if format is None else 0.04) * expected.norm()
 
@@ -122,7 +138,10 @@ def test_one_mlp_without_its_norm(kernels, bits, n, hidden, v2):
 
 def test_only_the_experts_are_packed():
     folder = WITH_EXPERTS[0]
-    whole, packed = load_model(folder, CPU, apart=0), load_model(folder, CPU, format="int4", apart=0)
+    whole, packed = (
+        load_model(folder, CPU, experts_on_gpu=0),
+        load_model(folder, CPU, format="int4", experts_on_gpu=0),
+    )
     names = [name for name, module in packed.named_modules() if isinstance(module, Quantized)]
     assert (
         names

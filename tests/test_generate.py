@@ -74,7 +74,7 @@ def test_logprobs_are_those_of_a_fresh_pass_over_the_text(embedded, embedded_tok
     result = run(embedded, embedded_tokenizer, "Once upon a time", max_new_tokens=20, logprobs=3, seed=5)
     ids = result.prompt_ids + result.token_ids
     with torch.inference_mode():
-        rescored = embedded.logits(embedded(torch.tensor([ids])))[0].log_softmax(-1)
+        rescored = embedded.logits(embedded.model(torch.tensor([ids])))[0].log_softmax(-1)
     for i, token in enumerate(result.tokens):
         row = rescored[len(result.prompt_ids) + i - 1]
         assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-3)

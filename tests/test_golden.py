@@ -7,10 +7,11 @@ import torch
 from conftest import CPU, golden_folders
 from safetensors.torch import load_file
 
-from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.generate import Request, generate_batch
 from dsv2cli.engine.sampling import SamplingParams
-from dsv2cli.model.transformer import ATTENTION_PATHS
+from dsv2cli.model.step import Step
+from dsv2cli.run.runner import ATTENTION_PATHS, PlainRunner
 
 FOLDERS = golden_folders()
 TOLERANCE = 2e-4
@@ -21,12 +22,14 @@ TOLERANCE = 2e-4
 @torch.inference_mode()
 def test_logits_and_greedy_text_are_those_of_the_official_code(folder, path):
     golden = load_file(folder / "golden.safetensors")
-    model = load_model(folder, CPU)
-    model.use_attention(path)
+    model = PlainRunner(load_model(folder, CPU), path)
     for prompt in "ABC":
         ids = golden[f"{prompt}.input_ids"].long().view(1, -1)
         torch.testing.assert_close(
-            model.logits(model(ids))[0], golden[f"{prompt}.logits"], rtol=0, atol=TOLERANCE
+            model.logits(model.model(ids, Step.after(None, ids, model.model.rotary, path)))[0],
+            golden[f"{prompt}.logits"],
+            rtol=0,
+            atol=TOLERANCE,
         )
         cache = model.new_cache()
         one_by_one = torch.cat([model.logits(model(token, cache))[0] for token in ids.split(1, dim=1)])

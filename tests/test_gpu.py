@@ -1,4 +1,6 @@
-"""The Triton kernels against the plain torch that says what they compute: interpreted on a CPU, or as they are on a GPU."""
+"""The Triton kernels against the plain torch that says what they compute: interpreted on a CPU, or as they
+are on a GPU.
+"""
 
 import json
 import os
@@ -17,9 +19,9 @@ pytest.importorskip("triton")
 
 import gpu_table
 
-from dsv2cli.checkpoint.weights import load_model, random_model
+from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill, speculate
+from dsv2cli.engine.generate import Request, generate_batch, prefill, speculate
 from dsv2cli.engine.sampling import SamplingParams, distribution, sample_rows
 from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
@@ -30,8 +32,9 @@ from dsv2cli.kernels.triton import experts as gpu_experts
 from dsv2cli.kernels.triton import linear as gpu_linear
 from dsv2cli.kernels.triton.linear import table
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.fused import triton_refusal, use_kernels
 from dsv2cli.model.rope import rotate
+from dsv2cli.run.gpu import TritonRunner
+from dsv2cli.run.runner import PlainRunner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [
@@ -40,7 +43,8 @@ DTYPES = [
     *([torch.bfloat16] if DEVICE.type == "cuda" else []),
 ]  # interpreted tl.dot is wrong in bf16
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-# Rows and columns: several blocks and chunks, whole and not, and odd ones; on a GPU also the widths of V2 and V2-Lite.
+# Rows and columns: several blocks and chunks, whole and not, and odd ones; on a GPU also the widths of V2 and
+# V2-Lite.
 SHAPES = [(24, 1536), (32, 512), (19, 50), (1, 7), (130, 96)]
 SHAPES += [(16, 2048), (20, 1408), (16, 5120)] if DEVICE.type == "cuda" else []
 GREEDY = SamplingParams(temperature=0.0)
@@ -103,7 +107,10 @@ def test_a_product_equals_the_plain_one(shape, dtype):
 
 
 def run_ptx(text, word):
-    """What the few instructions of gpu_linear.UNPACK do, by the PTX manual: and, or, shr, prmt. Gives $0 and $1."""
+    """What the few instructions of gpu_linear.UNPACK do, by the PTX manual: and, or, shr, prmt.
+
+    Gives $0 and $1.
+    """
     registers = {"$2": word}
 
     def value(name):
@@ -236,7 +243,8 @@ def test_scores_that_are_no_numbers_harm_nobody_else():
         assert torch.equal(added(x, feed)[2:], alone[2:])
 
 
-# Heads, nope, rope, value, rank: tiny; odd, in several tiles of each, the last not whole; on a GPU V2-Lite's own.
+# Heads, nope, rope, value, rank: tiny; odd, in several tiles of each, the last not whole; on a GPU V2-Lite's
+# own.
 ATTENTIONS = [(4, 16, 8, 24, 32), (18, 12, 6, 68, 80)]
 ATTENTIONS += [(16, 128, 64, 128, 512)] if DEVICE.type == "cuda" else []
 
@@ -244,7 +252,9 @@ ATTENTIONS += [(16, 128, 64, 128, 512)] if DEVICE.type == "cuda" else []
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", ATTENTIONS)
 def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
-    """Rows of different lengths in other slots, one that is not there, two new tokens of one row; few tokens and more."""
+    """Rows of different lengths in other slots, one that is not there, two new tokens of one row; few tokens
+    and more.
+    """
     heads, nope, rope, value, rank = sizes
     torch.manual_seed(4)
     shape = gpu_attention.Shape(heads, nope, rope, value, rank, (nope + rope) ** -0.5)
@@ -301,9 +311,8 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
 
 def both_ways(work, model):
     """What `work` makes of a model on the plain path, and through the kernels."""
-    plain = work(model)
-    use_kernels(model, None, triton=True, graphs=True)
-    return plain, work(model)
+    plain = work(PlainRunner(model))
+    return plain, work(TritonRunner(model, graphs=True))
 
 
 def smallest(format=None):
@@ -326,33 +335,28 @@ def test_a_whole_model_gives_the_plain_paths_logits(make):
     def logits(model):
         cache = model.new_cache(2)
         first = prefill(model, [[1, 2, 3], [*range(20)]], cache)
-        decode = decoder(model, cache)
-        return torch.stack(
-            [first, *(decode(torch.full((2, 1), 9 + i, device=DEVICE))[:, 0].clone() for i in range(2))]
-        )
+        ids = [torch.full((2, 1), 9 + i, device=DEVICE) for i in range(2)]
+        return torch.stack([first, *(model.decode(each, cache)[:, 0].clone() for each in ids)])
 
     model = make()
     plain, fast = both_ways(logits, model)
     close(fast, plain, 1e-5)
     if model.config.hidden_size == 32:  # the kernels know one attention path, and leave the others alone
-        model.use_attention("expanded")
-        assert not model.stepwise
-        close(logits(model), plain, 1e-5)
+        runner = TritonRunner(model, "expanded", graphs=True)
+        assert not runner.decodes_ahead
+        close(logits(runner), plain, 1e-5)
 
 
 @torch.inference_mode()
 def test_layers_whose_parts_lie_apart_run_product_by_product():
     """As a team's do, and those whose experts are in RAM."""
     model, ids = smallest("int4"), torch.tensor([[1, 2, 3]], device=DEVICE)
-    plain = model.logits(model(ids, model.new_cache()))
-    model.model.layers[1].mlp.apart = True
-    use_kernels(model, None, triton=True, graphs=True)
-    assert (
-        not model.stepwise
-        and model.model.layers[1].fused is None
-        and model.model.layers[1].mlp.experts.product is not None
-    )
-    close(model.logits(model(ids, model.new_cache())), plain, 1e-5)
+    runner = PlainRunner(model)
+    plain = runner.logits(runner(ids, runner.new_cache()))
+    runner = TritonRunner(model, graphs=True, apart=True)
+    assert not runner.decodes_ahead and not runner.layers
+    assert model.layers[1].mlp.experts.product is not None
+    close(runner.logits(runner(ids, runner.new_cache())), plain, 1e-5)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="interpreted, these would take an hour")
@@ -360,13 +364,12 @@ def test_layers_whose_parts_lie_apart_run_product_by_product():
 @torch.inference_mode()
 def test_graphs_give_the_logits_and_the_text_of_the_official_code(folder):
     golden, model = load_file(folder / "golden.safetensors"), load_model(folder, DEVICE, torch.float32)
-    if why := triton_refusal(model.config, DEVICE):
-        pytest.skip(why)
-    use_kernels(model, None, triton=True, graphs=True)
+    if model.config.attention_bias:
+        pytest.skip("the kernels know no attention_bias")
+    model = TritonRunner(model, graphs=True)
     for prompt in "ABC":
         ids, cache = golden[f"{prompt}.input_ids"].long().view(1, -1).to(DEVICE), model.new_cache()
-        decode = decoder(model, cache)
-        one_by_one = torch.cat([decode(token)[0].clone() for token in ids.split(1, dim=1)])
+        one_by_one = torch.cat([model.decode(token, cache)[0].clone() for token in ids.split(1, dim=1)])
         torch.testing.assert_close(one_by_one.cpu(), golden[f"{prompt}.decode_logits"], rtol=0, atol=5e-4)
         steps = generate_batch(model, ids.tolist(), Request(GREEDY, 32), model.new_cache())
         assert [token.id for (token,) in steps] == golden[f"{prompt}.greedy_ids"].tolist()
@@ -457,7 +460,8 @@ def test_the_command_line_runs_them_and_says_so():
 
 def test_the_script_for_the_table_of_a_gpu_runs(monkeypatch, tmp_path):
     """On the CPU, with a tiny model and the plain path: what it writes, not how fast that is."""
-    asked = "--device cpu --kernels off --formats bfloat16,int4 --batch 1,2 --context 16 --prefill 20 --generate 3 -r 1"
+    asked = "--device cpu --kernels off --formats bfloat16,int4 --batch 1,2 --context 16 --prefill 20"
+    asked += " --generate 3 -r 1"
     words = [str(tmp_path / "table"), str(DATA / "golden" / "v2"), *asked.split()]
     monkeypatch.setattr(sys, "argv", ["gpu_table.py", *words, "--against", "transformers", "--profile"])
     gpu_table.main()
@@ -494,7 +498,9 @@ def test_without_a_gpu_they_are_refused():
     [("DeepSeek-V2-Lite", "4", "90"), ("DeepSeek-V2-Lite", "16", "80"), ("DeepSeek-V2-Chat", "8", "90")],
 )
 def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, capability):
-    """Interpreted kernels may still not compile: so they are compiled, for the shapes of both families, with no GPU at hand."""
+    """Interpreted kernels may still not compile: so they are compiled, for the shapes of both families, with
+    no GPU at hand.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [
         sys.executable,

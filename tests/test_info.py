@@ -13,12 +13,15 @@ from conftest import DATA, ROOT, golden_folders
 from running import run_dsv2
 from safetensors.torch import save_file
 
-from dsv2cli.checkpoint.weights import destinations, empty_model, list_tensors, random_model, weights_bytes
+from dsv2cli.checkpoint.blueprint import empty_model, make_quantized, weights_bytes
+from dsv2cli.checkpoint.load import random_model
+from dsv2cli.checkpoint.names import destinations
+from dsv2cli.checkpoint.safetensors import list_tensors
 from dsv2cli.engine.benchmark import read_bytes_per_token
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.fused import make_quantized
 from dsv2cli.model.size import bytes_by_rank
+from dsv2cli.run.runner import PlainRunner
 
 LITE, CHAT = DATA / "configs" / "DeepSeek-V2-Lite", DATA / "configs" / "DeepSeek-V2-Chat"
 
@@ -36,7 +39,7 @@ def test_the_counts_are_those_of_the_model_itself(folder):
     counted = {part.name: part.parameters for part in size.parts(config)}
     assert sum(counted.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert counted["attention"] == sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n)
-    assert model.new_cache().bytes_per_token() == size.kv_bytes_per_token(config, "bfloat16")
+    assert PlainRunner(model).new_cache().bytes_per_token() == size.kv_bytes_per_token(config, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_bytes_in_every_format_are_those_of_the_model_itself(folder, group):
         assert size.weights_bytes(config, format, "bfloat16", group) == weights_bytes(model)
         if format != "int8":
             read = sum(part.read_bytes for part in size.parts(config, format, "bfloat16", group))
-            assert read - read_bytes_per_token(model, 0) == (
+            assert read - read_bytes_per_token(PlainRunner(model), 0) == (
                 2 * config.hidden_size if config.tie_word_embeddings else 0
             )
 
@@ -149,7 +152,8 @@ def test_a_load_takes_the_memory_that_was_said(tmp_path, packing):
     code = f"""
 import gc, psutil, torch
 from pathlib import Path
-from dsv2cli.checkpoint.weights import load_model, state_of
+from dsv2cli.checkpoint.blueprint import state_of
+from dsv2cli.checkpoint.load import load_model
 load_model(Path({str(DATA / "golden" / "v2")!r}), torch.device("cpu"))
 before = psutil.Process().memory_info().rss
 model = load_model(Path({str(tmp_path)!r}), torch.device("cpu"))
@@ -190,7 +194,13 @@ def test_without_a_model_it_shows_the_card_of_the_embedded_one():
 
 
 def test_it_needs_no_torch():
-    code = f"import sys; sys.argv = ['dsv2', 'info', {str(LITE)!r}]\nfrom dsv2cli.cli.app import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = f"""
+import sys
+sys.argv = ["dsv2", "info", {str(LITE)!r}]
+from dsv2cli.cli.app import main
+try: main()
+except SystemExit: pass
+"""
     done = subprocess.run(
         [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], capture_output=True, text=True
     )

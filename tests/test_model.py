@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import CPU, DATA, SHARED
 
-from dsv2cli.checkpoint.weights import empty_model, load_model
+from dsv2cli.checkpoint.blueprint import empty_model
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.benchmark import transformers_twin
 from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
@@ -18,6 +19,7 @@ from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
 from dsv2cli.model.rope import frequencies
+from dsv2cli.run.runner import PlainRunner
 from training.train import initialise
 
 GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=12)
@@ -35,7 +37,7 @@ def close(a, b, atol=1e-4):
 def test_prefill_in_chunks_equals_one_pass(v2, length):
     ids = random_ids(length)
     with torch.inference_mode():
-        whole = v2.logits(v2(torch.tensor([ids]))[:, -1])
+        whole = v2.logits(v2.model(torch.tensor([ids]))[:, -1])
         close(prefill(v2, [ids], v2.new_cache()), whole, atol=5e-4)
 
 
@@ -166,7 +168,7 @@ def test_transformers_own_model_gives_the_same_logits(raw, tmp_path):
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.3)
-    twin = transformers_twin(model, tmp_path)
+    twin = transformers_twin(PlainRunner(model), tmp_path)
     ids = torch.tensor([random_ids(50)])
     ours = model.logits(model(ids))
     assert ours.std() > 0.1, "a model that says nothing proves nothing"

@@ -1,4 +1,6 @@
-"""The C++ kernels against the plain torch that says what they compute, for every instruction set this CPU runs."""
+"""The C++ kernels against the plain torch that says what they compute, for every instruction set this CPU
+runs.
+"""
 
 import shutil
 from pathlib import Path
@@ -6,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.checkpoint.blueprint import make_quantized
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.generate import prefill
 from dsv2cli.formats import GROUP
 from dsv2cli.kernels import native
 from dsv2cli.kernels.quantized import Quantized, pack_reference, round_activations
-from dsv2cli.model.fused import make_quantized, refusal, use_kernels
+from dsv2cli.run.cpu import CppRunner
+from dsv2cli.run.plan import cpp_refusal
+from dsv2cli.run.runner import PlainRunner
 
 CPU = torch.device("cpu")
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "data" / "golden").glob("*/config.json"))
@@ -96,27 +101,25 @@ def logits_of(model, prompts, steps):
 @pytest.mark.parametrize("format", [None, "int8", "int4", "int4-all"])
 def test_a_whole_model_is_as_near_to_fp32_as_the_plain_path(kernels, folder, format):
     model = load_model(folder, CPU, torch.bfloat16, format=format, kernels=kernels)
-    if why := refusal(model.config, CPU, torch.bfloat16):
+    if why := cpp_refusal(model.config, "cpu", "bfloat16"):
         pytest.skip(why)
     torch.manual_seed(3)
     prompts = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in (3, 40, 150)]
-    exact = logits_of(load_model(folder, CPU, torch.float32, format=format, kernels=kernels), prompts, 6)
-    plain = logits_of(model, prompts, 6)
-    use_kernels(model, kernels)
-    fused = logits_of(model, prompts, 6)
+    wide = load_model(folder, CPU, torch.float32, format=format, kernels=kernels)
+    exact, plain = (logits_of(PlainRunner(each), prompts, 6) for each in (wide, model))
+    fused = logits_of(CppRunner(model, kernels), prompts, 6)
     # The median over rows: a near tie in a router may fall the other way in bf16, on either path.
     error, allowed = (((out - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for out in (fused, plain))
     # int8 activations cost 0.02 of these random logits, and 0.08 where they tip a router of eight experts.
     assert error < 1.3 * allowed + (0 if format is None else 0.08), (error, allowed)
-    use_kernels(model, None)
-    assert torch.equal(logits_of(model, prompts, 6), plain)
+    assert torch.equal(logits_of(PlainRunner(model), prompts, 6), plain)
 
 
 def test_a_gate_far_below_zero_shuts_and_one_far_above_lets_through(kernels):
     """SiLU of -100 is 0 and of 200 is 200: an exponential that overflows would say otherwise."""
     model = load_model(next(folder for folder in GOLDEN if folder.name == "dense_only"), CPU, torch.bfloat16)
-    mlp, layer = model.model.layers[0].mlp, model.model.layers[0]
-    use_kernels(model, kernels)
+    mlp, layer = model.layers[0].mlp, model.layers[0]
+    runner = CppRunner(model, kernels)
     gate = mlp.gate_up_proj.data.chunk(2)[0]
     torch.manual_seed(4)
     for size in (1, 3):
@@ -125,7 +128,7 @@ def test_a_gate_far_below_zero_shuts_and_one_far_above_lets_through(kernels):
         for weight in (-100.0, -200.0, 200.0):
             gate.fill_(weight / gate.shape[1])
             wanted = mlp(layer.post_attention_layernorm(x))
-            close(layer.fused.feed(x.clone(), None) - x, wanted, 0.02)
+            close(runner.fused.feed(0, x.clone()) - x, wanted, 0.02)
 
 
 def test_loading_quantises_every_large_weight():

@@ -1,4 +1,6 @@
-"""Layers over RAM and disk: the same numbers wherever they lie, nothing left behind, and senseless places refused."""
+"""Layers over RAM and disk: the same numbers wherever they lie, nothing left behind, and senseless places
+refused.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, golden_folders
+from conftest import CPU, golden_folders, load
 from running import run_dsv2
 from safetensors.torch import load_file
 
-from dsv2cli.checkpoint.placement import load_placed, parse_memory, place, summary
-from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.checkpoint.placement import layer_devices, load_placed, parse_memory, place
 from dsv2cli.errors import UsageError
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.transformer import RMSNorm
+from dsv2cli.model.layers import RMSNorm
+from dsv2cli.run.plan import places_line
+from dsv2cli.run.runner import PlainRunner
 
 GREEDY = ("--temperature", "0", "-n", "12")
+
+
+def placed(folder, config, format, places, scratch):
+    """A runner of layers that travel."""
+    model = load_placed(folder, config, torch.float32, format, places, scratch)
+    return PlainRunner(model, main=CPU, layer_devices=layer_devices(places, CPU))
 
 
 @pytest.mark.parametrize("folder", golden_folders(), ids=lambda folder: folder.name)
@@ -30,11 +39,9 @@ def test_layers_on_disk_give_the_same_logits(folder, format, tmp_path):
     half = size.weights_bytes(config, format or "float32", "float32") // 2000
     places = place(config, torch.float32, format, "auto", f"cpu={half}KB")
     assert "disk" in places.values()
-    model, alone = (
-        load_placed(folder, config, torch.float32, format, places, tmp_path),
-        load_model(folder, CPU, format=format),
-    )
-    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    model = placed(folder, config, format, places, tmp_path)
+    alone = load(folder, format=format)
+    assert any(parameter.device.type == "meta" for parameter in model.model.parameters())
     ids = golden["A.input_ids"].view(1, -1)
     with torch.inference_mode():
         outputs = []
@@ -49,14 +56,13 @@ def test_layers_on_disk_give_the_same_logits(folder, format, tmp_path):
 def test_a_layer_is_in_memory_only_while_it_runs(tmp_path):
     folder = golden_folders()[-1]
     config = DeepseekV2Config.load(folder)
-    model = load_placed(
-        folder, config, torch.float32, None, place(config, torch.float32, None, "auto", "cpu=1KB"), tmp_path
-    )
+    places = place(config, torch.float32, None, "auto", "cpu=1KB")
+    model = placed(folder, config, None, places, tmp_path)
     norm = model.model.layers[1].input_layernorm
     assert isinstance(norm, RMSNorm) and norm.weight.device.type == "meta"
     with torch.inference_mode():
         model(torch.tensor([[1, 2]]), model.new_cache())
-    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert all(parameter.device.type == "meta" for parameter in model.model.parameters())
 
 
 def test_commands_run_with_layers_spread_and_leave_nothing_behind(tmp_path):
@@ -110,7 +116,9 @@ def test_places_are_told_in_runs():
         "model.norm": "disk",
         "lm_head": "disk",
     }
-    assert summary(places) == "embed_tokens to layers.0 on GPU 0, layers.1 on GPU 1, norm to lm_head on disk"
+    assert (
+        places_line(places) == "embed_tokens to layers.0 on GPU 0, layers.1 on GPU 1, norm to lm_head on disk"
+    )
 
 
 def test_memory_is_read_as_the_official_instructions_write_it():

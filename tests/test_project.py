@@ -20,12 +20,16 @@ from dsv2cli.cli.app import completion_script, manual_page
 # A file imports only from files named before it.
 ORDER = """
 errors formats memory places device team
-kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts kernels.triton.linear kernels.triton.attention kernels.triton.experts
-model.config model.share model.size model.rope model.cache model.transformer model.gpu model.fused model.conductor
-checkpoint.hub checkpoint.tokenizer checkpoint.weights checkpoint.quantize checkpoint.placement
-engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store engine.benchmark engine.needle
-demo.words demo.stories demo.intents demo.chats demo.corpus demo.train demo.evaluate
-cli.ui cli.launch cli.options cli.config cli.flow cli.asking cli.batch cli.complete cli.commands cli.prompt cli.chat cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.worker cli.app __main__
+kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
+kernels.triton.linear kernels.triton.attention kernels.triton.experts
+model.config model.share model.size model.rope model.cache model.step model.layers model.transformer
+checkpoint.hub checkpoint.tokenizer checkpoint.safetensors checkpoint.blueprint checkpoint.names
+checkpoint.load checkpoint.pack checkpoint.placement
+run.wish run.plan run.launch run.runner run.cpu run.gpu run.leader run.open run.worker
+engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store
+engine.benchmark engine.needle
+cli.ui cli.options cli.config cli.flow cli.asking cli.lines cli.complete cli.commands cli.prompt cli.chat
+cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path
@@ -60,8 +64,15 @@ def test_packages_are_one_docstring_and_re_export_nothing():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; sys.argv = ['dsv2', '--help']\nfrom dsv2cli.cli.app import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "heavy = {'torch', 'transformers', 'accelerate', 'numpy', 'prompt_toolkit'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    code = """
+import sys
+sys.argv = ["dsv2", "--help"]
+from dsv2cli.cli.app import main
+try: main()
+except SystemExit: pass
+heavy = {"torch", "transformers", "accelerate", "numpy", "prompt_toolkit"} & set(sys.modules)
+sys.exit(str(heavy) if heavy else 0)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "complete" in done.stdout
@@ -71,9 +82,10 @@ def test_version():
     assert run_dsv2("--version").stdout.startswith("dsv2 0.")
 
 
-def test_ruff_finds_nothing():
+@pytest.mark.parametrize("words", [("check",), ("format", "--check")], ids=" ".join)
+def test_ruff_finds_nothing(words):
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
 
@@ -133,7 +145,12 @@ def test_completion_knows_saved_sessions_and_needs_no_torch(tmp_path):
     for name in ("tea", "trains"):
         (tmp_path / "dsv2" / "sessions" / f"{name}.json").write_text("[]")
     assert sorted(complete("dsv2 chat --resume t", XDG_DATA_HOME=str(tmp_path))) == ["tea", "trains"]
-    code = "import sys; from dsv2cli.cli.options import models, sessions; models('x'); sessions('x'); sys.exit('torch' in sys.modules)"
+    code = """
+import sys
+from dsv2cli.cli.options import models, sessions
+models("x"), sessions("x")
+sys.exit("torch" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -156,7 +173,9 @@ def examples():
 
 @pytest.mark.parametrize(("command", "output"), list(examples()), ids=lambda text: text[:40])
 def test_the_readmes_examples_do_what_it_says(command, output):
-    """Commands are run as they stand; where the README shows text it must be the text, `...` standing for any."""
+    """Commands are run as they stand; where the README shows text it must be the text, `...` standing for
+    any.
+    """
     line = command.replace("dsv2 ", f"{shlex.quote(sys.executable)} -m dsv2cli ")
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, timeout=120, stdin=subprocess.DEVNULL

@@ -12,15 +12,17 @@ from conftest import CPU, DATA
 from running import run_dsv2
 from safetensors import safe_open
 
-from dsv2cli.checkpoint import weights
+from dsv2cli.checkpoint import names
+from dsv2cli.checkpoint.blueprint import state_of
 from dsv2cli.checkpoint.hub import EMBEDDED
-from dsv2cli.checkpoint.quantize import quantize_checkpoint
+from dsv2cli.checkpoint.load import load_model, read_packed
+from dsv2cli.checkpoint.pack import quantize_checkpoint
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import load
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.fused import use_kernels
+from dsv2cli.run.cpu import CppRunner
+from dsv2cli.run.runner import PlainRunner
 from training.train import held_out_rows
 
 V2 = DATA / "golden" / "v2"
@@ -55,7 +57,7 @@ def test_a_packed_checkpoint_gives_what_quantising_while_loading_gives(folder, f
 
 def test_it_is_mapped_and_not_read(packed):
     model = load_model(packed, CPU)
-    codes = model.model.layers[1].mlp.experts.gate_up_proj.codes
+    codes = model.layers[1].mlp.experts.gate_up_proj.codes
     assert codes.untyped_storage().nbytes() > codes.nbytes  # a part of the file, not a tensor of its own
     assert all(w.codes.data_ptr() % 64 == 0 for w in model.modules() if hasattr(w, "codes"))
 
@@ -63,8 +65,8 @@ def test_it_is_mapped_and_not_read(packed):
 def test_read_instead_of_mapped_it_is_the_same(packed):
     """As for a GPU; in another number format only what is not packed changes."""
     config = DeepseekV2Config.load(packed)
-    mapped = weights.state_of(load_model(packed, CPU, torch.bfloat16))
-    read = weights.state_of(weights.read_packed(packed, config, CPU, torch.bfloat16))
+    mapped = state_of(load_model(packed, CPU, torch.bfloat16))
+    read = state_of(read_packed(packed, config, CPU, torch.bfloat16))
     assert mapped.keys() == read.keys()
     assert all(
         torch.equal(tensor, read[name]) and tensor.dtype == read[name].dtype
@@ -73,9 +75,9 @@ def test_read_instead_of_mapped_it_is_the_same(packed):
 
 
 def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
-    whole = weights.state_of(load_model(V2, CPU, format="int4"))
-    monkeypatch.setattr(weights, "SLAB", 2)
-    parts = weights.state_of(load_model(V2, CPU, format="int4"))
+    whole = state_of(load_model(V2, CPU, format="int4"))
+    monkeypatch.setattr(names, "SLAB", 2)
+    parts = state_of(load_model(V2, CPU, format="int4"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
@@ -145,9 +147,11 @@ def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
 
 @pytest.mark.parametrize("name", ["embedded", "dense_only", "norm_topk", "v2"])
 def test_a_model_loses_little(name):
-    """int8 within 0.1% of the loss, int4, attention too or not, within 2%: with the weights alone rounded, and through the kernels, whole and token by token.
+    """int8 within 0.1% of the loss, int4, attention too or not, within 2%: with the weights alone rounded,
+    and through the kernels, whole and token by token.
 
-    The golden models' weights are random, so their loss moves either way: enough tokens tell an effect from that.
+    The golden models' weights are random, so their loss moves either way: enough tokens tell an effect from
+    that.
     """
     folder = EMBEDDED if name == "embedded" else DATA / "golden" / name
     torch.manual_seed(0)
@@ -159,9 +163,9 @@ def test_a_model_loses_little(name):
     library, _ = load()
 
     def loss(dtype, format, stepwise):
-        model = load_model(folder, CPU, dtype, format=format, kernels=library)
-        if dtype is torch.bfloat16 and library is not None:
-            use_kernels(model, library)
+        loaded = load_model(folder, CPU, dtype, format=format, kernels=library)
+        fast = dtype is torch.bfloat16 and library is not None
+        model = CppRunner(loaded, library) if fast else PlainRunner(loaded)
         losses = []
         with torch.inference_mode():
             for part in rows.split(16):

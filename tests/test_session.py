@@ -23,7 +23,7 @@ def say(session, text, request=GREEDY):
 
 def fresh_answer(session, text):
     """The same conversation up to now, with nothing cached."""
-    other = Session(session.model, session.tokenizer)
+    other = Session(session.runner, session.tokenizer)
     other.messages = [dict(message) for message in session.messages]
     return say(other, text)[0]
 
@@ -62,7 +62,7 @@ def test_a_question_without_an_answer_leaves_no_trace(session):
     say(session, "Hello", Request(SamplingParams(temperature=0), eos_ids=frozenset(range(4096))))
     assert session.messages == before
     assert say(session, "Hello")[0] == fresh_answer(
-        Session(session.model, session.tokenizer, "Be brief."), "Hello"
+        Session(session.runner, session.tokenizer, "Be brief."), "Hello"
     )
 
 

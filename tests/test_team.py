@@ -16,24 +16,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CPU, DATA, PROMPT, golden_folders, smallest_config
+from conftest import CPU, DATA, PROMPT, golden_folders, load, smallest_config
 from running import run_dsv2, run_process
 from safetensors.torch import load_file, save_file
 
-from dsv2cli.checkpoint.quantize import quantize_checkpoint
-from dsv2cli.checkpoint.weights import destinations, empty_model, load_model, random_model, weights_bytes
-from dsv2cli.cli.options import Plan, ranks_needed, refuse_what_does_not_fit
+from dsv2cli.checkpoint.blueprint import empty_model, make_quantized, weights_bytes
+from dsv2cli.checkpoint.load import load_model, random_model
+from dsv2cli.checkpoint.names import destinations
+from dsv2cli.checkpoint.pack import quantize_checkpoint
 from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import Request, decoder, generate_batch, prefill
+from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.errors import UsageError
 from dsv2cli.kernels import native
-from dsv2cli.model.conductor import follow
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.fused import make_quantized, use_kernels
 from dsv2cli.model.share import share_of, split
 from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run.cpu import CppRunner
+from dsv2cli.run.leader import Leader, follow
+from dsv2cli.run.plan import Plan, ranks_needed, refuse_what_does_not_fit
 from dsv2cli.team import Team
 
 V2 = str(DATA / "golden" / "v2")
@@ -76,14 +77,17 @@ def join(rank, size, port):
 
 
 def compare(rank, size, port, format, folders, out):
-    """A rank: the leader writes down how far its logits are from the golden ones (or one process's), and its greedy ids."""
+    """A rank: the leader writes down how far its logits are from the golden ones (or one process's), and its
+    greedy ids.
+    """
     join(rank, size, port)
     results = {}
     for folder in folders:
-        model = load_model(folder, CPU, format=format, team=Team(rank, size))
+        own = load(folder, format=format, team=Team(rank, size))
         if rank > 0:
-            follow(model)
+            follow(own)
             continue
+        model = Leader(own)
         with torch.inference_mode():
             results[folder.name] = distances(model, folder, format)
         model.stop()
@@ -94,7 +98,7 @@ def compare(rank, size, port, format, folders, out):
 
 def distances(model, folder, format):
     golden = load_file(folder / "golden.safetensors")
-    alone = load_model(folder, CPU, format=format)
+    alone = load(folder, format=format)
     worst, same = 0.0, True
     for prompt in "ABC":
         ids = golden[f"{prompt}.input_ids"].flatten()
@@ -141,11 +145,12 @@ def compare_packed(rank, size, port, folder, out):
     join(rank, size, port)
     worst = {}
     for packed in sorted(Path(folder).iterdir()):
-        model = load_model(packed, CPU, team=Team(rank, size))
+        own = load(packed, team=Team(rank, size))
         if rank > 0:
-            follow(model)
+            follow(own)
             continue
-        alone, ids = load_model(packed, CPU), torch.arange(1, 30)[None]
+        model = Leader(own)
+        alone, ids = load(packed), torch.arange(1, 30)[None]
         with torch.inference_mode():
             found, expected = (one.logits(one(ids, one.new_cache()))[0] for one in (model, alone))
         model.stop()
@@ -168,18 +173,14 @@ def compare_fast(rank, size, port, format, folder, out):
     """As compare, in bf16 through the C++ kernels, against fp32."""
     join(rank, size, port)
     kernels, _ = native.load()
-    model = load_model(
-        Path(folder), CPU, torch.bfloat16, format=format, kernels=kernels, team=Team(rank, size)
-    )
-    use_kernels(model, kernels)
+    options = {"format": format, "kernels": kernels}
+    own = CppRunner(load_model(Path(folder), CPU, torch.bfloat16, team=Team(rank, size), **options), kernels)
     if rank > 0:
-        follow(model)
+        follow(own)
     else:
-        alone, exact = (
-            load_model(Path(folder), CPU, dtype, format=format, kernels=kernels)
-            for dtype in (torch.bfloat16, torch.float32)
-        )
-        use_kernels(alone, kernels)
+        model = Leader(own)
+        alone = CppRunner(load_model(Path(folder), CPU, torch.bfloat16, **options), kernels)
+        exact = load(Path(folder), CPU, torch.float32, **options)
         ids = torch.arange(1, 30)[None]
         with torch.inference_mode():
             logits = [one.logits(one(ids, one.new_cache()))[0].float() for one in (model, alone, exact)]
@@ -192,7 +193,9 @@ def compare_fast(rank, size, port, format, folder, out):
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 def test_ranks_on_a_cpu_use_its_kernels(format, tmp_path):
-    """As near to fp32 as one process with its kernels; the shapes are the real ones, and nothing is routed."""
+    """As near to fp32 as one process with its kernels; the shapes are the real ones, and
+    nothing is routed.
+    """
     if native.load()[0] is None:
         pytest.skip(native.load()[1])
     folder = next(
@@ -204,14 +207,18 @@ def test_ranks_on_a_cpu_use_its_kernels(format, tmp_path):
 
 
 def compare_triton(rank, size, port, format, folder, out):
-    """As compare, through the interpreted Triton kernels: prefill, and steps of which the leader tells; against plain torch."""
+    """As compare, through the interpreted Triton kernels: prefill, and steps of which the leader tells;
+    against plain torch.
+    """
     join(rank, size, port)
-    model = load_model(folder, CPU, format=format, team=Team(rank, size))
-    use_kernels(model, None, triton=True)
+    from dsv2cli.run.gpu import TritonRunner  # needs triton
+
+    own = TritonRunner(load_model(folder, CPU, format=format, team=Team(rank, size)))
     if rank > 0:
-        follow(model)
+        follow(own)
     else:
-        alone, prompt = load_model(folder, CPU, format=format), [5, 6, 7]
+        model = Leader(own)
+        alone, prompt = load(folder, format=format), [5, 6, 7]
         with torch.inference_mode():
             texts = [
                 [
@@ -224,9 +231,9 @@ def compare_triton(rank, size, port, format, folder, out):
             for one in (model, alone):
                 cache = one.new_cache(2)
                 prefill(one, [prompt, [8]], cache)
-                rows.append(decoder(one, cache)(torch.tensor([[9]]), [1])[0, 0].clone())
+                rows.append(one.decode(torch.tensor([[9]]), cache, [1])[0, 0].clone())
         model.stop()
-        Path(out).write_text(json.dumps([model.stepwise, texts, float((rows[0] - rows[1]).abs().max())]))
+        Path(out).write_text(json.dumps([model.decodes_ahead, texts, float((rows[0] - rows[1]).abs().max())]))
     dist.destroy_process_group()
 
 
@@ -238,11 +245,9 @@ def test_ranks_decode_together_in_steps_of_their_kernels(format, tmp_path):
     model = random_model(DeepseekV2Config.from_dict(raw), CPU, torch.float32, None)
     save_file(dict(destinations(model)), tmp_path / "model.safetensors")
     in_ranks(compare_triton, 2, format, tmp_path, str(tmp_path / "out"))
-    stepwise, (together, alone), distance = json.loads((tmp_path / "out").read_text())
+    ahead, (together, alone), distance = json.loads((tmp_path / "out").read_text())
     assert together == alone and distance < 1e-3
-    assert stepwise == (format is None), (
-        "packed, the small heads are all one rank's, and products go one by one"
-    )
+    assert ahead == (format is None), "packed, the small heads are all one rank's, and products go one by one"
 
 
 def compare_sequences(rank, size, port, format, folders, out):
@@ -250,11 +255,11 @@ def compare_sequences(rank, size, port, format, folders, out):
     join(rank, size, port)
     results = {}
     for folder in folders:
-        model = load_model(folder, CPU, format=format, team=Team(rank, size, sequences=True))
+        own = load(folder, format=format, team=Team(rank, size, sequences=True))
         if rank > 0:
-            follow(model)
+            follow(own)
             continue
-        alone = load_model(folder, CPU, format=format)
+        model, alone = Leader(own), load(folder, format=format)
         prompts = [list(range(1, 20)), [5, 6], [7], list(range(3, 30))]
         with torch.inference_mode():
             texts, scores = [], []
@@ -286,13 +291,10 @@ def test_ranks_with_sequences_of_their_own_say_what_one_says(size, format, tmp_p
 
 def test_a_rank_keeps_the_latents_of_its_own_sequences_only():
     for size, batch in ((2, 5), (3, 2)):
-        caches = [load_model(Path(V2), CPU, team=Team(rank, size, sequences=True)) for rank in range(size)]
-        rows = [DeepseekV2.new_cache(model, batch).own for model in caches]
-        assert [row for part in rows for row in part] == list(range(batch))
-        assert all(
-            len(DeepseekV2.new_cache(model, batch).layers[0]) == len(part)
-            for model, part in zip(caches, rows, strict=True)
-        )
+        teams = [Team(rank, size, sequences=True) for rank in range(size)]
+        caches = [load(Path(V2), team=team).new_cache(batch) for team in teams]
+        assert [row for cache in caches for row in cache.own] == list(range(batch))
+        assert all(len(cache.layers[0]) == len(cache.own) for cache in caches)
 
 
 def test_sequences_of_their_own_are_for_batches_and_for_several_ranks(tmp_path):
@@ -388,15 +390,16 @@ def test_each_ranks_bytes_are_those_of_the_plan(size, format):
 def measure(rank, size, port, folder, out):
     """A rank writes down by how much loading its part and filling a cache makes the process grow."""
     join(rank, size, port)
-    warm = load_model(DATA / "golden" / "v2", CPU, team=Team(rank, size))
+    warm = load(DATA / "golden" / "v2", team=Team(rank, size))
     memory = psutil.Process().memory_info
-    for model in (warm, None):
+    for own in (warm, None):
         cache = None  # the one before's goes first
         before = memory().rss
-        model = model or load_model(Path(folder), CPU, team=Team(rank, size))
+        own = own or load(Path(folder), team=Team(rank, size))
         if rank > 0:
-            follow(model)
+            follow(own)
         else:
+            model = Leader(own)
             cache = model.new_cache(4)
             cache.grow(8192)
             for _ in range(2):
@@ -434,7 +437,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_plan_that_does():
     config, gb = DeepseekV2Config.load(DATA / "configs" / "DeepSeek-V2-Chat"), 10**9
 
     def refused(format, ranks, memories):
-        plan = Plan(torch.device("cuda", 0), torch.bfloat16, format, None, "plain torch", "", ranks)
+        plan = Plan("cuda:0", "bfloat16", format, ranks=ranks)
         try:
             refuse_what_does_not_fit(config, plan, memories)
         except UsageError as error:

@@ -1,4 +1,6 @@
-"""The golden transcripts: commands, and to the letter what they print, on which stream, with which exit code."""
+"""The golden transcripts: commands, and to the letter what they print, on which stream,
+with which exit code.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ import torch
 from conftest import CPU
 from safetensors.torch import load_file, save_file
 
-from dsv2cli.checkpoint.weights import load_model, read_header
+from dsv2cli.checkpoint.load import load_model
+from dsv2cli.checkpoint.safetensors import read_header
 from dsv2cli.errors import Dsv2Error
 
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -156,7 +157,7 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path):
 MEASURE = """
 import resource, sys, torch
 from pathlib import Path
-from dsv2cli.checkpoint.weights import load_model
+from dsv2cli.checkpoint.load import load_model
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 load_model(Path(sys.argv[2]), torch.device("cpu"))  # imports and buffers are paid for
 before = peak()

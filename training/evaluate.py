@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer, read_json
-from dsv2cli.checkpoint.weights import load_model
 from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import Session
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run.runner import PlainRunner
 from training.chats import NAMES, compare, counting, fact, repeat, sums, unknown
 from training.stories import choose, tell
 from training.train import Balance, evaluate, held_out_rows
@@ -62,7 +62,7 @@ class Evaluation:
 
     def __init__(self, folder: Path) -> None:
         began = time.perf_counter()
-        self.model: DeepseekV2 = load_model(folder, torch.device("cpu"))
+        self.runner = PlainRunner(load_model(folder, torch.device("cpu")))
         self.tokenizer = Tokenizer(folder)
         self.load_seconds = time.perf_counter() - began
         self.settings = read_json(folder / "generation_config.json")
@@ -82,7 +82,7 @@ class Evaluation:
         return self.ask(self.new_session(), text)[0]
 
     def new_session(self) -> Session:
-        return Session(self.model, self.tokenizer)
+        return Session(self.runner, self.tokenizer)
 
 
 def longest_copy(words: list[str], bank: str) -> int:
@@ -210,13 +210,13 @@ def conversations(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
 
 
 def losses(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    balance = Balance(evaluation.model)
+    balance = Balance(evaluation.runner.model)
     for label, unseen in (
         ("new fillings of trained plots and chats", False),
         ("plots and wordings never trained on", True),
     ):
         rows = held_out_rows(evaluation.tokenizer.fast, unseen)
-        yield f"held-out loss, {label}", f"{evaluate(evaluation.model, rows):.3f} nats a token"
+        yield f"held-out loss, {label}", f"{evaluate(evaluation.runner.model, rows):.3f} nats a token"
     yield "busiest expert against the mean, worst layer", f"{balance.take()[1]:.2f}x"
 
 

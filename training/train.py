@@ -28,7 +28,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dsv2cli.checkpoint.weights import destinations, empty_model, load_model
+from dsv2cli.checkpoint.blueprint import empty_model
+from dsv2cli.checkpoint.load import load_model
+from dsv2cli.checkpoint.names import destinations
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
 from dsv2cli.model.transformer import DeepseekV2, MoEGate
 from training.corpus import BOS, CHAT_TEMPLATE, EOS, documents, rule_made, token_rows, train_tokenizer
@@ -54,7 +56,7 @@ LOSS_SLICE = 1024
 
 def initialise(model: DeepseekV2, seed: int) -> None:
     """Small normal weights; what writes into the residual stream starts smaller the deeper the model is."""
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     depth = math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -120,7 +122,7 @@ def held_out_rows(tokenizer: Tokenizer, unseen_wording: bool, count: int = 16) -
 
 @torch.no_grad()
 def evaluate(model: DeepseekV2, rows: list[list[int]]) -> float:
-    return next_token_loss(model, rows_tensor(rows, model.device)).item()
+    return next_token_loss(model, rows_tensor(rows, model.lm_head.weight.device)).item()
 
 
 def learning_rate(fraction: float, step: int, peak: float) -> float:

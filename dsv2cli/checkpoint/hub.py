@@ -37,7 +37,8 @@ def find_model(name: str | None, wanted: list[str] = WANTED_FILES) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise UsageError(
             f"There is no model at {name}",
-            why="it is neither a folder here nor a Hugging Face repository name such as deepseek-ai/DeepSeek-V2-Lite",
+            why="it is neither a folder here nor a Hugging Face repository name such as "
+            "deepseek-ai/DeepSeek-V2-Lite",
             fix="check the path, or leave --model out to use the embedded model",
         )
     return fetch(name, wanted)
@@ -51,7 +52,9 @@ def find_config(name: str | None) -> Path:
 
 
 def fetch(repository: str, wanted: list[str]) -> Path:
-    """Download what is missing of a repository, resuming what was begun; progress shows where stderr is a terminal."""
+    """Download what is missing of a repository, resuming what was begun; progress shows where stderr is a
+    terminal.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -72,7 +75,9 @@ def fetch(repository: str, wanted: list[str]) -> Path:
 
 
 def known_models(beginning: str) -> list[str]:
-    """Names that begin so: folders here (with a slash where one leads on), and repositories of this family in the cache."""
+    """Names that begin so: folders here (with a slash where one leads on), and repositories of this family in
+    the cache.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     parent, _, start = beginning.rpartition("/")

@@ -4,20 +4,111 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
+import typer
+
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
-from dsv2cli.engine.store import parse_messages
 from dsv2cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
+    from dsv2cli.run.open import Checkpoint
 
 # The tokens of the DeepSeek-Coder family, with full-width bars; their order is prefix, suffix, middle.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What is to be continued, and by which model."""
+
+    heading = opt.TO_RUN
+
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue. All of stdin, if piped, comes before it.")
+    ] = None
+    model: opt.ModelOption = None
+    prompt_ids: Annotated[
+        str | None, typer.Option(help='Token ids instead of text, "1,2,3": no tokenizer needed.')
+    ] = None
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="The text is a message: put it into the checkpoint's chat template."),
+    ] = False
+    system: Annotated[str | None, typer.Option(help="System prompt; implies --chat.")] = None
+    messages: Annotated[
+        Path | None, typer.Option(help="JSON list of messages to answer, instead of a text; - is stdin.")
+    ] = None
+    prefix: Annotated[str, typer.Option(help="Beginning of the answer, which is printed as part of it.")] = ""
+    fim_prefix: Annotated[
+        str | None, typer.Option(help="Fill in the middle: what stands before the hole.")
+    ] = None
+    fim_suffix: Annotated[str | None, typer.Option(help="Fill in the middle: what stands after it.")] = None
+    fim_file: Annotated[
+        Path | None,
+        typer.Option(help=f"Fill in the middle of a file, where it says {opt.CURSOR}; - is stdin."),
+    ] = None
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IN.jsonl",
+            help='A prompt a line: {"prompt": ...}, prompt_ids or messages, with id, seed, sampling. '
+            "Goes on where it was stopped.",
+        ),
+    ] = None
+    jsonl: Annotated[
+        bool,
+        typer.Option(
+            "--jsonl",
+            help="As --batch, but from stdin to stdout: each line is answered before the next is read.",
+        ),
+    ] = False
+
+    @property
+    def many(self) -> bool:
+        """Whether prompts come line by line."""
+        return self.batch is not None or self.jsonl
+
+    @property
+    def fim(self) -> tuple[str, str] | None:
+        """What stands around a hole, where there is one."""
+        if self.fim_prefix is None and self.fim_suffix is None:
+            return None
+        return self.fim_prefix or "", self.fim_suffix or ""
+
+    def source(self) -> str:
+        """Which of the ways to give a prompt is used.
+
+        Raises UsageError for several, or options that belong to others.
+        """
+        ways = {
+            "a text": self.prompt,
+            "--prompt-ids": self.prompt_ids,
+            "--messages": self.messages,
+            "--fim-prefix or --fim-suffix": self.fim,
+            "--fim-file": self.fim_file,
+            "--batch": self.batch,
+            "--jsonl": self.jsonl or None,
+        }
+        given = [name for name, value in ways.items() if value is not None] or ["a text"]
+        source = given[0]
+        if len(given) > 1:
+            raise UsageError(f"Both {source} and {given[1]} are given", fix="leave one of them out")
+        if (self.chat or self.system is not None) and source != "a text":
+            why, fix = "--chat is about a text", "leave one of them out"
+            raise UsageError(f"--chat and {source} do not go together", why=why, fix=fix)
+        if self.prefix and source not in ("a text", "--messages"):
+            raise UsageError(f"--prefix and {source} do not go together", fix="leave one of them out")
+        return source
+
+
+@dataclass(frozen=True)
 class Asked:
-    """Ids to continue, and the words around the answer: those before it, its own beginning, and those after it."""
+    """Ids to continue, and the words around the answer: those before it, its own beginning, and those after
+    it.
+    """
 
     ids: list[int]
     before: str = ""
@@ -25,95 +116,82 @@ class Asked:
     after: str = ""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where the prompt comes from, as the command line has it; exactly one of the first five is used."""
+def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked, Tokenizer | None]:
+    """The ids of a prompt that is not line by line; `text` is its text with what stdin gave before it.
 
-    text: str | None = None
-    prompt_ids: str | None = None
-    messages: Path | None = None
-    fim: tuple[str, str] | None = None  # prefix and suffix
-    fim_file: Path | None = None
-    chat: bool = False
-    system: str | None = None
-    prefix: str = ""
+    Raises UsageError for what makes no prompt, Dsv2Error where the checkpoint lacks what it needs.
+    """
+    if prompt.prompt_ids is not None:
+        # With ids the tokenizer may be missing; it is used for the text where there is one.
+        tokenizer = checkpoint.tokenizer_if_any()
+        ids = opt.parse_ids(prompt.prompt_ids)
+        shown = tokenizer.decode(ids) if tokenizer is not None else ",".join(map(str, ids)) + ","
+        return Asked(ids, before=shown), tokenizer
+    tokenizer = checkpoint.tokenizer()
+    if prompt.fim is not None or prompt.fim_file is not None:
+        prefix, suffix = prompt.fim or split_at_cursor(prompt.fim_file)
+        return fill_in(prefix, suffix, tokenizer), tokenizer
+    start = prompt.prefix
+    if prompt.messages is not None:
+        from dsv2cli.engine.store import parse_messages
 
-    def ask(self, checkpoint: opt.Checkpoint) -> tuple[Asked, Tokenizer | None]:
-        """Raises UsageError for what makes no prompt, Dsv2Error where the checkpoint lacks what it needs."""
-        if self.prompt_ids is not None:
-            # With ids the tokenizer may be missing; it is used for the text where there is one.
-            tokenizer = checkpoint.tokenizer_if_any()
-            ids = opt.parse_ids(self.prompt_ids)
-            shown = tokenizer.decode(ids) if tokenizer is not None else ",".join(map(str, ids)) + ","
-            return Asked(ids, before=shown), tokenizer
-        tokenizer = checkpoint.tokenizer()
-        if self.fim is not None or self.fim_file is not None:
-            prefix, suffix = self.fim or split_at_cursor(self.fim_file)
-            return fill_in(prefix, suffix, tokenizer), tokenizer
-        if self.messages is not None or self.chat:
-            ids = tokenizer.encode_chat(self.conversation(), self.prefix)
-            return Asked(
-                ids, before="" if self.messages is not None else self.text or "", start=self.prefix
-            ), tokenizer
-        text = self.text or ""
-        if not text + self.prefix:
-            raise UsageError(
-                "The prompt is empty",
-                why="there is nothing to continue",
-                fix='dsv2 complete "Once upon a time"',
-            )
-        return Asked(tokenizer.encode(text + self.prefix), before=text, start=self.prefix), tokenizer
-
-    def conversation(self) -> list[Message]:
-        if self.messages is not None:
-            return parse_messages(read(self.messages))
-        if not self.text:
-            raise UsageError(
-                "The message is empty",
-                why="there is nothing to answer",
-                fix='dsv2 complete --chat "Who are you?"',
-            )
-        start = [{"role": "system", "content": self.system}] if self.system else []
-        return [*start, {"role": "user", "content": self.text}]
+        ids = tokenizer.encode_chat(parse_messages(read_file(prompt.messages)), start)
+        return Asked(ids, start=start), tokenizer
+    text = text or ""
+    if prompt.chat or prompt.system is not None:
+        ids = tokenizer.encode_chat(conversation(prompt.system, text), start)
+        return Asked(ids, before=text, start=start), tokenizer
+    if not text + start:
+        fix = 'dsv2 complete "Once upon a time"'
+        raise UsageError("The prompt is empty", why="there is nothing to continue", fix=fix)
+    return Asked(tokenizer.encode(text + start), before=text, start=start), tokenizer
 
 
-def read(path: Path) -> str:
+def conversation(system: str | None, text: str) -> list[Message]:
+    """One message, with a system prompt before it where there is one. Raises UsageError
+    for an empty message.
+    """
+    if not text:
+        fix = 'dsv2 complete --chat "Who are you?"'
+        raise UsageError("The message is empty", why="there is nothing to answer", fix=fix)
+    start = [{"role": "system", "content": system}] if system else []
+    return [*start, {"role": "user", "content": text}]
+
+
+def read_file(path: Path) -> str:
     """A file as UTF-8, or stdin for `-`. Raises UsageError."""
     if str(path) == "-":
         return ui.read_stdin()
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} can not be read", why=getattr(error, "strerror", None) or str(error)
-        ) from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{path} can not be read", why=why) from None
 
 
 def split_at_cursor(path: Path | None) -> tuple[str, str]:
-    """What stands before and after the mark in a file."""
+    """What stands before and after the mark in a file. Raises UsageError where it does
+    not stand there once.
+    """
     assert path is not None
-    before, *rest = read(path).split(opt.CURSOR)
+    before, *rest = read_file(path).split(opt.CURSOR)
     if len(rest) != 1:
-        raise UsageError(
-            f"{path} has {len(rest) or 'no'} cursor marks",
-            why=f"{opt.CURSOR} says where the text is to be put, once",
-        )
+        why = f"{opt.CURSOR} says where the text is to be put, once"
+        raise UsageError(f"{path} has {len(rest) or 'no'} cursor marks", why=why)
     return before, rest[0]
 
 
 def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
-    """The hole between two texts, in the order the checkpoint was trained for. Raises UsageError where it has no such tokens."""
+    """The hole between two texts, in the order the checkpoint was trained for.
+
+    Raises UsageError where it has no such tokens.
+    """
     if not prefix + suffix:
-        raise UsageError(
-            "There is nothing around the hole",
-            fix='dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"',
-        )
+        fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
+        raise UsageError("There is nothing around the hole", fix=fix)
     begin, hole, end = (tokenizer.fast.token_to_id(token) for token in FIM_TOKENS)
     if begin is None or hole is None or end is None:
-        raise UsageError(
-            "This checkpoint can not fill in the middle",
-            why=f"its tokenizer has no {FIM_TOKENS[0]}",
-            fix="a Coder-V2 base checkpoint",
-        )
+        why, fix = f"its tokenizer has no {FIM_TOKENS[0]}", "a Coder-V2 base checkpoint"
+        raise UsageError("This checkpoint can not fill in the middle", why=why, fix=fix)
     start, after = tokenizer.encode(prefix, add_bos=False), tokenizer.encode(suffix, add_bos=False)
     return Asked([*tokenizer.encode(""), begin, *start, hole, *after, end], before=prefix, after=suffix)

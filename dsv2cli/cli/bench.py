@@ -1,4 +1,6 @@
-"""`dsv2 bench`: how fast a model runs here, with spread, memory and cache size; and against what was measured before."""
+"""`dsv2 bench`: how fast a model runs here, with spread, memory and cache size; and against what was measured
+before.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,26 @@ import itertools
 import json as json_format
 import re
 import statistics
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.model.size import expanded_kv_bytes_per_token
+from dsv2cli.run.wish import BatchWish
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from dsv2cli.engine.benchmark import Timing
-    from dsv2cli.model.transformer import DeepseekV2
+    from dsv2cli.engine.benchmark import Timing, Work
+    from dsv2cli.kernels.native import Kernels
+    from dsv2cli.run.open import Opened
+    from dsv2cli.run.plan import Plan
+    from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
 BAR = 40  # characters of the longest bar
@@ -40,259 +45,256 @@ COLUMNS = {  # of the table, with the number a run has there
 }
 
 
-class Against(str, Enum):
-    transformers = "transformers"
+RANGE_HELP = "a number, a list (64,512), or a range (512-2048+512, 64-4096*2)"
 
 
-class Output(str, Enum):
-    table, json, csv, markdown = "table", "json", "csv", "markdown"
+@dataclass(frozen=True)
+class Measure:
+    """What is measured, of which model."""
 
+    heading = opt.TO_RUN
 
-RangeHelp = "a number, a list (64,512), or a range (512-2048+512, 64-4096*2)"
-
-
-def bench(
-    model: opt.ModelOption = None,
-    prompt: Annotated[str, typer.Option(help=f"Tokens of the prompt: {RangeHelp}.")] = "512",
-    generate: Annotated[
-        str,
-        typer.Option(
-            help="Tokens to generate after each prompt, at least 2; lists and ranges as with --prompt."
-        ),
-    ] = "32",
-    depth: Annotated[
-        str,
-        typer.Option(help="Tokens in the cache before the prompt, which are not timed; lists and ranges."),
-    ] = "0",
-    batch: Annotated[str, typer.Option(help="Sequences at once; lists and ranges.")] = "1",
-    repetitions: Annotated[
-        int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")
-    ] = 3,
-    against: Annotated[
-        Against | None, typer.Option(help="Alternate with this library over the same weights.")
-    ] = None,
+    model: opt.ModelOption = None
     random_weights: Annotated[
         str | None,
         typer.Option(
             metavar="DIR|FILE|REPO", help="Measure a model made of random weights from a config alone."
         ),
-    ] = None,
+    ] = None
+    prompt: Annotated[str, typer.Option(help=f"Tokens of the prompt: {RANGE_HELP}.")] = "512"
+    generate: Annotated[
+        str,
+        typer.Option(
+            help="Tokens to generate after each prompt, at least 2; lists and ranges as with --prompt."
+        ),
+    ] = "32"
+    depth: Annotated[
+        str,
+        typer.Option(help="Tokens in the cache before the prompt, which are not timed; lists and ranges."),
+    ] = "0"
+    batch: Annotated[str, typer.Option(help="Sequences at once; lists and ranges.")] = "1"
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")
+    ] = 3
+    against: Annotated[
+        Literal["transformers"] | None,
+        typer.Option(help="Alternate with this library over the same weights."),
+    ] = None
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Also the time of each part: attention, experts, head, sampling."),
-    ] = False,
-    output: Annotated[Output, typer.Option("--format", help="How the result is printed.")] = Output.table,
-    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw the rates as bars below the table.")] = False,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Save the bars as a picture.")] = None,
+    ] = False
+
+    def works(self) -> list[Work]:
+        """Every combination of the lists and ranges. Raises UsageError for one that can not be read."""
+        sweep = itertools.product(
+            numbers("--batch", self.batch, 1),
+            numbers("--depth", self.depth, 0),
+            numbers("--prompt", self.prompt, 1),
+            numbers("--generate", self.generate, 2),
+        )
+
+        from dsv2cli.engine.benchmark import Work
+
+        return [Work(length, new, before, count) for count, before, length, new in sweep]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the result is shown and kept."""
+
+    heading = opt.OUTPUT
+
+    output: Annotated[
+        Literal["table", "json", "csv", "markdown"],
+        typer.Option("--format", help="How the result is printed."),
+    ] = "table"
+    json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False
+    plot: Annotated[bool, typer.Option("--plot", help="Draw the rates as bars below the table.")] = False
+    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Save the bars as a picture.")] = None
     save: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Save the result, to compare with later.")
-    ] = None,
+    ] = None
     compare: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.json", help="Say what became faster or slower since that result was saved."
         ),
-    ] = None,
-    device: opt.DeviceOption = "auto",
-    dtype: opt.DtypeOption = opt.Dtype.auto,
-    attention: opt.AttentionOption = opt.AttentionPath.auto,
-    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
-    quantize: opt.QuantizeOption = opt.Quantize.none,
-    gpus: opt.GpusOption = None,
-    split_attention: opt.SplitAttentionOption = opt.SplitAttention.heads,
-    placement: opt.PlacementOption = None,
-    max_memory: opt.MaxMemoryOption = None,
-    offload_folder: opt.OffloadFolderOption = None,
-    experts: opt.ExpertsOption = opt.Experts.auto,
-    threads: opt.ThreadsOption = None,
-) -> None:
-    """Measure prefill, decode, time to the first token and between tokens, load time, memory and cache size.
+    ] = None
 
-    Every combination of --prompt, --generate, --depth and --batch is measured.
+    @property
+    def format(self) -> str:
+        return "json" if self.json else self.output
+
+
+@opt.unfolded
+def bench(measure: Measure, output: Output, wish: BatchWish) -> None:
+    """Measure speed, load time, memory and cache size.
+
+    Every combination of --prompt, --generate, --depth and --batch is measured: prefill, decode, time to the
+    first token and between tokens.
     """
-    output = Output.json if json else output
-    sweep = itertools.product(
-        numbers("--batch", batch, 1),
-        numbers("--depth", depth, 0),
-        numbers("--prompt", prompt, 1),
-        numbers("--generate", generate, 2),
-    )
-    then = None if compare is None else read_saved(compare)
-    if random_weights is not None and model is not None:
+    works = measure.works()
+    then = None if output.compare is None else read_saved(output.compare)
+    if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
-    if plot and output is not Output.table:
+    if output.plot and output.format != "table":
         raise UsageError("--plot goes with the table", fix="--svg FILE.svg, or leave --format out")
-    opened = opt.open_model(
-        model,
-        opt.Compute(
-            device,
-            dtype,
-            threads,
-            attention,
-            kernels,
-            quantize,
-            gpus,
-            placement,
-            max_memory,
-            offload_folder,
-            experts,
-            split_attention,
-        ),
-        random_weights,
-    )
+    opened = opt.open_model(measure.model, wish, measure.random_weights)
+    if measure.against is not None and opened.plan.format.startswith("int"):
+        why, fix = "transformers has no such codes", "the checkpoint unpacked"
+        raise UsageError("--against compares the same weights", why=why, fix=fix)
+    facts, timings = measured(opened, works, measure)
+    if then is not None:
+        from dsv2cli.engine.benchmark import compare
 
-    from dsv2cli.checkpoint.weights import weights_bytes
+        facts["compared"] = compare(facts["runs"], then["runs"])
+    if output.save is not None:
+        write_saved(output.save, facts)
+    show(facts, timings, output, then)
+
+
+def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[str, Any], list[Timing]]:
+    """All works, one after the other, and what else is to be told of the run."""
+    from dsv2cli.checkpoint.blueprint import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
+    from dsv2cli.model.size import expanded_kv_bytes_per_token
 
-    if against is not None and opened.plan.format.startswith("int"):
-        raise UsageError(
-            "--against compares the same weights",
-            why="transformers has no such codes",
-            fix="the checkpoint unpacked",
-        )
-    loaded_peak = peak_memory_bytes(opened.model.device)
-    twin = benchmark.transformers_twin(opened.model, opened.folder) if against is not None else None
-    works = [benchmark.Work(length, new, before, count) for count, before, length, new in sweep]
+    runner, plan = opened.runner, opened.plan
+    loaded_peak, twin = peak_memory_bytes(runner.device), None
+    if measure.against is not None:
+        twin = benchmark.transformers_twin(runner, opened.folder)
     timings: list[Timing] = []
-    with ui.counting("measuring", len(works) * (repetitions + 1) * (2 if twin is not None else 1)) as tick:
+    count = len(works) * (measure.repetitions + 1) * (1 if twin is None else 2)
+    read = machine_reader(plan)
+    with ui.counting("measuring", count) as tick:
         for work in works:
-            timings += benchmark.run(opened.model, work, repetitions, twin, tick, opened.plan.kernels)
-    config, cache = opened.model.config, opened.model.new_cache()
-    dtype_name = str(opened.model.dtype).removeprefix("torch.")
+            timings += benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, read)
     facts: dict[str, Any] = {
         "model": opened.name,
-        "device": device_name(opened.model.device),
-        "dtype": dtype_name,
-        "attention": attention.value,
-        "kernels": opened.plan.path,
-        "weights": opened.plan.format,
-        "weights_bytes": weights_bytes(opened.model),
+        "device": device_name(runner.device),
+        "dtype": plan.dtype,
+        "attention": plan.attention,
+        "kernels": plan.kernels_name,
+        "weights": plan.format,
+        "weights_bytes": weights_bytes(runner.model),
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
-        "peak_memory_bytes": peak_memory_bytes(opened.model.device),
-        "kv_bytes_per_token": cache.bytes_per_token(),
-        "kv_bytes_per_token_expanded": expanded_kv_bytes_per_token(config, dtype_name),
+        "peak_memory_bytes": peak_memory_bytes(runner.device),
+        "kv_bytes_per_token": runner.new_cache().bytes_per_token(),
+        "kv_bytes_per_token_expanded": expanded_kv_bytes_per_token(runner.config, plan.dtype),
+        "runs": [timing.as_json() | shares(runner, timing) for timing in timings],
     }
-    facts["runs"] = [timing.as_json() | shares(opened.model, timing) for timing in timings]
-    if profile:
-        facts["profile"] = [work.as_json() | benchmark.profile(opened.model, work) for work in works]
-    if then is not None:
-        facts["compared"] = benchmark.compare(facts["runs"], then["runs"])
-    if save is not None:
-        write_saved(save, facts)
-    show(facts, timings, output, plot, svg, then)
+    if measure.profile:
+        facts["profile"] = [work.as_json() | benchmark.profile(runner, work) for work in works]
+    return facts, timings
+
+
+def machine_reader(plan: Plan) -> Kernels | None:
+    """The C++ kernels of the plan, which read memory with all threads."""
+    from dsv2cli.kernels import native
+
+    return None if plan.kernels is None else native.load(plan.kernels)[0]
 
 
 def numbers(option: str, text: str, least: int) -> list[int]:
     """`64,512`, `512-2048+512` or `64-4096*2`. Raises UsageError for anything else, or below `least`."""
     found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:([+*])(\d+))?)?\s*", part)
-        if (
-            match is None
-            or int(match[1]) < least
-            or (match[3] == "*" and (int(match[4]) < 2 or int(match[1]) == 0))
-            or (match[3] == "+" and int(match[4]) < 1)
-        ):
-            raise UsageError(
-                f"{option} {text} can not be used",
-                why=f"it is {RangeHelp}, from {least} on",
-                fix=f"{option} 64,512",
-            )
-        value, last = int(match[1]), int(match[2] or match[1])
+    for entry in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:([+*])(\d+))?)?\s*", entry)
+        value, last, times, by = 0, 0, False, 0
+        if match is not None:
+            value, last = int(match[1]), int(match[2] or match[1])
+            times, by = match[3] == "*", int(match[4] or 1)
+        endless = by < 1 or (times and (by < 2 or value == 0))
+        if match is None or value < least or (match[4] and endless):
+            why = f"it is {RANGE_HELP}, from {least} on"
+            raise UsageError(f"{option} {text} can not be used", why=why, fix=f"{option} 64,512")
         while value <= last:
             found.append(value)
-            value = value * int(match[4]) if match[3] == "*" else value + int(match[4] or 1)
+            value = value * by if times else value + by
     return list(dict.fromkeys(found))
 
 
 def read_saved(path: Path) -> dict[str, Any]:
+    """What --save has written. Raises UsageError for anything else."""
     try:
         content = json_format.loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         return dict(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a saved result", why=str(error), fix="dsv2 bench --save FILE.json makes one"
-        ) from None
+        fix = "dsv2 bench --save FILE.json makes one"
+        raise UsageError(f"{path} is not a saved result", why=str(error), fix=fix) from None
 
 
 def write_saved(path: Path, facts: dict[str, Any]) -> None:
+    """Raises Dsv2Error where the file can not be written."""
     try:
         path.write_text(json_format.dumps({"format": FORMAT} | facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise Dsv2Error(
-            f"{path} could not be written", why=error.strerror or str(error), fix="another --save"
-        ) from None
+        why = error.strerror or str(error)
+        raise Dsv2Error(f"{path} could not be written", why=why, fix="another --save") from None
 
 
-def shares(model: DeepseekV2, timing: Timing) -> dict[str, float]:
-    """How near to the ceilings of the same minute, as medians over the repetitions. Decode: one sequence only."""
+def shares(runner: Runner, timing: Timing) -> dict[str, float]:
+    """How near to the ceilings of the same minute, as medians over the repetitions.
+
+    Decode: one sequence only.
+    """
     from dsv2cli.engine import benchmark
-
-    work = timing.work
-    context = work.depth + work.prompt + work.generate / 2
-    read, flops = (
-        benchmark.read_bytes_per_token(model, int(context)),
-        benchmark.prefill_flops_per_token(model),
-    )
 
     def share(rates: list[float], each: float, ceilings: list[float]) -> float:
         return statistics.median(rate * each / ceiling for rate, ceiling in zip(rates, ceilings, strict=True))
 
-    out = {
-        "prefill_share_of_gemm": share(timing.prefill_tokens_per_second, flops, timing.gemm_flops_per_second)
-    }
+    work, flops = timing.work, benchmark.prefill_flops_per_token(runner)
+    prefill = share(timing.prefill_tokens_per_second, flops, timing.gemm_flops_per_second)
+    out = {"prefill_share_of_gemm": prefill}
     if work.batch == 1:
-        out["read_bytes_per_token"] = read
-        out["decode_share_of_bandwidth"] = share(
-            timing.decode_tokens_per_second, read, timing.read_bytes_per_second
-        )
+        read = benchmark.read_bytes_per_token(runner, int(work.depth + work.prompt + work.generate / 2))
+        decode = share(timing.decode_tokens_per_second, read, timing.read_bytes_per_second)
+        out |= {"read_bytes_per_token": read, "decode_share_of_bandwidth": decode}
     return out
 
 
-def show(
-    facts: dict[str, Any],
-    timings: list[Timing],
-    output: Output,
-    plot: bool,
-    svg: Path | None,
-    then: dict[str, Any] | None,
-) -> None:
-    """The result on stdout in the form asked for."""
-    runs = facts["runs"]
-    if svg is not None:
-        save_picture(svg, facts)
-    if output is Output.json:
+def show(facts: dict[str, Any], timings: list[Timing], output: Output, then: dict[str, Any] | None) -> None:
+    """The result on stdout in the form asked for, beside a saved one where there is one."""
+    if output.svg is not None:
+        save_picture(output.svg, facts)
+    if output.format == "json":
         ui.write_json(facts)
-    elif output is Output.csv:
+    elif output.format == "csv":
         ui.write(as_csv(facts))
-    elif output is Output.markdown:
-        ui.write(as_markdown(runs))
+    elif output.format == "markdown":
+        ui.write(as_markdown(facts["runs"]))
     else:
         console = ui.stdout()
-        console.print(
-            ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}")
-        )
-        console.print(as_table(runs))
-        if plot:
-            draw(console, runs)
+        console.print(ui.harmless(title(facts)))
+        console.print(as_table(facts["runs"]))
+        if output.plot:
+            draw(console, facts["runs"])
         remarks(console, facts, timings)
         if then is not None:
             show_comparison(console, facts, then)
 
 
+def title(facts: dict[str, Any]) -> str:
+    """What was measured, in one line."""
+    return " · ".join(str(facts[key]) for key in ("model", "weights", "device", "kernels"))
+
+
 def cells(run: dict[str, Any]) -> list[str]:
-    """One row: medians, with the range of the repetitions beside them, and the time between tokens as p50/p90/p99."""
+    """One row: medians, with the range of the repetitions beside them, and the time between tokens as
+    p50/p90/p99.
+    """
     values = [run[key] for key in COLUMNS.values()]
     row = [ranged(value) if isinstance(value, dict) else str(value) for value in values]
     return [*row, "/".join(digits(1000 * run["itl_seconds"][key]) for key in ("p50", "p90", "p99"))]
 
 
 def as_table(runs: list[dict[str, Any]]) -> Table:
+    """A row a run."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -304,6 +306,7 @@ def as_table(runs: list[dict[str, Any]]) -> Table:
 
 
 def as_markdown(runs: list[dict[str, Any]]) -> str:
+    """The same rows as a Markdown table."""
     rows = [[*COLUMNS, "ms a token"], ["---"] * (len(COLUMNS) + 1), *(cells(run) for run in runs)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -316,12 +319,11 @@ def as_csv(facts: dict[str, Any]) -> str:
     for run in facts["runs"]:
         row = {key: facts[key] for key in about}
         for key, value in run.items():
-            inner = (
-                {f"{key}_{name}": number for name, number in value.items() if name != "all"}
+            row |= (
+                {f"{key}_{name}": n for name, n in value.items() if name != "all"}
                 if isinstance(value, dict)
                 else {key: value}
             )
-            row |= inner
         flat.append(row)
     writer = csv.DictWriter(
         text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
@@ -349,24 +351,20 @@ def draw(console: Console, runs: list[dict[str, Any]]) -> None:
 
 
 def save_picture(path: Path, facts: dict[str, Any]) -> None:
-    """The bars as rich draws a terminal."""
+    """The bars as rich draws a terminal. Raises Dsv2Error where the file can not be written."""
     from rich.console import Console
 
     console = Console(record=True, file=io.StringIO(), width=130, markup=False, highlight=False)
-    console.print(
-        ui.harmless(f"{facts['model']} · {facts['weights']} · {facts['device']} · {facts['kernels']}")
-    )
+    console.print(ui.harmless(title(facts)))
     draw(console, facts["runs"])
     try:
         # Without the fonts that a viewer would fetch from the network.
-        picture = re.sub(
-            r"@font-face \{.*?\}\s*", "", console.export_svg(title="dsv2 bench"), flags=re.DOTALL
-        )
+        drawn = console.export_svg(title="dsv2 bench")
+        picture = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
         path.write_text(picture, encoding="utf-8")
     except OSError as error:
-        raise Dsv2Error(
-            f"{path} could not be written", why=error.strerror or str(error), fix="another --svg"
-        ) from None
+        why = error.strerror or str(error)
+        raise Dsv2Error(f"{path} could not be written", why=why, fix="another --svg") from None
 
 
 def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> None:
@@ -376,30 +374,31 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
             console.print(f"{label(ours.as_json())}: {ratios(ours, theirs)}")
     for run in facts["runs"]:
         if run["engine"] == "dsv2":
-            decode = (
-                f"decode {run['decode_share_of_bandwidth']:.0%} of reading at {run['read_bytes_per_second']['median'] / 1e9:.1f} GB/s, "
-                if run["batch"] == 1
-                else ""
-            )
-            console.print(
-                f"{label(run)}: {decode}prefill {run['prefill_share_of_gemm']:.0%} of "
-                f"torch's matrix product at {run['gemm_flops_per_second']['median'] / 1e9:,.0f} GFLOP/s"
-            )
-    for parts in facts.get("profile", []):
-        for phase in ("prefill", "decode"):
-            total = sum(parts[phase].values())
-            listed = ", ".join(
-                f"{name} {1000 * seconds:.3g} ms ({seconds / total:.0%})"
-                for name, seconds in parts[phase].items()
-            )
-            console.print(f"{label(parts)}, {phase if phase == 'prefill' else 'a decode step'}: {listed}")
-    gib = 2**30
-    console.print(
-        f"load {facts['load_seconds']:.2f} s · weights {facts['weights_bytes'] / gib:.2f} GiB · peak memory "
-        f"{facts['peak_memory_after_load_bytes'] / gib:.2f} GiB after load, {facts['peak_memory_bytes'] / gib:.2f} GiB in all\n"
-        f"cache {facts['kv_bytes_per_token']:,} bytes a token (expanded keys and values: "
-        f"{facts['kv_bytes_per_token_expanded']:,})"
+            console.print(f"{label(run)}: {ceilings(run)}")
+    for times in facts.get("profile", []):
+        for phase, name in (("prefill", "prefill"), ("decode", "a decode step")):
+            total = sum(times[phase].values())
+            listed = [f"{each} {1000 * s:.3g} ms ({s / total:.0%})" for each, s in times[phase].items()]
+            console.print(f"{label(times)}, {name}: {', '.join(listed)}")
+    weights, loaded, peak = (
+        facts[key] / 2**30 for key in ("weights_bytes", "peak_memory_after_load_bytes", "peak_memory_bytes")
     )
+    memory = f"peak memory {loaded:.2f} GiB after load, {peak:.2f} GiB in all"
+    console.print(f"load {facts['load_seconds']:.2f} s · weights {weights:.2f} GiB · {memory}")
+    expanded = f"(expanded keys and values: {facts['kv_bytes_per_token_expanded']:,})"
+    console.print(f"cache {facts['kv_bytes_per_token']:,} bytes a token {expanded}")
+
+
+def ceilings(run: dict[str, Any]) -> str:
+    """How near a run came to what the machine could give."""
+    reading, multiplying = (
+        run[key]["median"] / 1e9 for key in ("read_bytes_per_second", "gemm_flops_per_second")
+    )
+    decode = ""
+    if run["batch"] == 1:
+        decode = f"decode {run['decode_share_of_bandwidth']:.0%} of reading at {reading:.1f} GB/s, "
+    product = f"torch's matrix product at {multiplying:,.0f} GFLOP/s"
+    return f"{decode}prefill {run['prefill_share_of_gemm']:.0%} of {product}"
 
 
 def show_comparison(console: Console, facts: dict[str, Any], then: dict[str, Any]) -> None:
@@ -426,10 +425,8 @@ def show_comparison(console: Console, facts: dict[str, Any], then: dict[str, Any
 
 def label(run: dict[str, Any]) -> str:
     """What was measured, with what is not plain."""
-    depth, batch = (
-        f", depth {run['depth']}" if run["depth"] else "",
-        f", batch {run['batch']}" if run["batch"] > 1 else "",
-    )
+    depth = f", depth {run['depth']}" if run["depth"] else ""
+    batch = f", batch {run['batch']}" if run["batch"] > 1 else ""
     return f"prompt {run['prompt_tokens']}{depth}{batch}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.run.wish import Wish
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.tokenizer import Message
@@ -21,114 +23,107 @@ HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, /help 
 SPARE = 256  # tokens kept free for an answer when old turns are dropped
 
 
-def chat(
-    model: opt.ModelOption = None,
-    system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None,
-    system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None,
+@dataclass(frozen=True)
+class Conversation:
+    """With which model, and how it begins and ends."""
+
+    heading = opt.TO_RUN
+
+    model: opt.ModelOption = None
+    system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None
+    system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None
     resume: Annotated[
         str | None,
         typer.Option(
             autocompletion=opt.sessions, help="Go on with a saved session, or with a JSON list of messages."
         ),
-    ] = None,
+    ] = None
     go_on: Annotated[
         bool,
         typer.Option("--continue", "-c", envvar="DSV2_CHAT_CONTINUE", help="Go on with the latest session."),
-    ] = False,
+    ] = False
     no_save: Annotated[
         bool, typer.Option("--no-save", help="Keep neither the conversation nor what is typed.")
-    ] = False,
+    ] = False
     on_overflow: Annotated[
         opt.Overflow,
         typer.Option(
-            help="When the context is full: drop or summarise the oldest turns, or stop. From a pipe, ask is stop."
+            help="When the context is full: drop or summarise the oldest turns, or stop. From a pipe, ask is "
+            "stop."
         ),
-    ] = opt.Overflow.ask,
+    ] = "ask"
+    preset: PresetOption = None
+
+    def system_prompt(self) -> str | None:
+        """As it is given, or what the file holds. Raises UsageError for both, or a file
+        that can not be read.
+        """
+        if self.system_file is None:
+            return self.system
+        return read_system(self.system_file, self.system)
+
+
+@dataclass(frozen=True)
+class Sampling(opt.Sampling):
+    """The same with longer answers."""
+
+    max_new_tokens: opt.MaxTokensOption = 2048
+
+
+@dataclass(frozen=True)
+class Output:
+    """How answers are shown."""
+
+    heading = opt.OUTPUT
+
     plain: Annotated[
         bool, typer.Option("--plain", help="Show Markdown as it is written. NO_COLOR does so, too.")
-    ] = False,
+    ] = False
     json: Annotated[
         bool,
         typer.Option(
             "--json", help="Each line of stdin is a JSON list of messages, each answer a JSON object."
         ),
-    ] = False,
-    preset: PresetOption = None,
-    max_new_tokens: opt.MaxTokensOption = 2048,
-    temperature: opt.TemperatureOption = None,
-    top_p: opt.TopPOption = None,
-    top_k: opt.TopKOption = None,
-    min_p: opt.MinPOption = None,
-    repetition_penalty: opt.RepetitionOption = None,
-    seed: opt.SeedOption = None,
-    stop: opt.StopOption = None,
-    device: opt.DeviceOption = "auto",
-    dtype: opt.DtypeOption = opt.Dtype.auto,
-    attention: opt.AttentionOption = opt.AttentionPath.auto,
-    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
-    quantize: opt.QuantizeOption = opt.Quantize.none,
-    gpus: opt.GpusOption = None,
-    placement: opt.PlacementOption = None,
-    max_memory: opt.MaxMemoryOption = None,
-    offload_folder: opt.OffloadFolderOption = None,
-    experts: opt.ExpertsOption = opt.Experts.auto,
-    threads: opt.ThreadsOption = None,
-) -> None:
-    """Talk with the model. From a pipe, each line is a turn and only the answers are printed."""
-    if system_file is not None:
-        system = read_system(system_file, system)
-    opened = opt.open_model(
-        model,
-        opt.Compute(
-            device,
-            dtype,
-            threads,
-            attention,
-            kernels,
-            quantize,
-            gpus,
-            placement,
-            max_memory,
-            offload_folder,
-            experts,
-        ),
-    )
-    request = opened.request(
-        max_new_tokens,
-        seed,
-        stop,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    ] = False
+
+
+@opt.unfolded
+def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: Wish) -> None:
+    """Talk with the model, at a prompt or line by line.
+
+    From a pipe, each line is a turn and only the answers are printed.
+    """
+    system = conversation.system_prompt()
+    opened = opt.open_model(conversation.model, wish)
+    request = sampling.request(opened)
 
     from dsv2cli.cli import commands
     from dsv2cli.engine.session import Session
 
-    session = Session(opened.model, opened.tokenizer(), system)
-    session.tokenizer.encode_chat(
-        [{"role": "user", "content": ""}]
-    )  # no template: say so before the first word
-    interactive = sys.stdin is not None and sys.stdin.isatty()
-    talk = commands.Talk(session, opened, request, saving=interactive and not no_save, plain=plain)
-    if resume or go_on:
-        talk.resume(commands.find(resume or "last"))
+    session = Session(opened.runner, opened.tokenizer(), system)
+    # No template: say so before the first word.
+    session.tokenizer.encode_chat([{"role": "user", "content": ""}])
+    interactive, keep = sys.stdin is not None and sys.stdin.isatty(), not conversation.no_save
+    talk = commands.Talk(session, opened, request, saving=interactive and keep, plain=output.plain)
+    if conversation.resume or conversation.go_on:
+        talk.resume(commands.find(conversation.resume or "last"))
         if system is not None:
             session.set_system(system)
     if interactive:
-        converse(talk, on_overflow, keep_history=not no_save)
+        converse(talk, conversation.on_overflow, keep_history=keep)
         return
     start = list(session.messages)
     for line in ui.stdin_lines():
-        if line.strip() and json:
-            answer_json(talk, start, line, on_overflow)
+        if line.strip() and output.json:
+            answer_json(talk, start, line, conversation.on_overflow)
         elif line.strip():
-            answer(talk, line, on_overflow, keep_going=False)
+            answer(talk, line, conversation.on_overflow, keep_going=False)
 
 
 def read_system(path: Path, system: str | None) -> str:
+    """The system prompt in a file. Raises UsageError where one is given besides, or the
+    file can not be read.
+    """
     if system is not None:
         raise UsageError("Both --system and --system-file are given", fix="leave one of them out")
     try:
@@ -148,7 +143,7 @@ def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
             message: str | None = line
             try:
                 if line.startswith("/"):
-                    message = commands.run(talk, line.strip())
+                    message = commands.carry_out(talk, line.strip())
                 if message is not None:
                     answer(talk, talk.attached + message, on_overflow, keep_going=True)
             except Dsv2Error as error:
@@ -162,7 +157,10 @@ def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
 
 
 def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -> None:
-    """Stream one answer. With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it."""
+    """Stream one answer.
+
+    With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it.
+    """
     from dsv2cli.cli.flow import terminal_flow
     from dsv2cli.engine.generate import Result
 
@@ -185,39 +183,42 @@ def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -
         return
     if not result.text.strip():
         ui.note("no answer; your message was taken back")
-    limit = talk.opened.model.config.max_position_embeddings
+    limit = talk.opened.runner.config.max_position_embeddings
     if len(result.prompt_ids) + len(result.tokens) >= limit:
         ui.note(f"the context of {limit:,} tokens is full")
     ui.note(opt.stats_line(result))
 
 
 def make_room(talk: Talk, text: str, on_overflow: opt.Overflow) -> None:
-    """Where `text` leaves too little of the context for an answer, do what was chosen about the turns before it."""
-    session, limit = talk.session, talk.opened.model.config.max_position_embeddings
+    """Where `text` leaves too little of the context for an answer, do what was chosen about the turns before
+    it.
+    """
+    session, limit = talk.session, talk.opened.runner.config.max_position_embeddings
     spare = min(SPARE, limit // 4)
     if not session.asked() or session.prompt_tokens(text) + spare < limit:
         return
-    if on_overflow is opt.Overflow.ask and sys.stdin.isatty():
+    if on_overflow == "ask" and sys.stdin.isatty():
         from dsv2cli.cli.prompt import ask_overflow
 
         on_overflow = ask_overflow(limit)
-    if on_overflow is opt.Overflow.summarise:
+    if on_overflow == "summarise":
         ui.note(f"summary: {session.summarise(talk.request)}")
-    if on_overflow in (opt.Overflow.drop, opt.Overflow.summarise) and (
-        dropped := session.make_room(text, spare)
-    ):
+    if on_overflow in ("drop", "summarise") and (dropped := session.make_room(text, spare)):
         ui.note(f"the context is full: dropped the {dropped} oldest turns")
 
 
 def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Overflow) -> None:
-    """One conversation in, the next message of the assistant out. `start` goes before one without a system prompt."""
+    """One conversation in, the next message of the assistant out.
+
+    `start` goes before one without a system prompt.
+    """
     from dsv2cli.engine import store
     from dsv2cli.engine.generate import Result
 
     messages = store.parse_messages(line)
     if messages[-1]["role"] != "user":
         raise UsageError("The last message is not the user's", why="there is nothing to answer")
-    talk.session.messages = ([] if messages[0]["role"] == "system" else start) + messages[:-1]
+    talk.session.start_over(([] if messages[0]["role"] == "system" else start) + messages[:-1])
     result = Result()
     text = messages[-1]["content"]
     make_room(talk, text, on_overflow)

@@ -7,23 +7,22 @@ import difflib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from dsv2cli import places
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.engine import store
 from dsv2cli.engine.generate import Request, Result
+from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.run.open import Opened
 
 SETTINGS: dict[str, Callable[[str], float]] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
+    each.name: int if each.type == "int" else float for each in fields(SamplingParams)
 }
 LARGEST_FILE = 2**20
 
@@ -37,7 +36,7 @@ class Talk:
     """A conversation at a prompt: the session, how it is sampled, and where it is kept."""
 
     session: Session
-    opened: opt.Opened
+    opened: Opened
     request: Request
     name: str = ""
     saving: bool = True
@@ -86,10 +85,12 @@ class Talk:
             ui.show_error(error)
 
     def resume(self, path: Path) -> None:
-        """Go on with a saved conversation, with its cache where it fits. Raises Dsv2Error where it can not be read."""
+        """Go on with a saved conversation, with its cache where it fits.
+
+        Raises Dsv2Error where it can not be read.
+        """
         saved, session = store.load(path), self.session
-        session.branch, session.branches = saved.branch, saved.branches
-        session.messages = session.branches.pop(saved.branch)
+        session.take_over(saved.branches, saved.branch)
         inside = path.parent == places.sessions()
         self.name, self.draft = path.stem if inside else "", saved.pending
         reason = "none was saved"
@@ -119,7 +120,7 @@ def find(name: str) -> Path:
     raise UsageError(f"There is no saved session {name!r}", why="it is no file either", fix=fix)
 
 
-def run(talk: Talk, line: str) -> str | None:
+def carry_out(talk: Talk, line: str) -> str | None:
     """Carry out a command; gives a message to send, if that is what it comes to. Raises Dsv2Error, Leave."""
     name, _, rest = line[1:].partition(" ")
     if name not in COMMANDS:
@@ -151,8 +152,8 @@ def set_(talk: Talk, rest: str) -> None:
     name, sampling = name.replace("-", "_"), talk.request.sampling
     try:
         if name in SETTINGS:
-            changed = {name: SETTINGS[name](value)}
-            talk.request = replace(talk.request, sampling=replace(sampling, **changed))  # type: ignore[arg-type]
+            changed: dict[str, Any] = {name: SETTINGS[name](value)}
+            talk.request = replace(talk.request, sampling=replace(sampling, **changed))
         elif name == "seed" and int(value) >= 0:
             talk.request = replace(talk.request, seed=int(value))
         elif name == "max_new_tokens" and int(value) > 0:
@@ -172,7 +173,7 @@ def show(talk: Talk, rest: str) -> None:
         "max_new_tokens": talk.request.max_new_tokens,
         "seed": talk.request.seed,
     }
-    place = f"{talk.opened.model.device}, {str(talk.opened.model.dtype).removeprefix('torch.')}"
+    place = f"{talk.opened.runner.device}, {str(talk.opened.runner.dtype).removeprefix('torch.')}"
     kept = f"session {talk.name or '(new)'}" if talk.saving else "not saved"
     ui.note(f"{talk.opened.name} on {place} · {kept} · branch {talk.session.branch}")
     ui.note(" · ".join(f"{name} {value}" for name, value in settings.items()))
@@ -198,17 +199,14 @@ def edit(talk: Talk, rest: str) -> None:
 def branch(talk: Talk, rest: str) -> None:
     session = talk.session
     if rest and rest != session.branch:
-        ui.note(
-            f"back on branch {rest}"
-            if session.switch(rest)
-            else f"new branch {rest}; the other stays as it is"
-        )
+        known = session.switch(rest)
+        ui.note(f"back on branch {rest}" if known else f"new branch {rest}; the other stays as it is")
         talk.save()
     for name in sorted([*session.branches, session.branch]):
-        messages = session.messages if name == session.branch else session.branches[name]
-        ui.note(
-            f"{'*' if name == session.branch else ' '} {name}: {sum(m['role'] == 'user' for m in messages)} turns"
-        )
+        here = name == session.branch
+        messages = session.messages if here else session.branches[name]
+        turns = sum(message["role"] == "user" for message in messages)
+        ui.note(f"{'*' if here else ' '} {name}: {turns} turns")
 
 
 def history(talk: Talk, rest: str) -> None:
@@ -223,8 +221,7 @@ def clear(talk: Talk, rest: str) -> None:
     talk.save()
     talk.save_cache()
     session, talk.name, talk.result, talk.attached = talk.session, "", None, ""
-    session.messages = [message for message in session.messages if message["role"] == "system"]
-    session.branch, session.branches = "main", {}
+    session.start_over([message for message in session.messages if message["role"] == "system"])
     ui.note("a new conversation; the old one is in /sessions" if talk.saving else "a new conversation")
 
 
@@ -304,7 +301,7 @@ def tokens(talk: Talk, rest: str) -> None:
         ids = talk.session.tokenizer.encode(rest, add_bos=False)
         ui.note(f"{len(ids)} tokens: {ids}")
         return
-    limit = talk.opened.model.config.max_position_embeddings
+    limit = talk.opened.runner.config.max_position_embeddings
     used = talk.session.prompt_tokens()
     held = len(talk.session.cached_ids) * talk.session.cache.bytes_per_token()
     ui.note(f"context {used:,} of {limit:,} tokens ({used / limit:.0%}) · cache {held / 1e6:.1f} MB")

@@ -1,10 +1,13 @@
-"""Defaults from a TOML file: `[chat]` and the other commands, and named presets. The command line overrides both."""
+"""Defaults from a TOML file: `[chat]` and the other commands, and named presets.
+
+The command line overrides both.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
-import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +18,8 @@ from dsv2cli.errors import UsageError
 
 COMMANDS = ("chat", "complete", "bench", "niah", "info", "doctor", "quantize")
 EXAMPLE = """\
-# Any option of a command, without its dashes. Environment variables such as DSV2_CHAT_TEMPERATURE come before this
+# Any option of a command, without its dashes. Environment variables such as DSV2_CHAT_TEMPERATURE come before
+# this
 # file, and the command line before both.
 [chat]
 temperature = 0.3
@@ -36,11 +40,10 @@ def config_path() -> Path:
 
 
 def read_config() -> dict[str, Any]:
-    """The file's tables; nothing where there is none. Raises UsageError for what is not TOML or not a known table."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    """The file's tables; nothing where there is none.
+
+    Raises UsageError for what is not TOML or not a known table.
+    """
     path = config_path()
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +109,7 @@ PresetOption = Annotated[
 
 
 def config() -> None:
-    """Show the configuration file: where it is, what is in it, or an example."""
+    """Show the configuration file, or an example of one."""
     path = config_path()
     tables = read_config()
     if not tables:

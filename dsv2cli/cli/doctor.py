@@ -1,4 +1,6 @@
-"""`dsv2 doctor`: what works here and what does not, and for a model whether its files are whole and sensible."""
+"""`dsv2 doctor`: what works here and what does not, and for a model whether its files are
+whole and sensible.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +20,9 @@ from dsv2cli import places
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error
+
+if TYPE_CHECKING:
+    from dsv2cli.run.open import Checkpoint
 
 ROUND_TRIP = "hello world\n  你好 é 🙂 12345"
 LITTLE_DISK = 10**9
@@ -33,7 +38,12 @@ class Finding:
     fix: str = ""
 
 
-def doctor(
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at."""
+
+    heading = opt.TO_RUN
+
     model: Annotated[
         str | None,
         typer.Argument(
@@ -41,19 +51,33 @@ def doctor(
             autocompletion=opt.models,
             help="Also look at this checkpoint. Default: the embedded model.",
         ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Look at this machine and a model, and say what works, what does not, and why. Exit code 1 where something is wrong."""
+    ] = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the findings are shown."""
+
+    heading = opt.OUTPUT
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+
+
+@opt.unfolded
+def doctor(subject: Subject, output: Output) -> None:
+    """Look at this machine and a model, and say what works.
+
+    And what does not, and why. Exit code 1 where something is wrong.
+    """
     findings = []
-    for finding in (*machine(), *checkpoint(model)):
+    for finding in (*machine(), *checkpoint(subject.model)):
         findings.append(finding)
-        if not json:
+        if not output.json:
             ui.write(f"{finding.state:4} {finding.name}: {ui.harmless(finding.text)}\n")
             if finding.fix:
                 ui.write(f"     fix: {ui.harmless(finding.fix)}\n")
     bad = [finding for finding in findings if finding.state == "bad"]
-    if json:
+    if output.json:
         ui.write_json({"healthy": not bad, "findings": [asdict(finding) for finding in findings]})
     elif not bad:
         ui.write("nothing is wrong\n")
@@ -117,7 +141,8 @@ def cpu_kernels() -> Iterator[Finding]:
         yield Finding(
             "compiler",
             "note",
-            "none (c++, g++ or clang++): plain torch runs instead of the C++ kernels, at a fraction of the speed",
+            "none (c++, g++ or clang++): plain torch runs instead of the C++ kernels, at a fraction of the "
+            "speed",
             "install g++ or clang++",
         )
     else:
@@ -182,8 +207,10 @@ def disks() -> Iterator[Finding]:
 
 
 def checkpoint(model: str | None) -> Iterator[Finding]:
-    """Config, files, tokenizer and template; the weights' names, shapes and lengths are checked and not read."""
-    found: list[opt.Checkpoint] = []
+    """Config, files, tokenizer and template; the weights' names, shapes and lengths are
+    checked and not read.
+    """
+    found: list[Checkpoint] = []
     yield attempt("config", lambda: config_of(model, found))
     if found:
         yield attempt("weights", lambda: weights_of(found[0]))
@@ -197,23 +224,26 @@ def attempt(name: str, look: Callable[[], str]) -> Finding:
         return Finding(name, "bad", f"{error.what} ({error.why})" if error.why else error.what, error.fix)
 
 
-def config_of(model: str | None, found: list[opt.Checkpoint]) -> str:
+def config_of(model: str | None, found: list[Checkpoint]) -> str:
+    """What the checkpoint says of itself; puts it into `found`. Raises Dsv2Error."""
     from dsv2cli.model import size
+    from dsv2cli.run.open import find
 
-    found.append(opt.find(model))
+    found.append(find(model))
     config, format = found[0].config, size.own_format(found[0].config)
-    return f"{found[0].name}: {config.num_hidden_layers} layers, {format}, {size.weights_bytes(config, format) / 1e9:.2f} GB of weights"
+    weights = f"{size.weights_bytes(config, format) / 1e9:.2f} GB of weights"
+    return f"{found[0].name}: {config.num_hidden_layers} layers, {format}, {weights}"
 
 
-def weights_of(checkpoint: opt.Checkpoint) -> str:
-    from dsv2cli.checkpoint.weights import inspect
+def weights_of(checkpoint: Checkpoint) -> str:
+    from dsv2cli.checkpoint.names import inspect
 
     tensors = inspect(checkpoint.folder, checkpoint.config)
     files = {tensor.file for tensor in tensors}
     return f"{len(tensors):,} tensors in {len(files)} files, all there and of the right shape and length"
 
 
-def tokenizer_of(checkpoint: opt.Checkpoint) -> Iterator[Finding]:
+def tokenizer_of(checkpoint: Checkpoint) -> Iterator[Finding]:
     try:
         tokenizer = checkpoint.tokenizer()
     except Dsv2Error as error:
@@ -259,7 +289,7 @@ def tokenizer_of(checkpoint: opt.Checkpoint) -> Iterator[Finding]:
     )
 
 
-def bos_of(text: str, bos: int | None, ids: list[int], checkpoint: opt.Checkpoint) -> Finding:
+def bos_of(text: str, bos: int | None, ids: list[int], checkpoint: Checkpoint) -> Finding:
     wanted: Any = checkpoint.config.bos_token_id
     if bos is None:
         return Finding(

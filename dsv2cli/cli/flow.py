@@ -1,7 +1,9 @@
-"""The model's words as they come onto a terminal: lines broken between words, Markdown drawn, nothing drawn twice.
+"""The model's words as they come onto a terminal: lines broken between words, Markdown drawn, nothing drawn
+twice.
 
-What has been printed is never touched again, so nothing flickers and scrolling back shows the text once. A word is held
-back until it is complete, a line of code until it ends. Whatever the model writes, its escape sequences stay harmless.
+What has been printed is never touched again, so nothing flickers and scrolling back shows the text once. A
+word is held back until it is complete, a line of code until it ends. Whatever the model writes, its escape
+sequences stay harmless.
 """
 
 from __future__ import annotations

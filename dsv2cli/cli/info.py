@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv2cli.checkpoint.hub import EMBEDDED, find_config
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.formats import ITEM_BYTES, PACKED_BITS
 from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.run.wish import DtypeOption, QuantizeOption, Wish
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 GB = 10**9
 
 
-def info(
+@dataclass(frozen=True)
+class Subject:
+    """Which model, in which formats."""
+
+    heading = opt.TO_RUN
+
     model: Annotated[
         str | None,
         typer.Argument(
@@ -31,61 +37,97 @@ def info(
             autocompletion=opt.models,
             help="A checkpoint, a config.json or a repository name. Default: the embedded model.",
         ),
-    ] = None,
-    dtype: opt.DtypeOption = opt.Dtype.auto,
-    quantize: opt.QuantizeOption = opt.Quantize.none,
+    ] = None
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens a sequence, where sequences and speed are counted.")
+    ] = 4096
+
+
+@dataclass(frozen=True)
+class Output:
+    """How it is shown."""
+
+    heading = opt.OUTPUT
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where and how it would run."""
+
+    heading = Wish.heading
+
+    dtype: DtypeOption = "auto"
+    quantize: QuantizeOption = "none"
     gpus: Annotated[
         str | None,
         typer.Option(
             metavar="NxSIZE",
             help="Memories to fit into instead of this machine's, such as 8x80GB or 24GB,2x16GB.",
         ),
-    ] = None,
+    ] = None
     memory: Annotated[
         float | None,
         typer.Option(min=0, help="GB of one memory: say whether it fits and the longest context."),
-    ] = None,
+    ] = None
     bandwidth: Annotated[
         float | None, typer.Option(min=0, help="GB/s of memory bandwidth: say the most tokens a second.")
-    ] = None,
-    context: Annotated[
-        int, typer.Option(min=1, help="Tokens a sequence, where sequences and speed are counted.")
-    ] = 4096,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Say what a model is: parameters by part, bytes in each format, what a token reads, the cache, and what fits where. Loads nothing."""
+    ] = None
+
+    def memories(self) -> list[Memory]:
+        """Those to fit into: as given, or this machine's. Raises UsageError."""
+        listed = parse_gpus(self.gpus) if self.gpus is not None else detected()
+        return listed if self.memory is None else [Memory("memory", int(self.memory * GB))]
+
+
+@opt.unfolded
+def info(subject: Subject, output: Output, room: Room) -> None:
+    """Say what a model is and what fits where. Loads nothing.
+
+    Parameters by part, bytes in each format, what a token reads, the cache.
+    """
+    from dsv2cli.checkpoint.hub import EMBEDDED, find_config
+
+    model = subject.model
     config = DeepseekV2Config.load(find_config(model))
-    dtype_name = config.torch_dtype if dtype is opt.Dtype.auto else dtype.value
-    facts = describe(config, model or "embedded", dtype_name, context)
-    memories = parse_gpus(gpus) if gpus is not None else detected()
-    if memory is not None:
-        memories = [Memory("memory", int(memory * GB))]
-    chosen = None if quantize is opt.Quantize.none else quantize.value
-    facts["fits"] = [
-        fit(config, facts, place, format)
-        for place in memories
-        for format in facts["formats"]
-        if chosen in (None, format)
-    ]
+    dtype = config.torch_dtype if room.dtype == "auto" else room.dtype
+    facts = describe(config, model or "embedded", dtype, subject.context)
+    formats = [format for format in facts["formats"] if room.quantize in ("none", format)]
+    facts["fits"] = [fit(config, facts, place, format) for place in room.memories() for format in formats]
     facts["command"] = command(facts, model, bool(config.packed))
-    if bandwidth is not None:
-        facts["ceiling_context"] = min(context, config.max_position_embeddings)
-        facts["decode_ceiling_tokens_per_second"] = {
-            format: size.decode_ceiling(config, format, dtype_name, bandwidth * GB, facts["ceiling_context"])
-            for format in facts["formats"]
-        }
-        facts["predicted_tokens_per_second"] = {
-            f"{place['label']}, {place['format']}": 1
-            / size.predicted_step_seconds(config, place["format"], dtype_name, place["count"], bandwidth * GB)
-            for place in facts["fits"]
-            if gpus is not None and place["fits"]
-        }
-    if json:
+    if room.bandwidth is not None:
+        facts |= speeds(config, facts, room.bandwidth * GB, predict=room.gpus is not None)
+    if output.json:
         ui.write_json(facts)
         return
-    show(facts, gpus is None and memory is None)
+    show(facts, here=room.gpus is None and room.memory is None)
     if model is None:
         show_card((EMBEDDED.parent / "MODEL_CARD.md").read_text(encoding="utf-8"))
+
+
+def speeds(
+    config: DeepseekV2Config, facts: dict[str, Any], bytes_per_second: float, predict: bool
+) -> dict[str, Any]:
+    """The most tokens a second that a memory allows, and where asked for a prediction for GPUs that share the
+    model.
+    """
+    dtype, context = facts["dtype"], facts["context"]
+    predicted = {}
+    for place in facts["fits"]:
+        if predict and place["fits"]:
+            seconds = size.predicted_step_seconds(
+                config, place["format"], dtype, place["count"], bytes_per_second
+            )
+            predicted[f"{place['label']}, {place['format']}"] = 1 / seconds
+    return {
+        "ceiling_context": context,
+        "decode_ceiling_tokens_per_second": {
+            format: size.decode_ceiling(config, format, dtype, bytes_per_second, context)
+            for format in facts["formats"]
+        },
+        "predicted_tokens_per_second": predicted,
+    }
 
 
 def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 4096) -> dict[str, Any]:
@@ -135,7 +177,9 @@ def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 409
 
 
 def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: str) -> dict[str, Any]:
-    """Whether the weights in one format fit into a memory, or shared out over several, of which each holds the whole cache."""
+    """Whether the weights in one format fit into a memory, or shared out over several, of which each holds
+    the whole cache.
+    """
     share = max(size.bytes_by_rank(config, format, facts["dtype"], place.count))
     room = size.room(config, share, facts["dtype"], place.bytes, facts["context"])
     counts = {
@@ -149,74 +193,42 @@ def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: 
 
 
 def command(facts: dict[str, Any], model: str | None, packed: bool) -> str:
-    """What to type for the widest format that fits with a tenth to spare, in the first memory that holds one."""
+    """What to type for the widest format that fits with a tenth to spare, in the first
+    memory that holds one.
+    """
+    gpus = any(place["kind"] == "gpu" for place in facts["fits"])
     for place in facts["fits"]:
-        if place["weights_bytes_each"] < 0.9 * place["memory_bytes"] and place["sequences"]:
-            words = ["dsv2 chat"] + ([f"--model {shlex.quote(model)}"] if model is not None else [])
-            words += [f"--gpus {place['count']}"] if place["count"] > 1 else []
-            words += (
-                [f"--quantize {place['format']}"] if place["format"] in PACKED_BITS and not packed else []
-            )
-            words += (
-                [f"--dtype {place['format']}"]
-                if place["format"] in ("float32", "float16") and not packed and model
-                else []
-            )
-            return " ".join(
-                words
-                + (
-                    ["--device cpu"]
-                    if place["kind"] == "cpu" and any(p["kind"] == "gpu" for p in facts["fits"])
-                    else []
-                )
-            )
+        if place["weights_bytes_each"] >= 0.9 * place["memory_bytes"] or not place["sequences"]:
+            continue
+        words, format = ["dsv2 chat"], place["format"]
+        if model is not None:
+            words.append(f"--model {shlex.quote(model)}")
+        if place["count"] > 1:
+            words.append(f"--gpus {place['count']}")
+        if format in PACKED_BITS and not packed:
+            words.append(f"--quantize {format}")
+        if format in ("float32", "float16") and not packed and model:
+            words.append(f"--dtype {format}")
+        if place["kind"] == "cpu" and gpus:
+            words.append("--device cpu")
+        return " ".join(words)
     return ""
 
 
 def show(facts: dict[str, Any], here: bool) -> None:
-    from rich.table import Table
-
-    formats = facts["formats"]
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # six numbers a row fit into 80 columns
-    table.add_column("part")
-    for column in ("parameters", "read a token", *formats):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, part in facts["parts"].items():
-        table.add_row(
-            name,
-            f"{part['parameters']:,}",
-            f"{part['read_per_token']:,}",
-            *map(readable, part["bytes"].values()),
-        )
-    total = [readable(each["weights_bytes"]) for each in formats.values()]
-    table.add_row(
-        "total", f"{facts['parameters']:,}", f"{facts['parameters_read_per_token']:,}", *total, style="bold"
-    )
-    table.add_row(
-        "a token reads", "", "", *(readable(each["read_bytes_per_token"]) for each in formats.values())
-    )
-    console = ui.stdout()
-    experts = (
-        f" · {facts['n_routed_experts']} experts, {facts['num_experts_per_tok']} a token, {facts['n_shared_experts']} shared"
-        if facts["moe_layers"]
-        else ""
-    )
-    console.print(
-        f"{ui.harmless(facts['model'])} · {facts['layers']} layers, {facts['moe_layers']} with experts · "
-        f"hidden {facts['hidden_size']} · {facts['heads']} heads · latent {facts['kv_lora_rank']} + "
-        f"{facts['qk_rope_head_dim']}{experts} · vocabulary {facts['vocab_size']:,} · context {facts['max_position_embeddings']:,}\n"
-    )
-    console.print(table)
+    """The facts on stdout; `here`: the memories are this machine's."""
+    console, formats = ui.stdout(), facts["formats"]
+    console.print(f"{headline(facts)}\n")
+    console.print(sizes(facts))
     saved = 1 - facts["kv_bytes_per_token"] / facts["kv_bytes_per_token_expanded"]
-    console.print(
-        f"\ncache {facts['kv_bytes_per_token']:,} bytes a token, {saved:.1%} less than full keys and values "
-        f"({facts['kv_bytes_per_token_expanded']:,})"
-    )
+    less = f"{saved:.1%} less than full keys and values ({facts['kv_bytes_per_token_expanded']:,})"
+    console.print(f"\ncache {facts['kv_bytes_per_token']:,} bytes a token, {less}")
     if facts["kv_lora_rank"] >= 512:  # of tiny models it says nothing
-        console.print(
-            f"against DeepSeek 67B's {size.DENSE_67B_KV_BYTES:,} bytes: {facts['kv_saving_against_67b']:.1%} less, "
+        by_6_bits = (
             f"{facts['kv_saving_against_67b_at_6_bits']:.1%} as the paper counts, with the latent in 6 bits"
         )
+        less = f"{facts['kv_saving_against_67b']:.1%} less, {by_6_bits}"
+        console.print(f"against DeepSeek 67B's {size.DENSE_67B_KV_BYTES:,} bytes: {less}")
     console.print()
     console.print(rooms(facts))
     console.print(
@@ -228,17 +240,57 @@ def show(facts: dict[str, Any], here: bool) -> None:
         console.print(f"to type: {ui.harmless(facts['command'])}")
     elif here:
         least = min(formats, key=lambda format: formats[format]["weights_bytes"])
-        console.print(
-            f"nothing fits here: {least} needs {readable(formats[least]['weights_bytes'])} and some room"
-        )
+        needed = readable(formats[least]["weights_bytes"])
+        console.print(f"nothing fits here: {least} needs {needed} and some room")
+    show_speeds(console, facts)
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """The model and its sizes, in a line."""
+    told = [
+        ui.harmless(facts["model"]),
+        f"{facts['layers']} layers, {facts['moe_layers']} with experts",
+        f"hidden {facts['hidden_size']}",
+        f"{facts['heads']} heads",
+        f"latent {facts['kv_lora_rank']} + {facts['qk_rope_head_dim']}",
+    ]
+    if facts["moe_layers"]:
+        counts = f"{facts['n_routed_experts']} experts, {facts['num_experts_per_tok']} a token"
+        told.append(f"{counts}, {facts['n_shared_experts']} shared")
+    told += [f"vocabulary {facts['vocab_size']:,}", f"context {facts['max_position_embeddings']:,}"]
+    return " · ".join(told)
+
+
+def sizes(facts: dict[str, Any]) -> Table:
+    """Parameters and bytes by part."""
+    from rich.table import Table
+
+    formats = facts["formats"]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # six numbers a row fit into 80 columns
+    table.add_column("part")
+    for column in ("parameters", "read a token", *formats):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, part in facts["parts"].items():
+        counts = (f"{part['parameters']:,}", f"{part['read_per_token']:,}")
+        table.add_row(name, *counts, *map(readable, part["bytes"].values()))
+    counts = (f"{facts['parameters']:,}", f"{facts['parameters_read_per_token']:,}")
+    table.add_row(
+        "total", *counts, *(readable(each["weights_bytes"]) for each in formats.values()), style="bold"
+    )
+    table.add_row(
+        "a token reads", "", "", *(readable(each["read_bytes_per_token"]) for each in formats.values())
+    )
+    return table
+
+
+def show_speeds(console: Console, facts: dict[str, Any]) -> None:
+    """What --bandwidth asks for."""
     for format, rate in facts.get("decode_ceiling_tokens_per_second", {}).items():
-        console.print(
-            f"{format}: at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}, if reading one such memory were the only cost"
-        )
+        most = f"at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}"
+        console.print(f"{format}: {most}, if reading one such memory were the only cost")
     for place, rate in facts.get("predicted_tokens_per_second", {}).items():
-        console.print(
-            f"{ui.harmless(place)}: some {rate:,.0f} tokens a second predicted at a short context, not measured"
-        )
+        predicted = f"some {rate:,.0f} tokens a second predicted at a short context, not measured"
+        console.print(f"{ui.harmless(place)}: {predicted}")
 
 
 def rooms(facts: dict[str, Any]) -> Table:
@@ -246,25 +298,16 @@ def rooms(facts: dict[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in (
-        "memory",
-        "format",
-        "weights each",
-        "longest context",
-        f"sequences of {facts['context']:,}",
-    ):
+    columns = ("memory", "format", "weights each", "longest context", f"sequences of {facts['context']:,}")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("memory", "format") else "right", no_wrap=True)
     before = ""
     for place in facts["fits"]:
-        what = (
-            [f"{place['longest_context']:,}", f"{place['sequences']:,}"]
-            if place["fits"]
-            else ["does not fit", "-"]
-        )
-        label = ui.harmless(place["label"])
-        table.add_row(
-            "" if label == before else label, place["format"], readable(place["weights_bytes_each"]), *what
-        )
+        what = ["does not fit", "-"]
+        if place["fits"]:
+            what = [f"{place['longest_context']:,}", f"{place['sequences']:,}"]
+        label, each = ui.harmless(place["label"]), readable(place["weights_bytes_each"])
+        table.add_row("" if label == before else label, place["format"], each, *what)
         before = label
     return table
 
@@ -282,6 +325,7 @@ def show_card(card: str) -> None:
 
 
 def readable(count: float) -> str:
+    """Bytes in the unit that suits them."""
     for unit, scale in (("GB", GB), ("MB", 10**6)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The manual page dsv2(1), written from the commands' own help."""
+"""The manual page dsv2(1), written from the commands' own help and from what is said here once."""
 
 from __future__ import annotations
 
@@ -7,29 +7,92 @@ from typing import Any
 
 import typer
 
-EXIT_CODES = (
-    ("0", "done: end of text, or the token limit; also when whoever reads the pipe has had enough"),
-    ("1", "failed: a damaged file, no tokenizer, a download that did not work"),
-    (
-        "2",
-        "wrong usage: an unknown option or value, no model there, an empty prompt, one longer than the context",
-    ),
-    ("3", "with --fail-on-length only: the answer ended at the token limit"),
-    ("130", "interrupted by Ctrl-C; what had been generated is printed"),
+DESCRIPTION = (
+    "stdout carries the model's text or JSON and nothing else; progress and remarks go to stderr, and "
+    "only where it is a terminal."
 )
-ENVIRONMENT = (
-    (
-        "DSV2_COMMAND_OPTION",
-        "the default of an option, such as DSV2_CHAT_TEMPERATURE=0.3; it comes before the configuration file",
+TOPICS = {
+    "CONVERSATIONS": (
+        'Enter sends, Alt-Enter starts a new line, and what is pasted, or stands between """ marks, is '
+        "one message. Ctrl-C stops an answer and keeps what was said, Ctrl-G opens your editor, Ctrl-R "
+        "searches what you typed, Ctrl-D leaves. /help lists the commands: /undo, /retry, /edit N and "
+        "/branch NAME go back and try another way, /file PATH puts a file before the next message. The "
+        "bar below the prompt shows how much of the context is used.",
+        "Conversations are saved as they go, in files that only you can read. --continue goes on with "
+        "the latest, --resume NAME with any, or with a JSON list of messages; the cache saved beside the "
+        "text makes that cost no prefill. A message that had no answer when the program was killed is "
+        "back at the prompt. When the context is full, dsv2 asks whether to drop the oldest turns, to "
+        "summarise them or to stop; --on-overflow answers beforehand.",
+        "From a pipe each line is a turn, and only the answers are printed; with --json each line is a "
+        "list of messages, and each answer an object.",
     ),
-    ("DSV2_CONFIG", "the configuration file; dsv2 config says where it is otherwise, and shows an example"),
-    ("NO_COLOR", "no colours, and Markdown as it is written"),
-    (
-        "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE",
-        "where models are kept, the key to private ones, and no downloads at all",
+    "PROMPTS AND ANSWERS": (
+        "With --json a run of complete is one object: text, prompt_ids, token_ids, finish_reason (stop, "
+        "length or interrupted), logprobs, usage, timing, seed and model. --speculate drafts tokens from "
+        "the text so far and checks several at once: the same words, sooner where they repeat. --samples "
+        "reads one prompt once for several answers.",
+        "--fim-prefix and --fim-suffix fill the hole between two texts, --fim-file FILE the place in a "
+        "file that says <CURSOR>, with the checkpoints that were trained for it (Coder-V2's base "
+        "models); others are refused for want of the tokens.",
+        "A line of --batch holds prompt, prompt_ids or messages, and may have an id, seed, stop, "
+        "max_new_tokens and sampling of its own. Answers stand in the order of the prompts, a line each. "
+        "After an interruption the same command goes on where it was: no line is lost or repeated.",
+        "Ranges of bench and niah are a number, a list (64,512), or a range (512-2048+512, 64-4096*2).",
     ),
-    ("CXX", "the C++ compiler for the CPU kernels"),
-)
+    "WEIGHTS": (
+        "int8 has a scale for each 64 (or --group 32) numbers of a row. int4 has 16 values that lie "
+        "closer together near zero, and a scale searched for the least squared error; attention and head "
+        "keep 8 bits, embedding, kv_b_proj, router and norms are not packed. int4-all has attention in 4 "
+        "bits too: a token then reads a tenth less of V2-Lite and a quarter less of V2, for a little "
+        "more loss. Packed files are safetensors; config.json names the format and the SHA-256 of what "
+        "they were made from.",
+        "On a CPU, layers run through C++ kernels, compiled on first use for the very processor (AVX-512 "
+        "with VNNI and BF16, AVX2, or whatever the compiler makes of it) and kept in the cache folder. "
+        "Without a compiler, or with --kernels off, plain torch computes the same. They take bf16 "
+        "activations: --dtype bfloat16 where a checkpoint is in fp32.",
+        "On a GPU, Triton kernels do the same from bf16, fp16 or fp32 weights and from codes as they "
+        "lie, and a decode step is one CUDA graph. --kernels triton-eager leaves the graphs out, "
+        "--kernels off all of it.",
+        "--attention fixes the attention path. auto counts the multiplications: a first prefill expands "
+        "keys and values from the cached latents, a decode step attends to the latents themselves.",
+    ),
+    "SEVERAL DEVICES": (
+        "--gpus N shares one model out over N GPUs: attention heads, columns of the dense and shared "
+        "MLPs, routed experts and vocabulary are split, each process reads only its slices of the "
+        "shards, and every process has the latent cache. The command starts the other processes itself "
+        "and ends them with it; where one dies, all end with a sentence that names it. With --device cpu "
+        "they are processes on the CPU, which is for trying it out.",
+        '--placement auto, or a JSON file such as {"model": 0, "model.layers.20": "cpu", "lm_head": '
+        '"disk"}, puts whole layers in places; one in RAM or on disk is brought to the device each time '
+        "it runs. --experts cpu does better for the routed experts: they are computed in RAM, and only "
+        "the tokens travel; --quantize then packs the experts alone.",
+        "With --split-attention sequences, batches give each process whole sequences instead of some "
+        "heads of all: it keeps only their latents, and has all of attention's weights.",
+        "info --bandwidth with --gpus predicts a speed, from the bytes that the busiest rank reads and "
+        "from what others have published of kernels and sums: 85% of the bandwidth, 1.3 us a launch, 8 "
+        "us a sum. It is not measured.",
+    ),
+}
+EXIT_CODES = {
+    "0": ("done: end of text, or the token limit; also when whoever reads the pipe has had enough"),
+    "1": "failed: a damaged file, no tokenizer, a download that did not work",
+    "2": (
+        "wrong usage: an unknown option or value, no model there, an empty prompt, one longer than the "
+        "context"
+    ),
+    "3": "with --fail-on-length only: the answer ended at the token limit",
+    "130": "interrupted by Ctrl-C; what had been generated is printed",
+}
+ENVIRONMENT = {
+    "DSV2_COMMAND_OPTION": (
+        "the default of an option, such as DSV2_CHAT_TEMPERATURE=0.3; it comes before the configuration "
+        "file, and the command line before both"
+    ),
+    "DSV2_CONFIG": "the configuration file; dsv2 config says where it is otherwise, and shows an example",
+    "NO_COLOR": "no colours, and Markdown as it is written",
+    "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "where models are kept, the key to private ones, and no downloads",
+    "CXX": "the C++ compiler for the CPU kernels",
+}
 
 
 def roff(text: str) -> str:
@@ -38,44 +101,42 @@ def roff(text: str) -> str:
     return re.sub(r"^([.'])", r"\\&\1", escaped, flags=re.MULTILINE)
 
 
+def entry(head: str, text: str) -> str:
+    """A word in bold with what it means below it."""
+    return f".TP\n\\fB{roff(' '.join(head.split()))}\\fR\n{roff(' '.join(text.split()))}\n"
+
+
+def paragraphs(texts: list[str]) -> str:
+    """One after the other, with room between them."""
+    return "\n.PP\n".join(roff(" ".join(text.split())) for text in texts) + "\n"
+
+
 def options(command: Any, name: str) -> str:
-    """Every argument and option with what the command's own help says of it."""
-    context = typer.Context(command, info_name=name)
-    records = [
-        parameter.get_help_record(context)
-        for parameter in command.get_params(context)
-        if parameter.name != "help"
-    ]
-    return "".join(
-        f".TP\n\\fB{roff(' '.join(head.split()))}\\fR\n{roff(' '.join(text.split()))}\n"
-        for head, text in filter(None, records)
-    )
+    """Every argument and option with what the command's own help says of it, below its heading."""
+    context, heading, out = typer.Context(command, info_name=name), None, []
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if parameter.name == "help" or record is None:
+            continue
+        if (below := getattr(parameter, "rich_help_panel", None)) and below != heading:
+            heading = below
+            out.append(f".SS {roff(below)}\n")
+        out.append(entry(*record))
+    return "".join(out)
 
 
 def page(group: Any, version: str) -> str:
     """The whole page in roff, in the `man` macros."""
     out = [
-        f'.TH DSV2 1 "" "dsv2 {version}" "User Commands"\n.SH NAME\ndsv2 \\- {roff(group.help)}\n.SH SYNOPSIS\n'
+        f'.TH DSV2 1 "" "dsv2 {version}" "User Commands"\n',
+        f".SH NAME\ndsv2 \\- {roff(group.help)}\n.SH SYNOPSIS\n",
     ]
-    for name in group.commands:
-        out.append(f".B dsv2 {name}\n[\\fIoptions\\fR]\n.br\n")
-    out.append(".SH DESCRIPTION\n")
-    out.append(
-        roff(
-            "stdout carries the model's text or JSON and nothing else; progress and remarks go to stderr, and only where it is a terminal."
-        )
-        + "\n"
-    )
+    out += [f".B dsv2 {name}\n[\\fIoptions\\fR]\n.br\n" for name in group.commands]
+    out.append(f".SH DESCRIPTION\n{paragraphs([DESCRIPTION])}")
     for name, command in group.commands.items():
-        paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
-        out.append(
-            f".SH {name.upper()}\n"
-            + "\n.PP\n".join(roff(part) for part in paragraphs)
-            + "\n"
-            + options(command, name)
-        )
+        out.append(f".SH {name.upper()}\n{paragraphs((command.help or '').split(chr(10) * 2))}")
+        out.append(options(command, name))
+    out += [f".SH {title}\n{paragraphs(list(texts))}" for title, texts in TOPICS.items()]
     for title, entries in (("EXIT STATUS", EXIT_CODES), ("ENVIRONMENT", ENVIRONMENT)):
-        out.append(
-            f".SH {title}\n" + "".join(f".TP\n\\fB{roff(key)}\\fR\n{roff(text)}\n" for key, text in entries)
-        )
+        out.append(f".SH {title}\n" + "".join(entry(head, text) for head, text in entries.items()))
     return "".join(out)

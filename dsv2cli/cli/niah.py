@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,112 +12,125 @@ from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.cli.bench import numbers
 from dsv2cli.errors import UsageError
+from dsv2cli.run.wish import Wish
+
+if TYPE_CHECKING:
+    from dsv2cli.checkpoint.tokenizer import Tokenizer
+    from dsv2cli.engine.needle import Haystack
 
 # From nothing found to all found: dark red to green, told apart by the number in the cell, too.
 HEAT = ("#b2182b", "#d6604d", "#f4a582", "#d9d9a0", "#a6d96a", "#1a9850")
 
 
-def niah(
-    model: opt.ModelOption = None,
+@dataclass(frozen=True)
+class Search:
+    """What is hidden, where, and which model has to find it."""
+
+    heading = opt.TO_RUN
+
+    model: opt.ModelOption = None
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens: a list or a range such as 512-4096*2.")
-    ] = "256-2048*2",
+    ] = "256-2048*2"
     depths: Annotated[
         str, typer.Option(help="Where the needle lies, in percent of the text: a list or a range.")
-    ] = "0-100+25",
-    tries: Annotated[int, typer.Option(min=1, help="Questions for each cell, each with another key.")] = 1,
+    ] = "0-100+25"
+    tries: Annotated[int, typer.Option(min=1, help="Questions for each cell, each with another key.")] = 1
     haystack: Annotated[
         Path | None,
         typer.Option(help="Text file to hide the needle in. Default: a few sentences over and over."),
-    ] = None,
+    ] = None
     needle: Annotated[
         str | None, typer.Option(help="What is hidden; {key} stands for a five-digit number.")
-    ] = None,
-    question: Annotated[str | None, typer.Option(help="What is asked.")] = None,
-    expect: Annotated[str | None, typer.Option(help="What a right answer holds; {key} by default.")] = None,
-    seed: opt.SeedOption = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every answer.")] = False,
-    device: opt.DeviceOption = "auto",
-    dtype: opt.DtypeOption = opt.Dtype.auto,
-    attention: opt.AttentionOption = opt.AttentionPath.auto,
-    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
-    quantize: opt.QuantizeOption = opt.Quantize.none,
-    gpus: opt.GpusOption = None,
-    placement: opt.PlacementOption = None,
-    max_memory: opt.MaxMemoryOption = None,
-    offload_folder: opt.OffloadFolderOption = None,
-    experts: opt.ExpertsOption = opt.Experts.auto,
-    threads: opt.ThreadsOption = None,
-) -> None:
-    """Hide a sentence in a long text and ask for it: needle in a haystack, over length and depth. Wants a chat checkpoint."""
-    sizes, percents = numbers("--lengths", lengths, 1), numbers("--depths", depths, 0)
-    if max(percents) > 100:
-        raise UsageError(
-            f"--depths {depths} goes past the end of the text", why="100 is the end", fix="--depths 0-100+25"
-        )
-    text = None if haystack is None else read_text(haystack)
-    opened = opt.open_model(
-        model,
-        opt.Compute(
-            device,
-            dtype,
-            threads,
-            attention,
-            kernels,
-            quantize,
-            gpus,
-            placement,
-            max_memory,
-            offload_folder,
-            experts,
-        ),
-    )
+    ] = None
+    question: Annotated[str | None, typer.Option(help="What is asked.")] = None
+    expect: Annotated[str | None, typer.Option(help="What a right answer holds; {key} by default.")] = None
 
-    from dsv2cli.engine import needle as hidden
+    def percents(self) -> list[int]:
+        """Of --depths. Raises UsageError for one past the end."""
+        percents = numbers("--depths", self.depths, 0)
+        if max(percents) > 100:
+            fix = "--depths 0-100+25"
+            raise UsageError(
+                f"--depths {self.depths} goes past the end of the text", why="100 is the end", fix=fix
+            )
+        return percents
 
-    if max(sizes) + hidden.SPARE > opened.config.max_position_embeddings:
-        raise UsageError(
-            f"--lengths {max(sizes)} is too long",
-            why=f"this model's context holds {opened.config.max_position_embeddings}, and {hidden.SPARE} are for the answer",
-        )
-    chosen = {"filler": text, "needle": needle, "question": question, "expect": expect}
-    hay = hidden.Haystack(**{name: value for name, value in chosen.items() if value is not None})
-    tokenizer, request = opened.tokenizer(), opened.request(None, seed, None, temperature=0.0)
-    least = len(hidden.make_prompt(tokenizer, hay, "00000", 0, 0.0))
-    if min(sizes) < least:
-        raise UsageError(
-            f"--lengths {min(sizes)} is too short", why=f"needle and question alone take {least} tokens"
-        )
-    trials = []
-    with ui.counting("searching", len(sizes) * len(percents) * tries) as tick:
-        for trial in hidden.search(
-            opened.model, tokenizer, hay, sizes, [p / 100 for p in percents], tries, request
-        ):
+    def texts(self) -> Haystack:
+        """What is hidden in what. Raises UsageError for a file without a text."""
+        from dsv2cli.engine.needle import Haystack
+
+        filler = None if self.haystack is None else read_text(self.haystack)
+        chosen = {"filler": filler, "needle": self.needle, "question": self.question, "expect": self.expect}
+        return Haystack(**{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Which keys are hidden."""
+
+    heading = opt.SAMPLING
+
+    seed: opt.SeedOption = 0
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the result is shown."""
+
+    heading = opt.OUTPUT
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every answer.")] = False
+
+
+@opt.unfolded
+def niah(search: Search, sampling: Seed, output: Output, wish: Wish) -> None:
+    """Hide a sentence in a long text and ask for it.
+
+    Needle in a haystack, over length and depth. Wants a chat checkpoint.
+    """
+    sizes, percents = numbers("--lengths", search.lengths, 1), search.percents()
+    texts = search.texts()
+    opened = opt.open_model(search.model, wish)
+
+    from dsv2cli.engine import needle
+
+    tokenizer = opened.tokenizer()
+    refuse_lengths(sizes, opened.config.max_position_embeddings, tokenizer, texts)
+    request = opt.Sampling(temperature=0.0, seed=sampling.seed).request(opened)
+    trials, depths = [], [percent / 100 for percent in percents]
+    with ui.counting("searching", len(sizes) * len(percents) * search.tries) as tick:
+        for trial in needle.search(opened.runner, tokenizer, texts, sizes, depths, search.tries, request):
             trials.append(trial)
             tick()
-    found = [
-        [sum(t.found for t in cell) / tries for cell in row] for row in cells(trials, len(percents), tries)
-    ]
-    if json:
-        listed = [vars(trial) | {"found": trial.found} for trial in trials]
-        ui.write_json(
-            {
-                "model": opened.name,
-                "lengths": sizes,
-                "depths_percent": percents,
-                "tries": tries,
-                "found": found,
-                "trials": listed,
-            }
-        )
+    rows = cells(trials, len(percents), search.tries)
+    found = [[sum(trial.found for trial in cell) / search.tries for cell in row] for row in rows]
+    if not output.json:
+        heat_map(opened.name, sizes, percents, found)
         return
-    heat_map(opened.name, sizes, percents, found)
+    about = {"model": opened.name, "lengths": sizes, "depths_percent": percents, "tries": search.tries}
+    listed = [vars(trial) | {"found": trial.found} for trial in trials]
+    ui.write_json(about | {"found": found, "trials": listed})
+
+
+def refuse_lengths(sizes: list[int], context: int, tokenizer: Tokenizer, texts: Haystack) -> None:
+    """Raises UsageError for lengths that the model's context, or needle and question, do not fit into."""
+    from dsv2cli.engine.needle import SPARE, make_prompt
+
+    if max(sizes) + SPARE > context:
+        why = f"this model's context holds {context}, and {SPARE} are for the answer"
+        raise UsageError(f"--lengths {max(sizes)} is too long", why=why)
+    least = len(make_prompt(tokenizer, texts, "00000", 0, 0.0))
+    if min(sizes) < least:
+        why = f"needle and question alone take {least} tokens"
+        raise UsageError(f"--lengths {min(sizes)} is too short", why=why)
 
 
 def read_text(path: Path) -> str:
-    from dsv2cli.cli.asking import read
+    """Of a file with words in it. Raises UsageError."""
+    from dsv2cli.cli.asking import read_file
 
-    if not (text := read(path)).strip(" .\n"):
+    if not (text := read_file(path)).strip(" .\n"):
         raise UsageError(f"{path} holds no text")
     return text
 
@@ -128,6 +142,7 @@ def cells(trials: list[Any], columns: int, tries: int) -> list[list[list[Any]]]:
 
 
 def heat_map(name: str, sizes: list[int], percents: list[int], found: list[list[float]]) -> None:
+    """The share of what was `found` for each size and percent, on stdout."""
     from rich.table import Table
     from rich.text import Text
 

@@ -23,7 +23,10 @@ QUOTES = '"""'
 
 
 class History(FileHistory):
-    """What was typed, whole messages, readable by the owner only. A disk that does not allow it stops nothing."""
+    """What was typed, whole messages, readable by the owner only.
+
+    A disk that does not allow it stops nothing.
+    """
 
     def store_string(self, string: str) -> None:
         try:
@@ -31,7 +34,8 @@ class History(FileHistory):
             os.close(os.open(self.filename, os.O_CREAT | os.O_WRONLY, 0o600))
             super().store_string(string)
         except OSError:
-            return  # the message itself is not lost by that, and saving the session says what is wrong with the disk
+            # The message itself is not lost by that, and saving the session says what is wrong with the disk.
+            return
 
     def load_history_strings(self) -> Iterable[str]:
         try:
@@ -123,16 +127,18 @@ def ask_overflow(limit: int) -> Overflow:
     question: PromptSession[str] = PromptSession(output=create_output(stdout=sys.stderr))
     try:
         text = question.prompt(
-            f"The context of {limit:,} tokens is full. Drop the oldest turns, summarise them, or stop? [d/s/N] "
+            f"The context of {limit:,} tokens is full. "
+            "Drop the oldest turns, summarise them, or stop? [d/s/N] "
         )
     except (KeyboardInterrupt, EOFError):
         text = ""
-    return {"d": Overflow.drop, "s": Overflow.summarise}.get(text.strip().lower()[:1], Overflow.stop)
+    answers: dict[str, Overflow] = {"d": "drop", "s": "summarise"}
+    return answers.get(text.strip().lower()[:1], "stop")
 
 
 def toolbar(talk: Talk) -> str:
     """Model, context used and speed."""
-    limit = talk.opened.model.config.max_position_embeddings
+    limit = talk.opened.runner.config.max_position_embeddings
     used = talk.session.prompt_tokens()
     parts = [ui.harmless(talk.opened.name), f"{used:,}/{limit:,} tokens ({used / limit:.0%})"]
     if talk.session.branches:

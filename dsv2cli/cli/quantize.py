@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.run.wish import TRITON, KernelsOption
 
 
-class Packed(str, Enum):
-    int8, int4, int4_all = "int8", "int4", "int4-all"
+@dataclass(frozen=True)
+class Packing:
+    """What is packed, and where to."""
 
+    heading = opt.TO_RUN
 
-class Group(str, Enum):
-    g32, g64 = "32", "64"
-
-
-def quantize(
     model: Annotated[
         str,
         typer.Argument(
@@ -30,26 +28,45 @@ def quantize(
             autocompletion=opt.models,
             help="Folder with a checkpoint, or a Hugging Face repository name.",
         ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")],
+    ]
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")]
     to: Annotated[
-        Packed,
+        Literal["int8", "int4", "int4-all"],
         typer.Option(
             help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8."
         ),
-    ] = Packed.int4,
-    group: Annotated[Group, typer.Option(help="Numbers that share a scale.")] = Group.g64,
-    kernels: opt.KernelsOption = opt.KernelsChoice.auto,
-) -> None:
-    """Pack a checkpoint into 8 or 4 bits. It then loads at once, and by several processes into the same memory."""
-    from dsv2cli.checkpoint.hub import find_model
-    from dsv2cli.checkpoint.quantize import quantize_checkpoint
+    ] = "int4"
+    group: Annotated[Literal["32", "64"], typer.Option(help="Numbers that share a scale.")] = "64"
 
-    folder = find_model(model)
-    if kernels in opt.TRITON:
+
+@dataclass(frozen=True)
+class Kernels:
+    """What packs it."""
+
+    heading = "Where and how it runs"
+
+    kernels: KernelsOption = "auto"
+
+
+@opt.unfolded
+def quantize(packing: Packing, wish: Kernels) -> None:
+    """Pack a checkpoint into 8 or 4 bits.
+
+    It then loads at once, and by several processes into the same memory.
+    """
+    from dsv2cli.checkpoint.hub import find_model
+    from dsv2cli.checkpoint.pack import quantize_checkpoint
+    from dsv2cli.kernels import native
+
+    folder = find_model(packing.model)
+    if wish.kernels in TRITON:
         raise UsageError("The Triton kernels do not pack", fix="--kernels auto, or off")
-    library, _ = opt.pick_kernels(kernels, "cpu", small=False)
+    library, why = None, ""
+    if wish.kernels != "off":
+        library, why = native.load("native" if wish.kernels == "auto" else wish.kernels)
+    if why and wish.kernels != "auto":
+        raise Dsv2Error(f"The {wish.kernels} kernels are not there", why=why, fix="--kernels off")
     began = time.perf_counter()
-    with ui.loading(model) as progress:
-        size = quantize_checkpoint(folder, out, to.value, int(group.value), library, progress)
-    ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+    with ui.loading(packing.model) as progress:
+        size = quantize_checkpoint(folder, packing.out, packing.to, int(packing.group), library, progress)
+    ui.note(f"{packing.out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")

@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from dsv2cli.errors import Dsv2Error
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -28,11 +29,16 @@ def harmless(text: str) -> str:
 
 
 def stderr() -> Console:
+    """For sentences: never broken into lines."""
+    from rich.console import Console
+
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
 def stdout(wrap: bool = False) -> Console:
     """For tables and cards. Lines are broken only where `wrap` says so; into a pipe they are never broken."""
+    from rich.console import Console
+
     width = None if sys.stdout.isatty() else 120
     return Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=not wrap, width=width)
 
@@ -77,7 +83,9 @@ def show_error(error: Dsv2Error) -> None:
 
 @contextmanager
 def loading(name: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar with GB and GB/s on stderr while weights are read; gives the callback, or None without a terminal."""
+    """A progress bar with GB and GB/s on stderr while weights are read; gives the callback, or None without a
+    terminal.
+    """
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,6 @@
-"""Many prompts at once: rows of one cache, each with its own request, and a finished row given to the next prompt."""
+"""Many prompts at once: rows of one cache, each with its own request, and a finished row given to the next
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import Answer, Request, Result, Token, decoder, pick, prefill
+from dsv2cli.engine.generate import Answer, Request, Result, Token, pick, prefill
 from dsv2cli.engine.grammar import Constraint
 from dsv2cli.engine.sampling import sample_rows
 from dsv2cli.model.cache import LatentCache
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run.runner import Runner
 
 AHEAD = 8  # prompts a row that may finish before the oldest one
 
@@ -30,7 +32,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return bool(self.error) or self.result.finish_reason != "interrupted"
+        return bool(self.error) or bool(self.result.finish_reason)
 
 
 @dataclass
@@ -45,7 +47,10 @@ class Row:
     first: float = 0.0
 
     def take(self, scores: Tensor, chosen: int | None = None) -> None:
-        """The next token of this row, noted; ends the answer where it is the last. `chosen` if it was sampled already."""
+        """The next token of this row, noted; ends the answer where it is the last.
+
+        `chosen` if it was sampled already.
+        """
         result, request = self.job.result, self.job.request
         token = (
             pick(scores, request, self.history, self.generator, self.constraint)
@@ -65,11 +70,11 @@ class Row:
 
 
 @torch.inference_mode()
-def run_samples(model: DeepseekV2, tokenizer: Tokenizer | None, jobs: list[Job]) -> Iterator[Job]:
+def run_samples(runner: Runner, tokenizer: Tokenizer | None, jobs: list[Job]) -> Iterator[Job]:
     """Jobs with one and the same prompt, which is read once; in order, as run_batch."""
-    cache = model.new_cache()
-    scores = Rows(model, tokenizer, cache).read(0, jobs[0])
-    rows = Rows(model, tokenizer, cache.repeated(len(jobs)))
+    cache = runner.new_cache()
+    scores = Rows(runner, tokenizer, cache).read(0, jobs[0])
+    rows = Rows(runner, tokenizer, cache.repeated(len(jobs)))
     for i, job in enumerate(jobs):
         rows.begin(i, job, scores, jobs[0].result.prefill_seconds)
     begun = list(jobs)
@@ -81,11 +86,9 @@ def run_samples(model: DeepseekV2, tokenizer: Tokenizer | None, jobs: list[Job])
 
 
 @torch.inference_mode()
-def run_batch(
-    model: DeepseekV2, tokenizer: Tokenizer | None, jobs: Iterable[Job], width: int
-) -> Iterator[Job]:
+def run_batch(runner: Runner, tokenizer: Tokenizer | None, jobs: Iterable[Job], width: int) -> Iterator[Job]:
     """Finished jobs in the order of `jobs`, `width` of them decoded at once. Each job keeps its own seed."""
-    rows = Rows(model, tokenizer, model.new_cache(width))
+    rows = Rows(runner, tokenizer, runner.new_cache(width))
     waiting, begun = iter(jobs), list[Job]()  # begun: those not yet given back, oldest first
     more = True
     while more or begun:
@@ -104,12 +107,13 @@ def run_batch(
 
 
 class Rows:
-    """The rows of a cache and who has them; an idle row is carried along in every step and remembers nothing."""
+    """The rows of a cache and who has them; an idle row is carried along in every step
+    and remembers nothing.
+    """
 
-    def __init__(self, model: DeepseekV2, tokenizer: Tokenizer | None, cache: LatentCache) -> None:
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, cache: LatentCache) -> None:
+        self.runner, self.tokenizer, self.cache = runner, tokenizer, cache
         self.running: dict[int, Row] = {}
-        self.decode = decoder(model, cache)
 
     def idle(self) -> int | None:
         return next((i for i in range(len(self.cache.lengths)) if i not in self.running), None)
@@ -118,7 +122,7 @@ class Rows:
         """Prefill row `i`; gives the scores for the first token."""
         began = time.perf_counter()
         own = self.cache.row(i) if self.cache.capacity else self.cache
-        scores = prefill(self.model, [job.prompt_ids], own)[0]
+        scores = prefill(self.runner, [job.prompt_ids], own)[0]
         self.cache.lengths[i] = own.lengths[0]
         job.result.prefill_seconds = time.perf_counter() - began
         return scores
@@ -126,9 +130,9 @@ class Rows:
     def begin(self, i: int, job: Job, scores: Tensor, prefill_seconds: float) -> None:
         """Take the first token of a job whose prompt is in row `i`."""
         job.result.prompt_ids, job.result.prefill_seconds = job.prompt_ids, prefill_seconds
-        room = self.model.config.max_position_embeddings - len(job.prompt_ids)
+        room = self.runner.config.max_position_embeddings - len(job.prompt_ids)
         left = min(room, job.request.max_new_tokens or room)
-        generator = torch.Generator(self.model.device).manual_seed(job.request.seed)
+        generator = torch.Generator(self.runner.device).manual_seed(job.request.seed)
         answer = Answer(self.tokenizer, job.request, job.result)
         row = Row(
             job,
@@ -148,11 +152,11 @@ class Rows:
         rows = sorted(self.running)
         if not rows:
             return
-        ids = torch.tensor([[self.running[i].history[-1]] for i in rows], device=self.model.device)
-        scores = self.decode(ids, rows)[:, -1]
+        ids = torch.tensor([[self.running[i].history[-1]] for i in rows], device=self.runner.device)
+        scores = self.runner.decode(ids, self.cache, rows)[:, -1]
         chosen: list[int | None] = [None] * len(rows)
         requests = [self.running[i].job.request for i in rows]
-        if self.model.stepwise and all(
+        if self.runner.decodes_ahead and all(
             request.plain and request.sampling == requests[0].sampling for request in requests
         ):
             chosen = sample_rows(

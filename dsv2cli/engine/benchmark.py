@@ -1,4 +1,6 @@
-"""How fast the model runs here: prefill, decode, first token, memory; and the same work through transformers."""
+"""How fast the model runs here: prefill, decode, first token, memory; and the same work
+through transformers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2cli.checkpoint.weights import destinations, state_of
+from dsv2cli.checkpoint.blueprint import state_of
+from dsv2cli.checkpoint.names import destinations
 from dsv2cli.device import synchronize
 from dsv2cli.engine.generate import Request, generate_batch, prefill
 from dsv2cli.engine.sampling import SamplingParams, sample
@@ -23,8 +26,7 @@ from dsv2cli.kernels.linear import linear
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model import size
 from dsv2cli.model.cache import LatentCache
-from dsv2cli.model.fused import FusedLayers
-from dsv2cli.model.transformer import DeepseekV2, Layer, MoE, Step
+from dsv2cli.run.runner import Runner
 
 READ_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than a cache holds, and long enough to be measured
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -33,7 +35,9 @@ GREEDY = Request(SamplingParams(temperature=0.0))
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured: `batch` prompts of `prompt` tokens after `depth` tokens that are in the cache already."""
+    """What is measured: `batch` prompts of `prompt` tokens after `depth` tokens that are in the cache
+    already.
+    """
 
     prompt: int
     generate: int
@@ -93,27 +97,33 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def read_bytes_per_token(model: DeepseekV2, context: int) -> float:
-    """Bytes of weights and cache that one token at batch 1 needs, each read once; the embedding gives one row."""
-    config = model.config
-    total = float(model.new_cache().bytes_per_token() * context)
-    for name, tensor in state_of(model).items():
+def read_bytes_per_token(runner: Runner, context: int) -> float:
+    """Bytes of weights and cache that one token at batch 1 needs, each read once; the embedding gives one
+    row.
+    """
+    config = runner.config
+    total = float(runner.new_cache().bytes_per_token() * context)
+    for name, tensor in state_of(runner.model).items():
         used = 1.0
         if ".mlp.experts." in name:
             used = (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1)
         if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
             used = 1 / config.vocab_size
         total += used * tensor.numel() * tensor.element_size()
-    return total - (model.fused.saved_bytes if isinstance(model.fused, FusedLayers) else 0)
+    return total - runner.saved_bytes
 
 
-def prefill_flops_per_token(model: DeepseekV2) -> int:
-    """Multiplications and additions with weights; the head runs for the last token only, attention scores are left out."""
-    return 2 * sum(part.read for part in size.parts(model.config) if part.name not in ("embedding", "head"))
+def prefill_flops_per_token(runner: Runner) -> int:
+    """Multiplications and additions with weights; the head runs for the last token only, attention scores are
+    left out.
+    """
+    return 2 * sum(part.read for part in size.parts(runner.config) if part.name not in ("embedding", "head"))
 
 
 class Machine:
-    """Two ceilings, measured beside the model: reading memory with all threads, and torch's matrix product."""
+    """Two ceilings, measured beside the model: reading memory with all threads, and
+    torch's matrix product.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> None:
         self.device, self.kernels = device, kernels
@@ -137,9 +147,10 @@ class Machine:
         return 2 * self.square.shape[0] ** 3 / self.seconds(lambda: linear(self.square, self.square))
 
 
-def random_prompts(model: DeepseekV2, batch: int, length: int, seed: int) -> list[list[int]]:
+def random_prompts(runner: Runner, batch: int, length: int, seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator).tolist()  # type: ignore[no-any-return]
+    ids = torch.randint(runner.config.vocab_size, (batch, length), generator=generator)
+    return ids.tolist()  # type: ignore[no-any-return]
 
 
 class Ours:
@@ -147,25 +158,27 @@ class Ours:
 
     name = "dsv2"
 
-    def __init__(self, model: DeepseekV2) -> None:
-        self.model = model
-        self.cache = model.new_cache()
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.cache = runner.new_cache()
 
     def fill(self, prompts: list[list[int]], room: int) -> None:
-        """Put what comes before the prompts into a new cache with room for so many tokens a row, so that it need not grow later."""
-        self.cache = self.model.new_cache(len(prompts))
+        """Put what comes before the prompts into a new cache with room for so many tokens a row, so that it
+        need not grow later.
+        """
+        self.cache = self.runner.new_cache(len(prompts))
         self.cache.reserve(room)
         if prompts[0]:
-            prefill(self.model, prompts, self.cache)
+            prefill(self.runner, prompts, self.cache)
 
     def measure(self, prompts: list[list[int]], generate: int) -> tuple[float, list[float]]:
         """Seconds to the first token, and between the tokens from there on; the cache is then as it was."""
         before = self.cache.lengths[0]
-        synchronize(self.model.device)
+        synchronize(self.runner.device)
         times = [time.perf_counter()]
-        logits = prefill(self.model, prompts, self.cache)
+        logits = prefill(self.runner, prompts, self.cache)
         for _ in generate_batch(
-            self.model, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits
+            self.runner, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits
         ):
             times.append(time.perf_counter())
         self.cache.truncate(before)
@@ -211,15 +224,17 @@ class Theirs:
         return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
 
 
-def transformers_twin(model: DeepseekV2, folder: Path) -> Any:
-    """transformers' DeepseekV2 over the very same tensors, so that both fit into memory and read the same bytes."""
+def transformers_twin(runner: Runner, folder: Path) -> Any:
+    """transformers' DeepseekV2 over the very same tensors, so that both fit into memory and read the same
+    bytes.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    ours: dict[str, Tensor] = dict(model.named_parameters()) | destinations(model)
-    ours["lm_head.weight"] = model.lm_head.weight
+        twin = AutoModelForCausalLM.from_config(config, dtype=runner.dtype)
+    ours: dict[str, Tensor] = dict(runner.model.named_parameters()) | destinations(runner.model)
+    ours["lm_head.weight"] = runner.model.lm_head.weight
     state = {}
     for name, parameter in twin.named_parameters(remove_duplicate=False):
         if name not in ours or ours[name].shape != parameter.shape:
@@ -228,36 +243,38 @@ def transformers_twin(model: DeepseekV2, folder: Path) -> Any:
             )
         state[name] = ours[name].detach().to(parameter.dtype)
     twin.load_state_dict(state, assign=True, strict=True)
-    twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)  # its buffers were on meta
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(runner.device)  # its buffers were on meta
     return twin.eval()
 
 
-def run(
-    model: DeepseekV2,
+def measure_in_turn(
+    runner: Runner,
     work: Work,
     repetitions: int,
     twin: Any = None,
     tick: Callable[[], None] = lambda: None,
     kernels: Kernels | None = None,
 ) -> list[Timing]:
-    """Warm up once, then measure; with a twin the two alternate A B A B, so that both see the same machine."""
-    if work.depth + work.prompt + work.generate > model.config.max_position_embeddings:
+    """Warm up once, then measure; with a twin the two alternate A B A B, so that both see
+    the same machine.
+    """
+    if work.depth + work.prompt + work.generate > runner.config.max_position_embeddings:
         raise Dsv2Error(
             f"{work.depth + work.prompt} + {work.generate} tokens do not fit",
-            why=f"this model's context holds {model.config.max_position_embeddings}",
+            why=f"this model's context holds {runner.config.max_position_embeddings}",
             fix="dsv2 bench --prompt N --generate M --depth D with a smaller sum",
         )
-    engines: list[Ours | Theirs] = [Ours(model), *([Theirs(twin)] if twin is not None else [])]
+    engines: list[Ours | Theirs] = [Ours(runner), *([Theirs(twin)] if twin is not None else [])]
     timings = [Timing(engine.name, work) for engine in engines]
     for engine in engines:
         engine.fill(
-            random_prompts(model, work.batch, work.depth, seed=repetitions + 1),
+            random_prompts(runner, work.batch, work.depth, seed=repetitions + 1),
             work.depth + work.prompt + work.generate,
         )
-    machine = Machine(model.device, model.dtype, kernels)
+    machine = Machine(runner.device, runner.dtype, kernels)
     for repetition in range(-1, repetitions):
         reading, multiplying = machine.read_bytes_per_second(), machine.gemm_flops_per_second()
-        prompts = random_prompts(model, work.batch, work.prompt, seed=repetition + 1)
+        prompts = random_prompts(runner, work.batch, work.prompt, seed=repetition + 1)
         for engine, timing in zip(engines, timings, strict=True):
             seconds = engine.measure(prompts, work.generate if repetition >= 0 else 2)
             if repetition >= 0:
@@ -284,62 +301,41 @@ class Stopwatch:
         return out
 
 
-class TimedLayer:
-    """A layer, fused or plain, in its two parts with a stopwatch around each."""
+def timed_step(runner: Runner, logits: Tensor, cache: LatentCache, watch: Stopwatch) -> Tensor:
+    """One greedy token for each row, from logits [rows, vocab] -> the next ones"""
 
-    def __init__(self, layer: Layer, watch: Stopwatch) -> None:
-        self.inner: Any = layer.fused or layer
-        self.watch, self.mlp = watch, "experts" if isinstance(layer.mlp, MoE) else "dense layers"
+    def choose() -> Tensor:
+        return torch.tensor(
+            [[sample(row, GREEDY.sampling, row, None)] for row in logits], device=runner.device
+        )
 
-    def __call__(self, x: Tensor, step: Step, index: int) -> Tensor:
-        x = self.watch.time("attention", lambda: self.inner.attend(x, step, index))
-        return self.watch.time(self.mlp, lambda: self.inner.feed(x, step))
-
-
-def timed_step(model: DeepseekV2, logits: Tensor, cache: LatentCache, watch: Stopwatch) -> Tensor:
-    """One greedy token for each row; its layers have stopwatches of their own."""
-    new = watch.time(
-        "sampling",
-        lambda: torch.tensor(
-            [[sample(row, GREEDY.sampling, row, None)] for row in logits], device=model.device
-        ),
-    )
-    hidden = model(new, cache)[:, -1]
-    return watch.time("head", lambda: model.logits(hidden))
+    hidden = runner(watch.time("sampling", choose), cache, watch.time)[:, -1]
+    return watch.time("head", lambda: runner.logits(hidden))
 
 
 @torch.inference_mode()
-def profile(model: DeepseekV2, work: Work) -> dict[str, dict[str, float]]:
-    """Seconds by part, for the prefill and for one decode step on average. Waiting for the device after each part costs some."""
-    layers, whole = list(model.model.layers), model.fused
-    fused = [layer.fused for layer in layers]
-    cache = model.new_cache(work.batch)
+def profile(runner: Runner, work: Work) -> dict[str, dict[str, float]]:
+    """Seconds by part, for the prefill and for one decode step on average.
+
+    Waiting for the device after each part costs some.
+    """
+    cache = runner.new_cache(work.batch)
     if work.depth:
-        prefill(model, random_prompts(model, work.batch, work.depth, seed=1), cache)
-    prompts = random_prompts(model, work.batch, work.prompt, seed=2)
-    out = {}
-    model.fused = None  # layer by layer
-    try:
-        for phase in ("prefill", "decode"):
-            watch = Stopwatch(model.device)
-            for layer, before in zip(layers, fused, strict=True):
-                layer.fused = before  # type: ignore[assignment]
-                layer.fused = TimedLayer(layer, watch)  # type: ignore[assignment,arg-type]
-            count = 1 if phase == "prefill" else work.generate
-            synchronize(model.device)
-            began = time.perf_counter()
+        prefill(runner, random_prompts(runner, work.batch, work.depth, seed=1), cache)
+    prompts = random_prompts(runner, work.batch, work.prompt, seed=2)
+    logits, out = torch.empty(0), {}
+    for phase, count in (("prefill", 1), ("decode", work.generate)):
+        watch = Stopwatch(runner.device)
+        synchronize(runner.device)
+        began = time.perf_counter()
+        for _ in range(count):
             if phase == "prefill":
-                logits = prefill(model, prompts, cache)
+                logits = prefill(runner, prompts, cache, watch.time)
             else:
-                for _ in range(work.generate):
-                    logits = timed_step(model, logits, cache, watch)
-            total = time.perf_counter() - began
-            watch.seconds["the rest"] = total - sum(watch.seconds.values())
-            out[phase] = {name: seconds / count for name, seconds in watch.seconds.items()}
-    finally:
-        model.fused = whole
-        for layer, before in zip(layers, fused, strict=True):
-            layer.fused = before  # type: ignore[assignment]
+                logits = timed_step(runner, logits, cache, watch)
+        synchronize(runner.device)
+        watch.seconds["the rest"] = time.perf_counter() - began - sum(watch.seconds.values())
+        out[phase] = {name: seconds / count for name, seconds in watch.seconds.items()}
     return out
 
 
@@ -347,7 +343,10 @@ LISTS = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 def compare(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run of today beside the same work of a saved one. A rate differs where it does so by more than both ranges together."""
+    """Each run of today beside the same work of a saved one.
+
+    A rate differs where it does so by more than both ranges together.
+    """
     same = ("engine", "prompt_tokens", "generated_tokens", "depth", "batch")
     old = {tuple(run[key] for key in same): run for run in then}
     out = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from dsv2cli.engine.sampling import SamplingParams, sample, sample_rows
 from dsv2cli.errors import UsageError
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.model.step import Watch, unwatched
+from dsv2cli.run.runner import Runner
 
 DRAFT = (
     7  # tokens drafted at most: with the new one they are eight rows, which cost a CPU little more than one
 )
-PREFILL_CHUNK = 512  # tokens of each row in a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory
+# Tokens of each row in a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory.
+PREFILL_CHUNK = 512
 GPU_PREFILL_TOKENS = 4096  # of all rows together, on a GPU
 
 
@@ -40,7 +41,9 @@ class Request:
 
     @property
     def plain(self) -> bool:
-        """Whether the next token follows from the scores alone, so that a device can choose it before anyone has read the last."""
+        """Whether the next token follows from the scores alone, so that a device can choose it before anyone
+        has read the last.
+        """
         return self.grammar is None and self.logprobs is None and self.sampling.repetition_penalty == 1.0
 
     def constraint(self) -> Constraint | None:
@@ -50,7 +53,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token; `top` holds the K likeliest as (id, logprob), before temperature, penalties and grammar."""
+    """One generated token; `top` holds the K likeliest as (id, logprob), before temperature, penalties and
+    grammar.
+    """
 
     id: int
     logprob: float | None = None
@@ -64,7 +69,7 @@ class Result:
     prompt_ids: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
-    finish_reason: str = "interrupted"
+    finish_reason: str = ""  # nothing while it runs; then stop, length or interrupted
     reused_tokens: int = 0
     prefill_seconds: float = 0.0
     ttft_seconds: float = 0.0
@@ -108,8 +113,10 @@ def check_prompt(config: DeepseekV2Config, prompt_ids: list[int]) -> None:
 
 
 @torch.inference_mode()
-def prefill(model: DeepseekV2, prompts: list[list[int]], cache: LatentCache) -> Tensor:
-    """Run the prompts' tokens into the cache, a chunk at a time; logits after each prompt's last one. [batch, vocab]
+def prefill(runner: Runner, prompts: list[list[int]], cache: LatentCache, watch: Watch = unwatched) -> Tensor:
+    """Run the prompts' tokens into the cache, a chunk at a time; logits after each prompt's last one.
+
+    [batch, vocab]
 
     Prompts of different lengths are padded on the right; padding is never visible to a real token.
     """
@@ -119,19 +126,20 @@ def prefill(model: DeepseekV2, prompts: list[list[int]], cache: LatentCache) -> 
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(model.device)
-    last = torch.empty(len(prompts), model.config.hidden_size, device=model.device, dtype=model.dtype)
-    size = PREFILL_CHUNK if model.device.type == "cpu" else max(32, GPU_PREFILL_TOKENS // len(prompts))
+    ids = ids.to(runner.device)
+    last = torch.empty(len(prompts), runner.config.hidden_size, device=runner.device, dtype=runner.dtype)
+    size = PREFILL_CHUNK if runner.device.type == "cpu" else max(32, GPU_PREFILL_TOKENS // len(prompts))
     for start in range(0, longest, size):
         chunk = ids[:, start : start + size]
-        # Rows keep in step while padding runs, so that every chunk starts at one place; lengths are set at the end.
+        # Rows keep in step while padding runs, so that every chunk starts at one place; lengths are set at
+        # the end.
         cache.lengths = [length + start for length in base]
-        hidden = model(chunk, cache)
+        hidden = runner(chunk, cache, watch)
         for row, prompt in enumerate(prompts):
             if start < len(prompt) <= start + chunk.shape[1]:
                 last[row] = hidden[row, len(prompt) - 1 - start]
     cache.lengths = [length + len(prompt) for length, prompt in zip(base, prompts, strict=True)]
-    return model.logits(last)
+    return runner.logits(last)
 
 
 def pick(
@@ -141,7 +149,9 @@ def pick(
     generator: torch.Generator,
     constraint: Constraint | None = None,
 ) -> Token:
-    """Sample from logits [vocab] what `constraint` allows, and note the log-probabilities that were asked for."""
+    """Sample from logits [vocab] what `constraint` allows, and note the log-probabilities that were asked
+    for.
+    """
     history = torch.tensor(seen if request.sampling.repetition_penalty != 1.0 else [], dtype=torch.long)
     allowed = logits if constraint is None else constraint.allow(logits)
     token_id = sample(allowed, request.sampling, history.to(logits.device), generator)
@@ -152,29 +162,6 @@ def pick(
     logprobs = logits.log_softmax(dim=-1)
     values, ids = logprobs.topk(min(request.logprobs, logprobs.numel()))
     return Token(token_id, float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def decoder(model: DeepseekV2, cache: LatentCache) -> Callable[..., Tensor]:
-    """Passes of few new tokens: ids [rows, seq], and which rows of the cache they continue (None: all) -> logits [rows, seq, vocab].
-
-    The cache's lengths follow; the next pass may overwrite the logits.
-    """
-    if model.stepwise:
-        from dsv2cli.model.gpu import decode  # needs triton
-
-        return functools.partial(decode, model, cache)
-
-    def step(ids: Tensor, rows: list[int] | None = None) -> Tensor:
-        if rows is None:
-            return model.logits(model(ids, cache))
-        before = list(cache.lengths)
-        every = ids.new_zeros(len(before), ids.shape[1])
-        every[rows] = ids
-        logits = model.logits(model(every, cache)[rows])
-        cache.lengths = [length + (ids.shape[1] if i in rows else 0) for i, length in enumerate(before)]
-        return logits
-
-    return step
 
 
 def read_later(ids: Tensor) -> Callable[[], list[int]]:
@@ -194,7 +181,7 @@ def read_later(ids: Tensor) -> Callable[[], list[int]]:
 
 @torch.inference_mode()
 def generate_batch(
-    model: DeepseekV2,
+    runner: Runner,
     prompts: list[list[int]],
     request: Request,
     cache: LatentCache,
@@ -202,35 +189,21 @@ def generate_batch(
 ) -> Iterator[list[Token | None]]:
     """One list per step with each row's new token, None for rows that have ended (by EOS or length).
 
-    `cache` holds what precedes the prompts; `logits` are those of the last prompt token if prefill has been done.
-    The last token given for a row is not in the cache yet; a model that is `stepwise` may have put it there.
+    `cache` holds what precedes the prompts; `logits` [rows, vocab] are those of the last prompt token if
+    prefill has been done. The last token given for a row is not in the cache yet; a runner that
+    `decodes_ahead` may have put it there.
     """
+    logits = prefill(runner, prompts, cache) if logits is None else logits
     generators = [
-        torch.Generator(model.device).manual_seed(request.seed + row) for row in range(len(prompts))
+        torch.Generator(runner.device).manual_seed(request.seed + row) for row in range(len(prompts))
     ]
-    logits = prefill(model, prompts, cache) if logits is None else logits
-    room = model.config.max_position_embeddings - max(cache.lengths)
+    room = runner.config.max_position_embeddings - max(cache.lengths)
     limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
-    decode = decoder(model, cache)
-    running = [True] * len(prompts)
-    if model.stepwise and request.plain:
-        chosen = sample_rows(logits, request.sampling, generators)
-        for step in range(limit):
-            ids = read_later(chosen)
-            if (
-                step + 1 < limit
-            ):  # the device goes on while this token is shown; at the end of the text one step too far
-                chosen = sample_rows(decode(chosen[:, None])[:, -1], request.sampling, generators)
-            tokens = [
-                Token(token_id) if runs else None for token_id, runs in zip(ids(), running, strict=True)
-            ]
-            yield tokens
-            running = [token is not None and token.id not in request.eos_ids for token in tokens]
-            if not any(running):
-                return
+    if runner.decodes_ahead and request.plain:
+        yield from ahead_of_the_reader(runner, request, cache, logits, generators, limit)
         return
-    constraints = [request.constraint() for _ in prompts]
-    seen = [list(prompt) for prompt in prompts]
+    constraints, seen = [request.constraint() for _ in prompts], [list(prompt) for prompt in prompts]
+    running = [True] * len(prompts)
     for step in range(limit):
         tokens = [
             pick(logits[row], request, seen[row], generators[row], constraints[row]) if running[row] else None
@@ -243,13 +216,40 @@ def generate_batch(
                 running[row] = token.id not in request.eos_ids
         if not any(running) or step + 1 == limit:
             return
-        logits = decode(
-            torch.tensor([[token.id if token is not None else 0] for token in tokens], device=model.device)
-        )[:, -1]
+        ids = torch.tensor([[0 if token is None else token.id] for token in tokens], device=runner.device)
+        logits = runner.decode(ids, cache)[:, -1]
+
+
+def ahead_of_the_reader(
+    runner: Runner,
+    request: Request,
+    cache: LatentCache,
+    logits: Tensor,
+    generators: list[torch.Generator],
+    limit: int,
+) -> Iterator[list[Token | None]]:
+    """generate_batch where the device samples: it goes on while a token is shown; at the end of the text one
+    step too far.
+
+    logits [rows, vocab] follow the prompts.
+    """
+    running = [True] * len(logits)
+    chosen = sample_rows(logits, request.sampling, generators)
+    for step in range(limit):
+        ids = read_later(chosen)
+        if step + 1 < limit:
+            chosen = sample_rows(runner.decode(chosen[:, None], cache)[:, -1], request.sampling, generators)
+        tokens = [Token(token_id) if runs else None for token_id, runs in zip(ids(), running, strict=True)]
+        yield tokens
+        running = [token is not None and token.id not in request.eos_ids for token in tokens]
+        if not any(running):
+            return
 
 
 def look_up(history: list[int], most: int) -> list[int]:
-    """What followed the latest earlier place where the last few tokens stood: prompt-lookup drafting (Saxena 2023)."""
+    """What followed the latest earlier place where the last few tokens stood: prompt-lookup drafting (Saxena
+    2023).
+    """
     for size in (3, 2):
         tail = history[-size:]
         for start in range(len(history) - size - 1, -1, -1):
@@ -260,20 +260,21 @@ def look_up(history: list[int], most: int) -> list[int]:
 
 @torch.inference_mode()
 def speculate(
-    model: DeepseekV2, prompts: list[list[int]], request: Request, cache: LatentCache, logits: Tensor
+    runner: Runner, prompts: list[list[int]], request: Request, cache: LatentCache, logits: Tensor
 ) -> Iterator[list[Token | None]]:
-    """generate_batch for one prompt, with tokens drafted from the text so far and checked in one forward pass.
+    """generate_batch for one prompt, with tokens drafted from the text so far and checked in one forward
+    pass.
 
-    Every token is sampled from the model's own scores in the same order as without drafts, so the text is the same up
-    to the rounding of a longer forward pass; where a draft differs from what was sampled it is dropped from the cache.
+    Every token is sampled from the model's own scores in the same order as without drafts, so the text is the
+    same up to the rounding of a longer forward pass; where a draft differs from what was sampled it is
+    dropped from the cache.
     """
     (prompt,) = prompts
-    generator = torch.Generator(model.device).manual_seed(request.seed)
+    generator = torch.Generator(runner.device).manual_seed(request.seed)
     history, constraint = list(prompt), request.constraint()
-    room = model.config.max_position_embeddings - cache.lengths[0]
+    room = runner.config.max_position_embeddings - cache.lengths[0]
     left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
     scores, draft = logits, list[int]()  # scores[i] follow draft[:i]
-    decode = decoder(model, cache)
     while left > 0:
         for i in range(len(draft) + 1):
             token = pick(scores[i], request, history, generator, constraint)
@@ -286,7 +287,8 @@ def speculate(
                 cache.truncate(cache.lengths[0] - (len(draft) - i))
                 break
         draft = look_up(history, min(DRAFT, left - 1))
-        scores = decode(torch.tensor([[history[-1], *draft]], device=model.device))[0]
+        ids = torch.tensor([[history[-1], *draft]], device=runner.device)
+        scores = runner.decode(ids, cache)[0]
 
 
 class StopStrings:
@@ -298,7 +300,10 @@ class StopStrings:
         self.found = False
 
     def add(self, piece: str) -> str:
-        """Text that is safe to show. Once a stop string is complete `found` is set, and it and the rest are dropped."""
+        """Text that is safe to show.
+
+        Once a stop string is complete `found` is set, and it and the rest are dropped.
+        """
         self.held += piece
         hits = [at for text in self.stop if (at := self.held.find(text)) >= 0]
         if hits:
@@ -322,7 +327,9 @@ class StopStrings:
 
 
 class Answer:
-    """One row's text as its tokens come: decoding, stop strings, and why it ended. Keeps `result` up to date."""
+    """One row's text as its tokens come: decoding, stop strings, and why it ended. Keeps
+    `result` up to date.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, request: Request, result: Result) -> None:
         self.decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
@@ -351,7 +358,7 @@ class Answer:
 
 
 def stream_text(
-    model: DeepseekV2,
+    runner: Runner,
     tokenizer: Tokenizer | None,
     prompt_ids: list[int],
     request: Request,
@@ -360,26 +367,29 @@ def stream_text(
 ) -> Iterator[str]:
     """Generate after `prompt_ids` and yield the text as it comes; `result` is kept up to date throughout.
 
-    The first cache.lengths[0] ids must be in the cache already; at least one id must be new. Without a tokenizer
-    every piece is empty. Ending the iteration early leaves finish_reason "interrupted".
+    The first cache.lengths[0] ids must be in the cache already; at least one id must be new. Without a
+    tokenizer every piece is empty. Ending the iteration early leaves finish_reason "interrupted".
     """
     reused = cache.lengths[0]
     assert reused < len(prompt_ids), "the last prompt token must be computed"
-    result.prompt_ids, result.reused_tokens = prompt_ids, reused
+    result.prompt_ids, result.reused_tokens, result.finish_reason = prompt_ids, reused, ""
     answer = Answer(tokenizer, request, result)
     began = time.perf_counter()
-    logits = prefill(model, [prompt_ids[reused:]], cache)
-    result.prefill_seconds = time.perf_counter() - began
-    first = 0.0
-    steps = speculate if request.speculate else generate_batch
-    for (token,) in steps(model, [prompt_ids], request, cache, logits):
-        assert token is not None, "a single row ends with the iteration"
-        now = time.perf_counter()
-        first = first or now
-        result.ttft_seconds, result.decode_seconds = first - began, now - first
-        yield answer.add(token)
-        if answer.ended:
-            break
-    else:
-        result.finish_reason = "length"
-    yield answer.finish()
+    try:
+        logits = prefill(runner, [prompt_ids[reused:]], cache)
+        result.prefill_seconds = time.perf_counter() - began
+        first = 0.0
+        steps = speculate if request.speculate else generate_batch
+        for (token,) in steps(runner, [prompt_ids], request, cache, logits):
+            assert token is not None, "a single row ends with the iteration"
+            now = time.perf_counter()
+            first = first or now
+            result.ttft_seconds, result.decode_seconds = first - began, now - first
+            yield answer.add(token)
+            if answer.ended:
+                break
+        else:
+            result.finish_reason = "length"
+        yield answer.finish()
+    finally:
+        result.finish_reason = result.finish_reason or "interrupted"

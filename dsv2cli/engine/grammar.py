@@ -1,4 +1,7 @@
-"""Answers held to a regular expression or a JSON schema: which tokens may come next. By llguidance, an optional extra."""
+"""Answers held to a regular expression or a JSON schema: which tokens may come next.
+
+By llguidance, an optional extra.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from torch import Tensor
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error, UsageError
 
-# Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in blanks.
+# Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in
+# blanks.
 WHITESPACE = r"\n? {0,8}"
 
 
 class Grammar:
     """What an answer may be, ready for one tokenizer. `start` is what every answer begins with already.
 
-    Raises UsageError for a grammar that can not be read or that `start` breaks, Dsv2Error where llguidance is missing.
+    Raises UsageError for a grammar that can not be read or that `start` breaks, Dsv2Error where llguidance is
+    missing.
     """
 
     def __init__(
@@ -77,7 +82,10 @@ class Constraint:
         self.matcher = matcher
 
     def allow(self, logits: Tensor) -> Tensor:
-        """Logits [vocab] with minus infinity for every token that may not come next. The end of text may where all is said."""
+        """Logits [vocab] with minus infinity for every token that may not come next.
+
+        The end of text may where all is said.
+        """
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = (bits[:, None] >> torch.arange(8)) & 1  # the lowest bit is the first token
         allowed = allowed.flatten()[: logits.numel()].bool()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.generate import Request, Result, stream_text
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run.runner import Runner
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
@@ -21,7 +21,9 @@ SPARE = 64  # tokens for the answer
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text to hide things in, and what is hidden; `{key}` stands for a number that changes from try to try."""
+    """A text to hide things in, and what is hidden; `{key}` stands for a number that
+    changes from try to try.
+    """
 
     filler: str = FILLER
     needle: str = NEEDLE
@@ -31,7 +33,9 @@ class Haystack:
 
 @dataclass(frozen=True)
 class Trial:
-    """One question: `length` is the prompt's in tokens, `depth` where the needle lies, from 0 (start) to 1 (end)."""
+    """One question: `length` is the prompt's in tokens, `depth` where the needle lies, from 0 (start) to 1
+    (end).
+    """
 
     length: int
     depth: float
@@ -68,7 +72,7 @@ def make_prompt(tokenizer: Tokenizer, haystack: Haystack, key: str, length: int,
 
 
 def search(
-    model: DeepseekV2,
+    runner: Runner,
     tokenizer: Tokenizer,
     haystack: Haystack,
     lengths: list[int],
@@ -85,6 +89,6 @@ def search(
                 ids = make_prompt(tokenizer, haystack, key, length, depth)
                 result = Result()
                 short = replace(request, max_new_tokens=SPARE)
-                for _ in stream_text(model, tokenizer, ids, short, model.new_cache(), result):
+                for _ in stream_text(runner, tokenizer, ids, short, runner.new_cache(), result):
                     pass
                 yield Trial(len(ids), depth, haystack.expect.replace("{key}", key), result.text)

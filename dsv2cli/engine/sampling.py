@@ -43,7 +43,8 @@ class SamplingParams:
         params = cls(**{key: value for key, value in settings.items() if key in known and value is not None})
         if settings.get("do_sample") is False:
             params = replace(params, temperature=0.0)
-        return replace(params, **{key: value for key, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
+        return replace(params, **given)
 
 
 def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torch.Generator | None) -> int:
@@ -59,9 +60,11 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
 
 
 def sample_rows(logits: Tensor, params: SamplingParams, generators: list[torch.Generator]) -> Tensor:
-    """A token for each row of logits [rows, vocab], by the row's own generator, left where they are: nothing waits for the device.
+    """A token for each row of logits [rows, vocab], by the row's own generator, left where they are: nothing
+    waits for the device.
 
-    The largest of p / e, with e drawn from an exponential distribution, is distributed as p. No repetition penalty. -> [rows]
+    The largest of p / e, with e drawn from an exponential distribution, is distributed as p. No repetition
+    penalty. -> [rows]
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
@@ -88,7 +91,9 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Push down every token that has occurred: divide what is positive, multiply what is negative (CTRL paper)."""
+    """Push down every token that has occurred: divide what is positive, multiply what is negative (CTRL
+    paper).
+    """
     scores = logits[seen]
     return logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from torch import Tensor
+
 from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
 from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text
 from dsv2cli.errors import UsageError
-from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run.runner import Runner
 
 SUMMARISE = "Summarize our conversation so far in a few sentences."
 SUMMARY_TOKENS = 256
@@ -17,10 +19,10 @@ SUMMARY_TOKENS = 256
 class Session:
     """A conversation and what the model remembers of it. messages[i] is {"role", "content"}."""
 
-    def __init__(self, model: DeepseekV2, tokenizer: Tokenizer, system: str | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, system: str | None = None) -> None:
+        self.runner, self.tokenizer = runner, tokenizer
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.cache = model.new_cache()
+        self.cache = runner.new_cache()
         self.cached_ids: list[int] = []  # the tokens in the cache, in order
         self.branch = "main"
         self.branches: dict[str, list[Message]] = {}  # the others; `messages` is the one we are on
@@ -28,17 +30,18 @@ class Session:
     def reply(self, text: str, request: Request, result: Result) -> Iterator[str]:
         """Add a user message and yield the answer as it comes; `result` is filled in as in stream_text.
 
-        However it ends, messages and cache agree: a partial answer is kept as a turn, an answer without a word is
-        not, and then the user's message is taken back as well.
+        However it ends, messages and cache agree: a partial answer is kept as a turn, an answer without a
+        word is not, and then the user's message is taken back as well.
         """
         prompt_ids = self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
-        check_prompt(self.model.config, prompt_ids)
+        check_prompt(self.runner.config, prompt_ids)
         self.messages.append({"role": "user", "content": text})
         self.cache.truncate(common_prefix(self.cached_ids, prompt_ids[:-1]))
         try:
-            # The template ends in "Assistant:", so the model's first token brings a space that is not part of the answer.
+            # The template ends in "Assistant:", so the model's first token brings a space that is not part of
+            # the answer.
             started = False
-            for piece in stream_text(self.model, self.tokenizer, prompt_ids, request, self.cache, result):
+            for piece in stream_text(self.runner, self.tokenizer, prompt_ids, request, self.cache, result):
                 yield piece if started else piece.removeprefix(" ")
                 started = started or bool(piece)
         finally:
@@ -49,6 +52,20 @@ class Session:
             else:
                 self.messages.pop()
 
+    def start_over(self, messages: list[Message]) -> None:
+        """Put these messages in the place of all there are, and of all branches."""
+        self.messages, self.branch, self.branches = messages, "main", {}
+
+    def take_over(self, branches: dict[str, list[Message]], branch: str) -> None:
+        """Go on with all branches of a saved conversation, on the one named."""
+        self.branch, self.branches = branch, dict(branches)
+        self.messages = self.branches.pop(branch)
+
+    def take_cache(self, ids: list[int], latents: list[Tensor]) -> None:
+        """Remember tokens whose latents [1, len(ids), latent + rope], layer by layer, were kept."""
+        self.cache.fill(latents)
+        self.cached_ids = ids
+
     def asked(self) -> list[int]:
         """Where in `messages` each user message stands."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
@@ -56,7 +73,8 @@ class Session:
     def cut(self, turn: int) -> str:
         """Take back turn `turn` (1 is the first, -1 the last) and all after it; gives what the user had said.
 
-        Raises UsageError where there is no such turn. The cache needs no care: the next reply reuses what still fits.
+        Raises UsageError where there is no such turn. The cache needs no care: the next reply reuses what
+        still fits.
         """
         asked = self.asked()
         if turn == 0 or not -len(asked) <= turn <= len(asked):
@@ -74,7 +92,9 @@ class Session:
         self.messages = ([{"role": "system", "content": text}] if text else []) + rest
 
     def switch(self, name: str) -> bool:
-        """Go to branch `name`; where there is none yet it begins as a copy of this one. True if it was there."""
+        """Go to branch `name`; where there is none yet it begins as a copy of this one.
+        True if it was there.
+        """
         known = name in self.branches or name == self.branch
         self.branches[self.branch] = self.messages
         self.messages = self.branches.pop(name) if known else [dict(message) for message in self.messages]
@@ -87,8 +107,10 @@ class Session:
         return len(self.tokenizer.encode_chat([*self.messages, *extra])) if self.messages or extra else 0
 
     def make_room(self, text: str, spare: int) -> int:
-        """Drop the oldest turns, never the system prompt, until `text` and `spare` tokens fit; gives how many."""
-        limit, dropped = self.model.config.max_position_embeddings - spare, 0
+        """Drop the oldest turns, never the system prompt, until `text` and `spare` tokens fit; gives how
+        many.
+        """
+        limit, dropped = self.runner.config.max_position_embeddings - spare, 0
         while len(asked := self.asked()) > 0 and self.prompt_tokens(text) >= limit:
             end = asked[1] if len(asked) > 1 else len(self.messages)
             del self.messages[asked[0] : end]

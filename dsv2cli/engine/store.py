@@ -50,7 +50,9 @@ def path_of(name: str) -> Path:
 
 
 def save(path: Path, conversation: Conversation) -> None:
-    """Raises Dsv2Error when the disk or the permissions do not allow it; what was there before then stays whole."""
+    """Raises Dsv2Error when the disk or the permissions do not allow it; what was there before then stays
+    whole.
+    """
     write(path, as_json({"format": FORMAT, **vars(conversation)}))
 
 
@@ -85,7 +87,9 @@ def write(path: Path, text: str) -> None:
 
 
 def load(path: Path) -> Conversation:
-    """A saved session, or any JSON list of {"role", "content"} messages. Raises Dsv2Error for anything else."""
+    """A saved session, or any JSON list of {"role", "content"} messages. Raises Dsv2Error
+    for anything else.
+    """
     try:
         content = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
     except OSError as error:
@@ -151,8 +155,10 @@ def as_markdown(messages: list[Message]) -> str:
 
 def identity(checkpoint: Path, session: Session) -> str:
     """Tells one model in one number format from another without reading it whole."""
-    codes = sorted({f"{w.bits}:{w.group}" for w in session.model.modules() if isinstance(w, Quantized)})
-    digest = hashlib.sha256(f"{session.model.dtype} {codes}".encode())
+    codes = sorted(
+        {f"{w.bits}:{w.group}" for w in session.runner.model.modules() if isinstance(w, Quantized)}
+    )
+    digest = hashlib.sha256(f"{session.runner.dtype} {codes}".encode())
     for file in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -163,11 +169,11 @@ def identity(checkpoint: Path, session: Session) -> str:
 
 
 def save_cache(path: Path, session: Session, model: str) -> None:
-    """The latents of all cached tokens, so that resuming costs no prefill. Raises Dsv2Error as `save` does."""
-    length = len(session.cached_ids)
-    tensors = {
-        f"layers.{i}": layer[:, :length].cpu().contiguous() for i, layer in enumerate(session.cache.layers)
-    }
+    """The latents of all cached tokens, so that resuming costs no prefill. Raises
+    Dsv2Error as `save` does.
+    """
+    latents = session.cache.latents(len(session.cached_ids))
+    tensors = {f"layers.{i}": layer.cpu().contiguous() for i, layer in enumerate(latents)}
     tensors["token_ids"] = torch.tensor(session.cached_ids, dtype=torch.int64)
     with replacing(path) as new:
         save_file(tensors, new, metadata={"model": model})
@@ -178,7 +184,7 @@ def load_cache(path: Path, session: Session, model: str) -> str:
     """Put saved latents into the session's cache. Says in a few words why not, or nothing where it did."""
     if not path.exists():
         return "none was saved"
-    config = session.model.config
+    config = session.runner.config
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("model") != model:
@@ -188,10 +194,9 @@ def load_cache(path: Path, session: Session, model: str) -> str:
     except (OSError, SafetensorError) as error:
         return f"it is damaged: {error}"
     if any(
-        layer.shape != (1, len(ids), config.cached_dim) or layer.dtype != session.model.dtype
+        layer.shape != (1, len(ids), config.cached_dim) or layer.dtype != session.runner.dtype
         for layer in layers
     ):
         return "its shape is another"
-    session.cache.fill(layers)
-    session.cached_ids = ids
+    session.take_cache(ids, layers)
     return ""

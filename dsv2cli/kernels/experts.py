@@ -13,7 +13,10 @@ from dsv2cli.kernels.quantized import Quantized
 
 @dataclass(frozen=True)
 class Routing:
-    """How a router chooses: `top_k` experts, from the best `topk_group` of `n_group`. Names as in config.json."""
+    """How a router chooses: `top_k` experts, from the best `topk_group` of `n_group`.
+
+    Names as in config.json.
+    """
 
     top_k: int
     n_group: int

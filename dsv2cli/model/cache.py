@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,19 +28,18 @@ class LatentCache:
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        """Each layer's on the device that computes it. Of `size` ranks that attend for sequences of their own, `rank` has its rows."""
+        """Latents lie on their layer's device.
+
+        With split sequences this rank holds only its own rows, of `size` ranks.
+        """
         self.lengths = [0] * batch
         self.rank, self.parts = (
             rank,
             [split(batch, 1, other, size) for other in range(size)],
         )  # the rows of each rank
-        self.steps: dict[tuple[int, int], Callable[..., Tensor]] = {}  # made for where the layers lie now
         self.layers = [
-            torch.empty(
-                len(self.own), 0, config.cached_dim, device=device, dtype=dtype
-            )  # [batch, capacity, latent + rope]
-            for device in devices
-        ]
+            torch.empty(len(self.own), 0, config.cached_dim, device=device, dtype=dtype) for device in devices
+        ]  # each [own rows, capacity, latent + rope]
 
     @property
     def own(self) -> range:
@@ -50,6 +48,7 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
+        """Tokens a row for which there is room."""
         return self.layers[0].shape[1]
 
     def reserve(self, length: int) -> None:
@@ -59,27 +58,49 @@ class LatentCache:
             self.grow(-(-wanted // GRANULE) * GRANULE)
 
     def grow(self, capacity: int) -> None:
-        """Make room for exactly `capacity` tokens a row, keeping what is there."""
-        self.steps = {}
+        """Make room for exactly `capacity` tokens a row, keeping what is there; every
+        layer gets new memory.
+        """
         for i, old in enumerate(self.layers):
             self.layers[i] = old.new_zeros(old.shape[0], capacity, old.shape[2])
             self.layers[i][:, : old.shape[1]] = old
 
-    def write(self, layer: int, positions: Tensor, rows: Tensor, start: int | None) -> None:
-        """Store rows [batch, seq, latent + rope] at positions [batch, seq]; `start` if they are one run for all."""
+    def append(self, layer: int, positions: Tensor, latents: Tensor, start: int | None) -> Tensor:
+        """Store latents [batch, seq, latent + rope] at positions [batch, seq]; `start` if they are one run
+        for all.
+
+        Gives the whole layer [batch, capacity, latent + rope]
+        """
+        whole = self.layers[layer]
         if start is not None:
-            self.layers[layer][:, start : start + rows.shape[1]] = rows
+            whole[:, start : start + latents.shape[1]] = latents
         else:
-            self.layers[layer].scatter_(1, positions[..., None].expand_as(rows), rows)
+            whole.scatter_(1, positions[..., None].expand_as(latents), latents)
+        return whole
+
+    def addresses(self, layers: range, seq: int) -> list[int]:
+        """For kernels: where the row of each of `seq` tokens a row begins, layer after layer.
+
+        [layers * rows * seq]
+        """
+        found = []
+        for layer in self.layers[layers.start : layers.stop]:
+            row = layer.stride(0) * layer.element_size()
+            found += [layer.data_ptr() + i * row for i in range(layer.shape[0]) for _ in range(seq)]
+        return found
+
+    def latents(self, length: int) -> list[Tensor]:
+        """The first `length` tokens of every row, layer by layer; each [own rows, length, latent + rope]"""
+        return [layer[:, :length] for layer in self.layers]
 
     def alias(self) -> LatentCache:
         """Another cache with the same rows in the same memory."""
-        other = copy.copy(self)
-        other.steps = {}
-        return other
+        return copy.copy(self)
 
     def row(self, index: int) -> LatentCache:
-        """One row as an empty cache of its own that shares this one's memory; this one must have room already."""
+        """One row as an empty cache of its own that shares this one's memory; this one must have room
+        already.
+        """
         row = self.alias()
         row.parts = [range(int(index in part)) for part in self.parts]
         first = index - self.own.start if index in self.own else len(self.own)
@@ -94,11 +115,11 @@ class LatentCache:
         many.lengths, many.layers = self.lengths * count, [layer.repeat(count, 1, 1) for layer in self.layers]
         return many
 
-    def fill(self, layers: list[Tensor]) -> None:
-        """Take over the rows [1, length, latent + rope] of another cache."""
-        length = layers[0].shape[1]
+    def fill(self, latents: list[Tensor]) -> None:
+        """Take over the rows [1, length, latent + rope] of another cache, layer by layer."""
+        length = latents[0].shape[1]
         self.reserve(length)
-        for layer, rows in zip(self.layers, layers, strict=True):
+        for layer, rows in zip(self.layers, latents, strict=True):
             layer[:, :length] = rows.to(layer.device)
         self.lengths = [length]
 
@@ -107,4 +128,5 @@ class LatentCache:
         self.lengths = [min(length, old) for old in self.lengths]
 
     def bytes_per_token(self) -> int:
+        """Of one row, over all layers."""
         return sum(layer.shape[2] * layer.element_size() for layer in self.layers)

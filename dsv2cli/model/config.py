@@ -1,4 +1,6 @@
-"""The model's config.json: read, checked, and refused where it asks for something this program does not do."""
+"""The model's config.json: read, checked, and refused where it asks for something this
+program does not do.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +75,11 @@ class DeepseekV2Config:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def latent_norm_eps(self) -> float:
+        """Of the norms of both latents: fixed in the official code, whatever rms_norm_eps says."""
+        return 1e-6
+
+    @property
     def cached_dim(self) -> int:
         """Numbers cached per token and layer: the latent and the rope key that all heads share."""
         return self.kv_lora_rank + self.qk_rope_head_dim
@@ -91,7 +98,9 @@ class DeepseekV2Config:
 
     @property
     def router_groups(self) -> tuple[int, int]:
-        """How many groups the routed experts are in, and how many of them a token may choose from; (1, 1) where there are none."""
+        """How many groups the routed experts are in, and how many of them a token may choose from; (1, 1)
+        where there are none.
+        """
         return (
             (self.n_group or 1, self.topk_group or 1)
             if self.topk_method == "group_limited_greedy"
@@ -104,7 +113,10 @@ class DeepseekV2Config:
 
     @classmethod
     def load(cls, folder: Path) -> DeepseekV2Config:
-        """Read `folder/config.json`, or the file itself. Raises Dsv2Error when missing, malformed or not implemented."""
+        """Read `folder/config.json`, or the file itself.
+
+        Raises Dsv2Error when missing, malformed or not implemented.
+        """
         path = folder if folder.is_file() else folder / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -221,8 +233,9 @@ def check_numbers(config: DeepseekV2Config, source: str) -> None:
         "topk_group",
     }
     positive = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-        "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim moe_layer_freq max_position_embeddings"
+        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
+        "num_attention_heads kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim moe_layer_freq "
+        "max_position_embeddings"
     ).split()
     for name in positive + sorted(optional):
         value = getattr(config, name)

@@ -73,7 +73,9 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring pairs (0,1), (2,3), ... x [batch, seq, heads, dim], table [batch, seq, 2, dim / 2]."""
+    """Turn neighbouring pairs (0,1), (2,3), ... x [batch, seq, heads, dim], table [batch,
+    seq, 2, dim / 2].
+    """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table[:, :, None].unbind(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)

@@ -1,7 +1,8 @@
 """Which part of a model each rank of a team holds: heads, columns of the MLPs, routed experts and vocabulary.
 
-What is left over goes to some ranks and not to others, so nothing needs to be divisible; a rank may hold no head at all.
-The latent cache, the router and the norms are in every rank. Groups of packed numbers stay whole.
+What is left over goes to some ranks and not to others, so nothing needs to be divisible; a rank may hold no
+head at all. The latent cache, the router and the norms are in every rank. Groups of packed numbers stay
+whole.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def split(total: int, unit: int, rank: int, size: int) -> range:
 def share_of(
     config: DeepseekV2Config, rank: int = 0, size: int = 1, group: int | None = None, sequences: bool = False
 ) -> Share:
-    """The part of `rank` among `size`; `group` is how many numbers share a scale, where the weights are packed.
+    """The part of `rank` among `size`; `group` is how many numbers share a scale, where the weights are
+    packed.
 
     With `sequences` every rank has all heads, because it attends for sequences of its own.
     """
@@ -58,9 +60,18 @@ def share_of(
     )
 
 
+def shares_of(
+    config: DeepseekV2Config, size: int = 1, group: int | None = None, sequences: bool = False
+) -> list[Share]:
+    """The parts of all `size` ranks, in order; the rest as for share_of."""
+    return [share_of(config, rank, size, group, sequences) for rank in range(size)]
+
+
 @dataclass(frozen=True)
 class Cut:
-    """The part of a stored tensor that a rank holds: indices along `dim`, or all of it for None; kept under `name`."""
+    """The part of a stored tensor that a rank holds: indices along `dim`, or all of it for None; kept under
+    `name`.
+    """
 
     name: str
     part: range | None = None

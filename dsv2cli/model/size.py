@@ -16,7 +16,9 @@ DENSE_67B_KV_BYTES = 389_120
 
 @dataclass(frozen=True)
 class Part:
-    """Numbers of one kind over all layers: how many there are, how many one token at batch 1 reads, and both in bytes."""
+    """Numbers of one kind over all layers: how many there are, how many one token at batch 1 reads, and both
+    in bytes.
+    """
 
     name: str
     parameters: int
@@ -29,7 +31,8 @@ class Part:
 class Matrix:
     """`count` weights [rows, cols] of one part, of which a token reads `read`.
 
-    `stored` is `mlp`, `attention` or `head` (which differ in bits where packed), `plain`, or `router` (always fp32).
+    `stored` is `mlp`, `attention` or `head` (which differ in bits where packed), `plain`, or `router` (always
+    fp32).
     """
 
     part: str
@@ -102,7 +105,10 @@ def parts(
     group: int = GROUP,
     share: Share | None = None,
 ) -> list[Part]:
-    """All weights by kind, or those of a part, in `format`: a number format, or one of PACKED_BITS. What is not packed has `dtype`."""
+    """All weights by kind, or those of a part, in `format`: a number format, or one of PACKED_BITS.
+
+    What is not packed has `dtype`.
+    """
     dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
     group = config.packed.group if config.packed is not None else group
     sums: dict[str, list[int]] = {}
@@ -154,7 +160,10 @@ def expanded_kv_bytes_per_token(config: DeepseekV2Config, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Room:
-    """What fits into a memory beside the weights. The working memory of a forward pass is not counted: leave it some room."""
+    """What fits into a memory beside the weights.
+
+    The working memory of a forward pass is not counted: leave it some room.
+    """
 
     fits: bool
     longest_context: int  # tokens of one sequence, at most what the model was made for
@@ -178,8 +187,10 @@ def decode_ceiling(
     return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype))
 
 
-# What a step on GPUs is made of beside reading. From what others have published, not measured by us: the part of the memory's
-# bandwidth that a good kernel reaches, starting one within a CUDA graph, and a small sum over the GPUs of one machine.
+# What a step on GPUs is made of beside reading. From what others have published, not measured by us: the part
+# of the memory's
+# bandwidth that a good kernel reaches, starting one within a CUDA graph, and a small sum over the GPUs of one
+# machine.
 REACHED = 0.85
 LAUNCH_SECONDS = 1.3e-6
 SUM_SECONDS = 8e-6
@@ -188,16 +199,19 @@ SUMS = 2  # a layer
 
 
 def busiest_share(config: DeepseekV2Config, ranks: int) -> float:
-    """Of the routed experts that one token reads, how much the rank that has most of them reads, on average over even routing.
+    """Expected share of a token's experts on the busiest rank, over even routing.
 
-    Where a rank holds whole groups of a group-limited router, a token's experts are in `topk_group` groups at most.
+    Where a rank holds whole groups of a group-limited router, a token's experts are in `topk_group` groups at
+    most.
     """
     top_k = config.num_experts_per_tok or 0
     groups, top_groups = config.router_groups
     bins = min(ranks, top_groups) if groups % ranks == 0 else ranks
 
     def at_most(most: int) -> float:
-        """The chance that no rank has more than `most`: of k things in b bins, k! / b^k times a coefficient of (sum of x^i / i!)^b."""
+        """The chance that no rank has more than `most`: of k things in b bins, k! / b^k times a coefficient
+        of (sum of x^i / i!)^b.
+        """
         one = [1 / math.factorial(i) if i <= most else 0.0 for i in range(top_k + 1)]
         power = [1.0] + [0.0] * top_k
         for _ in range(bins):
@@ -210,7 +224,9 @@ def busiest_share(config: DeepseekV2Config, ranks: int) -> float:
 def predicted_step_seconds(
     config: DeepseekV2Config, format: str, dtype: str, ranks: int, bytes_per_second: float
 ) -> float:
-    """One token at batch 1 and a short context on `ranks` GPUs that share the model: a prediction, not a measurement."""
+    """One token at batch 1 and a short context on `ranks` GPUs that share the model: a prediction, not a
+    measurement.
+    """
     read = {part.name: part.read_bytes for part in parts(config, format, dtype)}
     alone = sum(read.get(name, 0) for name in ("router", "norms"))  # on every rank
     routed = read.get("routed experts", 0) * (busiest_share(config, ranks) if ranks > 1 else 1)

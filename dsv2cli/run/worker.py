@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -9,11 +10,29 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
-from dsv2cli.cli import launch
-from dsv2cli.cli import options as opt
+import torch.distributed as dist
+
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.run import launch
+from dsv2cli.run.leader import follow
+from dsv2cli.run.open import find, load_runner, settle
+from dsv2cli.run.plan import Plan
 
 PR_SET_PDEATHSIG = 1
+
+
+class Silence:
+    """The Screen of a process that nobody looks at: what goes wrong is raised, and said by the leader."""
+
+    @contextlib.contextmanager
+    def loading(self, name: str) -> Iterator[None]:
+        yield None
+
+    def note(self, text: str) -> None: ...
+
+    def show_error(self, error: Dsv2Error) -> None: ...
 
 
 def work() -> None:
@@ -21,30 +40,22 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if launch.LAUNCHED in os.environ:
         end_with(int(os.environ[launch.LAUNCHED]))
-
-    import torch.distributed as dist
-
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if launch.LAUNCHED in os.environ:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False
-        )
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, is_master=False)
     else:
         store, rank, size = next(dist.rendezvous("env://"))
     orders = json.loads(store.get(launch.ORDERS))
     if orders is None:
         return
-    name, random_weights = orders["model"], orders["random_weights"]
-    compute = opt.Compute.from_json(orders["compute"])
-    found = opt.find(name, random_weights)
-    plan = opt.make_plan(found.config, compute, int(os.environ.get("LOCAL_RANK", rank)))
-    team = launch.connect(store, rank, size, plan.device, plan.triton, plan.sequences)
-    model = opt.load(found, plan, compute, random_weights is not None, team)
-
-    from dsv2cli.model.conductor import follow
-
+    plan = Plan(**orders["plan"]).for_rank(int(os.environ.get("LOCAL_RANK", rank)))
+    settle(plan)
+    team = launch.connect(store, rank, size, plan)
+    found = find(orders["model"], orders["random_weights"])
+    runner = load_runner(found, plan, team, Silence(), orders["random_weights"] is not None)
     try:
-        follow(model)
+        follow(runner)
     except RuntimeError:  # the leader is gone, and says why itself
         sys.exit(1)
     dist.destroy_process_group()

@@ -1,0 +1,266 @@
+"""Safetensors shards read straight into the model's final tensors: no second copy, no memory map left behind.
+
+A checkpoint that `dsv2 quantize` has packed lies in its file as it does in memory, and is mapped instead of
+read. Peak memory is the model plus one staging buffer a reader.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dsv2cli.checkpoint.blueprint import allocate, blueprint, no_room, state_of
+from dsv2cli.checkpoint.names import Packing, destinations, match, own_codes, packed_tensors, packings
+from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, list_tensors, map_file, truncated
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.kernels.native import Kernels
+from dsv2cli.kernels.quantized import Quantized
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.transformer import DeepseekV2, MoE
+from dsv2cli.team import ALONE, Team
+
+READERS = 4
+STAGING_BYTES = 32 * 2**20
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def of_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    """What is told only of the bytes done, of `total`."""
+    return None if progress is None else lambda done: progress(done, total)
+
+
+@torch.inference_mode(False)  # the readers are threads, and threads are not in the caller's inference mode
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    format: str | None = None,
+    kernels: Kernels | None = None,
+    team: Team = ALONE,
+    experts_on_gpu: int | None = None,
+) -> DeepseekV2:
+    """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own.
+
+    A rank of a team reads its part.
+
+    - `format`, one of PACKED_BITS, quantises while reading, tensor by tensor (by `kernels` where given): no
+      full copy is ever held.
+    - `experts_on_gpu` puts the routed experts into RAM from that MoE layer on; `format` is then theirs alone.
+
+    Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
+    """
+    config = DeepseekV2Config.load(folder)
+    if config.packed is not None:
+        refuse_other_packing(folder, config.packed.format, format, experts_on_gpu)
+        if device.type == "cpu" or team.size > 1:
+            return map_packed(folder, config, device, dtype, team)
+        return read_packed(folder, config, device, dtype, progress)
+    stored = list_tensors(folder)
+    model = blueprint(config, dtype, team, format, only_experts=experts_on_gpu is not None)
+    give_memory(model, device, experts_on_gpu)
+    read_all(match(model, stored, folder), progress, kernels)
+    return model.eval().requires_grad_(False)
+
+
+def refuse_other_packing(folder: Path, packed: str, format: str | None, experts_on_gpu: int | None) -> None:
+    """Raises UsageError where a checkpoint packed in the format `packed` is to be packed otherwise."""
+    if format not in (None, packed):
+        raise UsageError(f"{folder} is packed in {packed}", fix="leave --quantize out")
+    if experts_on_gpu is not None:
+        why, fix = "with --experts cpu only the experts are", "--quantize with the original"
+        raise UsageError(f"{folder} is packed whole", why=why, fix=fix)
+
+
+def give_memory(model: DeepseekV2, device: torch.device, experts_on_gpu: int | None = None) -> None:
+    """Allocate a meta model's weights on `device`, but routed experts in RAM from MoE layer `experts_on_gpu`
+    on.
+
+    Raises Dsv2Error where there is too little.
+    """
+    in_ram: set[nn.Module] = set()
+    if experts_on_gpu is not None:
+        for moe in [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)][experts_on_gpu:]:
+            in_ram |= set(moe.experts.modules())
+    try:
+        for module in model.modules():
+            allocate(module, torch.device("cpu") if module in in_ram else device, recurse=False)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise no_room(model, device, error) from None
+    model.tie()
+
+
+def map_packed(
+    folder: Path,
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    team: Team = ALONE,
+) -> DeepseekV2:
+    """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a
+    CPU.
+
+    Nothing is read before it is used. Changes stay private. `dtype` converts what is not packed. Raises as
+    load_model.
+    """
+    model, state, files = blueprint(config, team=team), {}, {}
+    for tensor in packed_tensors(blueprint(config), folder):
+        if tensor.file not in files:
+            files[tensor.file] = map_file(tensor.file)
+        data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
+        data = data.view(MAPPED[tensor.dtype]).view(tensor.shape)
+        if team.size > 1:
+            data = own_codes(tensor.name, data, model)
+        data = data.contiguous().to(device)
+        keeps_type = tensor.name.endswith((".codes", ".scales", "gate.weight")) or dtype is None
+        state[tensor.name] = data if keeps_type else data.to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie()
+    return model.eval().requires_grad_(False)
+
+
+def read_packed(
+    folder: Path,
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: Progress | None = None,
+) -> DeepseekV2:
+    """The same for a GPU, where nothing can be mapped: read by several threads, as load_model reads.
+
+    Raises as it does.
+    """
+    stored, model = packed_tensors(blueprint(config), folder), blueprint(config, dtype)
+    give_memory(model, device)
+    places = state_of(model)
+    read_all([(tensor, places[tensor.name].data) for tensor in stored], progress)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode(False)
+def random_model(
+    config: DeepseekV2Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    format: str | None,
+    team: Team = ALONE,
+    experts_on_gpu: int | None = None,
+) -> DeepseekV2:
+    """A model with random weights, made where they lie: for measuring speed without a checkpoint.
+
+    Routing is even.
+
+    The arguments are those of load_model.
+    """
+    model = blueprint(config, dtype, team, format, only_experts=experts_on_gpu is not None)
+    give_memory(model, device, experts_on_gpu)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0, 1.0 if name == "model.embed_tokens.weight" else 0.02)
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.codes.view(torch.int64).random_()
+            module.scales.fill_(0.02 / 70)  # the root mean square of a code
+    return model.eval().requires_grad_(False)
+
+
+def read_piece(
+    model: DeepseekV2,
+    name: str,
+    stored: dict[str, Stored],
+    device: torch.device,
+    progress: Progress | None = None,
+    kernels: Kernels | None = None,
+) -> int:
+    """Give one piece of a model on meta its memory and its weights, which `match` has checked; gives the
+    bytes read.
+    """
+    module = allocate(model.get_submodule(name), device)
+    places: dict[str, Tensor | Packing] = {**destinations(module, name), **packings(module, name)}
+    pairs = [(stored[key], place) for key, place in places.items()]
+    read_all(pairs, progress, kernels)
+    return sum(tensor.length for tensor, _ in pairs)
+
+
+class Reader:
+    """What the threads share that read tensors to their places."""
+
+    def __init__(self, pairs: list[tuple[Stored, Tensor | Packing]], progress: Progress | None) -> None:
+        self.progress = progress
+        self.total, self.done, self.lock = sum(tensor.length for tensor, _ in pairs), 0, threading.Lock()
+        self.staging = threading.local()
+        # From memory that stays where it is a GPU fetches by itself; what is packed there is read there, one
+        # matrix a thread.
+        self.pinned = any(place.device.type == "cuda" for _, place in pairs)
+
+    def read(self, tensor: Stored, place: Tensor | Packing, kernels: Kernels | None) -> None:
+        """One tensor, into its place or through memory of its own into codes."""
+        into = place if isinstance(place, Tensor) else None
+        if into is None:
+            into = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=place.device)
+        if not hasattr(self.staging, "buffer"):
+            self.staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=self.pinned)
+        for count in read_tensor(tensor, into, self.staging.buffer):
+            with self.lock:
+                self.done += count
+                if self.progress is not None:
+                    self.progress(self.done, self.total)
+        if isinstance(place, Packing):
+            place.fill(into, kernels)
+
+
+def read_all(
+    pairs: list[tuple[Stored, Tensor | Packing]], progress: Progress | None, kernels: Kernels | None = None
+) -> None:
+    """Read with several threads; a read that fails ends the others and is raised here, as Dsv2Error."""
+    reader = Reader(pairs, progress)
+    ordered = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].offset))
+    with ThreadPoolExecutor(READERS) as pool:
+        futures = [pool.submit(reader.read, tensor, place, kernels) for tensor, place in ordered]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, OSError):
+                what, fix = f"Reading {pairs[0][0].file.parent} failed", "check the disk, then run again"
+                raise Dsv2Error(what, why=str(error), fix=fix) from None
+            raise
+
+
+def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]:
+    """Fill `place` piece by piece; yields the bytes read. Straight in where type and device agree.
+
+    `staging` [bytes] uint8 holds a piece elsewhere. Raises OSError, and Dsv2Error for a file that ends too
+    soon.
+    """
+    dtype, flat = MAPPED[tensor.dtype], place.view(-1)
+    if tensor.columns is not None:
+        rows = map_file(tensor.file)[tensor.offset :][: tensor.width * tensor.shape[0] * dtype.itemsize]
+        place.copy_(rows.view(dtype).view(-1, tensor.width)[:, tensor.columns.start : tensor.columns.stop])
+        yield tensor.length
+        return
+    direct = place.dtype == dtype and place.device.type == "cpu"
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset)
+        for piece in flat.split(STAGING_BYTES // dtype.itemsize):
+            target = piece if direct else staging[: piece.numel() * dtype.itemsize].view(dtype)
+            view = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+            filled = 0
+            while filled < len(view):
+                count = stream.readinto(view[filled:])
+                if not count:
+                    end = tensor.offset + tensor.length
+                    raise truncated(tensor.file, tensor.offset + filled, end, tensor.name)
+                filled += count
+            if not direct:
+                piece.copy_(target)
+            yield filled

@@ -1,0 +1,230 @@
+"""The checkpoint's names: where each stored tensor belongs in a model, or in one rank's part of it.
+
+Every tensor is checked for presence, shape, type and length before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dsv2cli.checkpoint.blueprint import blueprint, state_of
+from dsv2cli.checkpoint.safetensors import DTYPES, INDEX, MAPPED, Stored, list_tensors
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.formats import LANES
+from dsv2cli.kernels.native import Kernels
+from dsv2cli.kernels.quantized import Quantized, pack_reference
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.share import cut
+from dsv2cli.model.transformer import DeepseekV2
+
+SLAB = 128  # blocks of rows that are packed at a time
+# Rotary tables that old exports carry along; the numbers follow from the config.
+IGNORED = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A tensor's place among quantised weights: one part of one matrix."""
+
+    weight: Quantized
+    expert: int | None
+    part: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[-2] // self.weight.parts, self.weight.shape[-1]
+
+    def fill(self, tensor: Tensor, kernels: Kernels | None) -> None:
+        """Pack tensor [rows, cols] there, by the C++ `kernels` where they can."""
+        codes, scales = self.weight.part(self.expert, self.part)
+        if kernels is not None and codes.device.type == "cpu":
+            kernels.pack(tensor, self.weight.bits, self.weight.group, codes, scales)
+            return
+        for block in range(
+            0, codes.shape[0], SLAB
+        ):  # the search takes many times the memory of what it looks at
+            rows = tensor[block * LANES : (block + SLAB) * LANES]
+            packed = pack_reference(rows, self.weight.bits, self.weight.group)
+            codes[block : block + SLAB], scales[block : block + SLAB] = packed
+
+
+def packings(module: nn.Module, prefix: str = "") -> dict[str, Packing]:
+    """Where each tensor of a checkpoint is quantised to, by its name there."""
+    places: dict[str, Packing] = {}
+    for name, weight in module.named_modules(prefix=prefix):
+        if not isinstance(weight, Quantized):
+            continue
+        base, _, leaf = name.rpartition(".")
+        experts = range(weight.shape[0]) if len(weight.shape) == 3 else [None]
+        for e in experts:
+            inner = base if e is None else f"{base}.{e}"
+            leaves = {"weight": ["weight"], "gate_up_proj": ["gate_proj.weight", "up_proj.weight"]}.get(
+                leaf, [f"{leaf}.weight"]
+            )
+            places |= {f"{inner}.{stored}": Packing(weight, e, part) for part, stored in enumerate(leaves)}
+    return places
+
+
+def destinations(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint belongs: its name -> a contiguous part of a parameter.
+
+    `prefix` is the module's own name.
+    """
+    places: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters(prefix):  # a tied lm_head is listed once, as the embedding
+        base, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            places[name] = parameter.data
+            continue
+        stack = {base: parameter.data}
+        if parameter.dim() == 3:
+            stack = {f"{base}.{e}": matrix for e, matrix in enumerate(parameter.data)}
+        for inner, matrix in stack.items():
+            if leaf == "down_proj":
+                places[f"{inner}.down_proj.weight"] = matrix
+            else:
+                places[f"{inner}.gate_proj.weight"], places[f"{inner}.up_proj.weight"] = matrix.chunk(2)
+    return places
+
+
+def match(
+    model: DeepseekV2, stored: dict[str, Stored], folder: Path
+) -> list[tuple[Stored, Tensor | Packing]]:
+    """Pair each stored tensor with its place. Raises Dsv2Error for the first that does not fit."""
+    places: dict[str, Tensor | Packing] = {**destinations(model), **packings(model)}
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
+    if model.config.tie_word_embeddings:  # it is the embedding, whether stored again or not
+        stored.pop("lm_head.weight", None)
+        places.pop("lm_head.weight", None)
+    if model.team.size > 1:
+        stored = own_parts(model, stored, folder)
+        places = {name: place for name, place in places.items() if math.prod(place.shape)}
+    refuse_strangers(stored, places.keys(), folder)
+    for name, tensor in stored.items():
+        check(tensor, places[name], DTYPES)
+    return [(tensor, places[name]) for name, tensor in stored.items()]
+
+
+def own_parts(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> dict[str, Stored]:
+    """What this rank holds of the checkpoint, under the names it has here.
+
+    Raises Dsv2Error where the whole is not right.
+    """
+    places = destinations(blueprint(model.config))
+    if model.config.tie_word_embeddings:
+        places.pop("lm_head.weight", None)
+    refuse_strangers(stored, places.keys(), folder)
+    out = {}
+    for name, tensor in stored.items():
+        check(tensor, places[name], DTYPES)
+        mine = cut(name, model.config, model.share)
+        if mine is not None and (mine.part is None or mine.part):  # a rank may hold nothing of it
+            out[mine.name] = tensor if mine.part is None else tensor.slice_of(mine.dim, mine.part)
+    return out
+
+
+def own_codes(name: str, data: Tensor, model: DeepseekV2) -> Tensor:
+    """This rank's part of a packed checkpoint's tensor: whole blocks of rows, whole groups of columns, whole
+    experts.
+
+    `data` is the tensor as it is stored; gives a view of it, or a copy.
+    """
+    base, _, kind = name.rpartition(".")
+    if kind not in ("codes", "scales"):
+        mine = cut(name, model.config, model.share)
+        return data if mine is None or mine.part is None else data[mine.part.start : mine.part.stop]
+    weight = model.get_submodule(base)
+    assert isinstance(weight, Quantized)
+    if len(weight.shape) == 3:
+        return data[model.share.experts.start : model.share.experts.stop]
+    # The name that such a matrix has in an unpacked checkpoint.
+    stored = (
+        f"{base}.weight" if base.endswith("down_proj") else base.replace("gate_up_proj", "up_proj.weight")
+    )
+    mine = cut(stored, model.config, model.share)
+    if mine is None or mine.part is None:
+        return data
+    if mine.dim == 0:
+        blocks = data.unflatten(0, (weight.parts, -1))
+        return blocks[:, mine.part.start // LANES : -(-mine.part.stop // LANES)].flatten(0, 1)
+    first, last = mine.part.start // weight.group, -(-mine.part.stop // weight.group)
+    whole = -(-full_columns(base, model.config) // weight.group)
+    grouped = data.unflatten(1, (whole, -1)) if kind == "codes" else data
+    part = grouped[:, first:last]
+    return part.flatten(1) if kind == "codes" else part
+
+
+def full_columns(base: str, config: DeepseekV2Config) -> int:
+    """Of a matrix whose columns are shared out, in the whole model."""
+    if base.endswith("o_proj.weight"):
+        return config.num_attention_heads * config.v_head_dim
+    if "shared_experts" in base:
+        return config.moe_intermediate_size * (config.n_shared_experts or 0)
+    return config.intermediate_size
+
+
+def packed_tensors(model: DeepseekV2, folder: Path) -> list[Stored]:
+    """The tensors of a packed checkpoint, each checked. Raises Dsv2Error for the first that does not fit."""
+    stored, places = list_tensors(folder), state_of(model)
+    refuse_strangers(stored, places.keys(), folder)
+    for name, tensor in stored.items():
+        check(tensor, places[name], MAPPED)
+        if MAPPED[tensor.dtype] != places[name].dtype:
+            raise Dsv2Error(
+                f"{tensor.file}: tensor {name} has type {tensor.dtype}", why="config.json calls for another"
+            )
+    return list(stored.values())
+
+
+def inspect(folder: Path, config: DeepseekV2Config) -> list[Stored]:
+    """All tensors of a checkpoint, checked as load_model does, and not read. Raises Dsv2Error."""
+    model = blueprint(config)
+    if config.packed is not None:
+        return packed_tensors(model, folder)
+    return [tensor for tensor, _ in match(model, list_tensors(folder), folder)]
+
+
+def refuse_strangers(stored: dict[str, Stored], wanted: AbstractSet[str], folder: Path) -> None:
+    """Raises Dsv2Error unless the stored tensors are those that the config calls for."""
+    missing = sorted(wanted - stored.keys())
+    if missing:
+        files = {tensor.file for tensor in stored.values()}
+        shard = files.pop() if len(files) == 1 else folder / INDEX
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Dsv2Error(f"{shard} lacks the tensor {missing[0]}{more}", why="config.json calls for it")
+    for name in stored.keys() - wanted:
+        raise Dsv2Error(
+            f"{stored[name].file} holds the extra tensor {name}", why="config.json has no place for it"
+        )
+
+
+def check(tensor: Stored, place: Tensor | Packing, dtypes: dict[str, torch.dtype]) -> None:
+    """Raises Dsv2Error unless the tensor has the shape of its place, one of `dtypes`, and the length that
+    follows.
+    """
+    if tensor.dtype not in dtypes:
+        raise Dsv2Error(
+            f"{tensor.file}: tensor {tensor.name} has type {tensor.dtype}",
+            why=f"only {', '.join(dtypes)} are loaded",
+        )
+    if tensor.shape != tuple(place.shape):
+        raise Dsv2Error(
+            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}",
+            why=f"config.json calls for {list(place.shape)}",
+        )
+    if tensor.length != math.prod(tensor.shape) * dtypes[tensor.dtype].itemsize:
+        raise Dsv2Error(
+            f"{tensor.file}: tensor {tensor.name} has {tensor.length:,} bytes",
+            why=f"its shape {list(tensor.shape)} and type {tensor.dtype} call for another number",
+            fix="download the file again",
+        )

@@ -1,0 +1,142 @@
+"""Packing a checkpoint: 8- or 4-bit codes in files that are mapped into memory as they lie.
+
+One layer is held at a time, so a model far larger than the memory can be packed. The files are ordinary
+safetensors; config.json says in `quantization_config` what the codes are and, by SHA-256, which files they
+were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dsv2cli.checkpoint.blueprint import blueprint, pieces, state_of, weights_bytes
+from dsv2cli.checkpoint.hub import WANTED_FILES
+from dsv2cli.checkpoint.load import Progress, of_total, read_piece
+from dsv2cli.checkpoint.names import match
+from dsv2cli.checkpoint.safetensors import INDEX, Stored, list_tensors, write_safetensors
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_FORMAT
+from dsv2cli.kernels.native import Kernels
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.transformer import DeepseekV2
+
+
+@torch.inference_mode(False)
+def quantize_checkpoint(
+    folder: Path,
+    out: Path,
+    format: str,
+    group: int,
+    kernels: Kernels | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Pack the checkpoint in `folder` into the new folder `out`; gives the bytes written.
+
+    `out` appears when all of it is there. Raises UsageError where it exists or the source is packed already,
+    Dsv2Error as load_model and for a full disk.
+    """
+    config = DeepseekV2Config.load(folder)
+    if config.packed is not None:
+        why, fix = "codes are made from full weights", "give the original"
+        raise UsageError(f"{folder} is packed already", why=why, fix=fix)
+    if out.exists():
+        raise UsageError(f"{out} exists already", fix="another name, or remove it first")
+    mlp, attention = PACKED_BITS[format]
+    sizes = {"bits": mlp, "attention_bits": attention, "group": group}
+    model, stored = blueprint(config, format=format, group=group), list_tensors(folder)
+    total = sum(tensor.length for tensor, _ in match(model, stored, folder))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        refuse_full_disk(out, weights_bytes(model))
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+            new = Path(unfinished) / out.name
+            new.mkdir()
+            weight_map = write_pieces(model, stored, new, sizes, kernels, of_total(progress, total))
+            copy_settings(folder, new)
+            write_json(new / INDEX, {"metadata": {}, "weight_map": weight_map})
+            sources = {
+                file.name: sha256(file) for file in sorted({tensor.file for tensor in stored.values()})
+            }
+            packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            write_json(new / "config.json", raw | {"quantization_config": packing})
+            new.rename(out)
+    except OSError as error:
+        why, fix = error.strerror or str(error), "make room, or choose another disk"
+        raise Dsv2Error(f"Writing {out} failed", why=why, fix=fix) from error
+    return sum(file.stat().st_size for file in out.iterdir())
+
+
+def write_pieces(
+    model: DeepseekV2,
+    stored: dict[str, Stored],
+    new: Path,
+    sizes: dict[str, int],
+    kernels: Kernels | None,
+    counted: Callable[[int], None] | None,
+) -> dict[str, str]:
+    """Read, pack and write one piece after the other; gives the file of each tensor. Raises OSError.
+
+    `counted` is told the bytes read so far.
+    """
+    weight_map: dict[str, str] = {}
+    metadata = {"format": f"{PACKED_BY} {PACKED_FORMAT}"} | {key: str(value) for key, value in sizes.items()}
+    tied = model.config.tie_word_embeddings
+    names = [name for name in pieces(model.config) if name != "lm_head" or not tied]
+    done = 0
+    for number, piece in enumerate(names, 1):
+        progress = None if counted is None else partial(count_on, counted, done)
+        done += read_piece(model, piece, stored, torch.device("cpu"), progress, kernels)
+        module = model.get_submodule(piece)
+        file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
+        write_safetensors(new / file, tensors, metadata)
+        weight_map |= dict.fromkeys(tensors, file)
+        module.to(torch.device("meta"))
+    return weight_map
+
+
+def count_on(counted: Callable[[int], None], before: int, done: int, _: int) -> None:
+    """The Progress of one piece, after others of `before` bytes."""
+    counted(before + done)
+
+
+def refuse_full_disk(out: Path, needed: int) -> None:
+    """Raises Dsv2Error where the disk of `out` has not so many bytes free."""
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        why, fix = (
+            f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            "make room, or choose another disk",
+        )
+        raise Dsv2Error(f"There is no room for {out}", why=why, fix=fix)
+
+
+def copy_settings(folder: Path, out: Path) -> None:
+    """Tokenizer, template and sampling defaults."""
+    for pattern in WANTED_FILES:
+        for file in folder.glob(pattern):
+            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
+                shutil.copyfile(file, out / file.name)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Raises OSError."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(file: Path) -> str:
+    """Of the whole file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""From a model's name to a runner: find the checkpoint, look at the machine, plan, load, and choose the
+runner.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from dsv2cli.checkpoint.hub import find_config, find_model
+from dsv2cli.checkpoint.load import load_model, random_model
+from dsv2cli.checkpoint.tokenizer import Tokenizer, read_json
+from dsv2cli.device import DTYPES, gpu_memories
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.kernels import native
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run import launch
+from dsv2cli.run.cpu import CppRunner
+from dsv2cli.run.leader import Leader, whole
+from dsv2cli.run.plan import Here, Plan, apart_line, make_plan
+from dsv2cli.run.runner import PlainRunner, Runner
+from dsv2cli.run.wish import Wish
+from dsv2cli.team import ALONE, Team
+
+
+class Screen(Protocol):
+    """Where a person is told how it goes: cli/ui.py, or Silence."""
+
+    def loading(self, name: str, /) -> AbstractContextManager[Callable[[int, int], None] | None]:
+        """A progress bar; gives what is to be called with the bytes done and the bytes in all."""
+        ...
+
+    def note(self, text: str, /) -> None: ...
+
+    def show_error(self, error: Dsv2Error, /) -> None: ...
+
+
+@dataclass
+class Checkpoint:
+    """A model's folder and what it says about itself; nothing is loaded yet."""
+
+    folder: Path
+    name: str
+    config: DeepseekV2Config
+    settings: dict[str, Any]  # generation_config.json
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """From generation_config.json, else config.json; one id or several."""
+        value = self.settings.get("eos_token_id", self.config.eos_token_id)
+        return frozenset(value if isinstance(value, list) else [] if value is None else [value])
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises Dsv2Error where there is none."""
+        return Tokenizer(self.folder)
+
+    def tokenizer_if_any(self) -> Tokenizer | None:
+        """With token ids a checkpoint may do without."""
+        return self.tokenizer() if (self.folder / "tokenizer.json").exists() else None
+
+
+@dataclass
+class Opened(Checkpoint):
+    """A model ready to run."""
+
+    runner: Runner
+    plan: Plan
+    load_seconds: float
+
+
+def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
+    """The checkpoint that a name means, or one of random weights whose config is named. Raises Dsv2Error."""
+    if random_weights is not None:
+        path = find_config(random_weights)
+        return Checkpoint(path, f"random weights of {random_weights}", DeepseekV2Config.load(path), {})
+    folder = find_model(name)
+    settings = read_json(folder / "generation_config.json")
+    return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), settings)
+
+
+def look_around() -> Here:
+    """What this machine has for a model."""
+    return Here(
+        gpu_memories=tuple(gpu_memories()),
+        cores=os.cpu_count() or 1,
+        torchrun=launch.torchrun_size(),
+        no_triton="" if importlib.util.find_spec("triton") else "triton is not installed",
+        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        cpu_kernels=name_of_kernels,
+        places=places_for,
+    )
+
+
+@functools.cache
+def name_of_kernels(target: str) -> tuple[str, str]:
+    """What the C++ kernels of a target call themselves, or nothing and why they are not there."""
+    library, why = native.load(target)
+    return ("" if library is None else library.path), why
+
+
+def places_for(config: DeepseekV2Config, dtype: str, wish: Wish) -> dict[str, Any]:
+    """Module -> device, as --placement and --max-memory say. Raises UsageError where they make no sense."""
+    from dsv2cli.checkpoint.placement import place  # with it comes accelerate, which takes its time
+
+    return place(config, DTYPES[dtype], wish.packing, wish.placement or "auto", wish.max_memory)
+
+
+def open_model(
+    name: str | None,
+    wish: Wish,
+    screen: Screen,
+    random_weights: str | None = None,
+    found: Checkpoint | None = None,
+) -> Opened:
+    """Find, plan, load.
+
+    `random_weights` names a config to make a model from; `found` is what the name means, where that is known
+    already. Raises Dsv2Error for whatever stands in the way.
+    """
+    found = found or find(name, random_weights)
+    plan = make_plan(found.config, wish, look_around())
+    if plan.surprising:
+        kernels = "Triton" if plan.on_gpu else "C++"
+        screen.note(f"plain torch instead of the {kernels} kernels, because {plan.why_slower}")
+    if plan.apart:
+        screen.note(apart_line(found.config, plan))
+    began = time.perf_counter()
+    settle(plan)
+    team = ALONE
+    if plan.ranks > 1:
+        orders = {"model": name, "random_weights": random_weights, "plan": plan.as_json()}
+        team = launch.gather(orders, plan, screen.show_error)
+    runner: Runner = load_runner(found, plan, team, screen, random_weights is not None)
+    if team.size > 1:
+        leader = runner = Leader(runner)  # type: ignore[arg-type]
+        if launch.torchrun_size() > 1:
+            atexit.register(leader.stop)
+    return Opened(**vars(found), runner=runner, plan=plan, load_seconds=time.perf_counter() - began)
+
+
+def settle(plan: Plan) -> None:
+    """Give this process the device and the threads of the plan."""
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    if plan.on_gpu and plan.ranks > 1:
+        torch.cuda.set_device(plan.device)
+
+
+def load_runner(found: Checkpoint, plan: Plan, team: Team, screen: Screen, random: bool) -> PlainRunner:
+    """The model, or this rank's part of it, as planned; in a team this ends when all have loaded theirs."""
+    device, dtype = torch.device(plan.device), DTYPES[plan.dtype]
+    kernels = None if plan.kernels is None else native.load(plan.kernels)[0]
+    if plan.places is not None:
+        runner = load_spread(found, plan, plan.places, screen, random)
+    elif random:
+        model = random_model(found.config, device, dtype, plan.packing, team, plan.experts_on_gpu)
+        runner = runner_of(model, plan, kernels)
+    else:
+        with screen.loading(found.name) as progress:
+            model = load_model(
+                found.folder, device, dtype, progress, plan.packing, kernels, team, plan.experts_on_gpu
+            )
+        runner = runner_of(model, plan, kernels)
+    if team.size > 1:
+        with whole():
+            dist.barrier()
+    return runner
+
+
+def load_spread(
+    found: Checkpoint, plan: Plan, places: dict[str, Any], screen: Screen, random: bool
+) -> PlainRunner:
+    """A model whose layers lie on several devices, in RAM or on disk.
+
+    Raises UsageError for one of random weights.
+    """
+    from dsv2cli.checkpoint.placement import layer_devices, load_placed  # with it comes accelerate
+
+    if random:
+        raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
+    main, scratch = (
+        torch.device(plan.device),
+        None if plan.offload_folder is None else Path(plan.offload_folder),
+    )
+    with screen.loading(found.name) as progress:
+        model = load_placed(
+            found.folder, found.config, DTYPES[plan.dtype], plan.packing, places, scratch, progress
+        )
+    return PlainRunner(model, plan.attention, main, layer_devices(places, main))
+
+
+def runner_of(model: DeepseekV2, plan: Plan, kernels: native.Kernels | None) -> PlainRunner:
+    """The runner that the plan names, for a loaded model or a rank's part of it."""
+    if plan.triton:
+        from dsv2cli.run.gpu import TritonRunner  # needs triton
+
+        return TritonRunner(model, plan.attention, plan.graphs, plan.apart, kernels)
+    if kernels is not None:
+        return CppRunner(model, kernels, plan.attention, plan.apart)
+    return PlainRunner(model, plan.attention)

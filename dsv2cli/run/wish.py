@@ -1,0 +1,109 @@
+"""What may be asked about where and how a model runs.
+
+Each field is an option of the command line, said here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Packing = Literal["none", "int8", "int4", "int4-all"]
+KernelsChoice = Literal["auto", "triton", "triton-eager", "native", "avx2", "portable", "off"]
+TRITON = ("triton", "triton-eager")
+
+DtypeOption = Annotated[Dtype, Option(help="Number format of the weights; auto is the checkpoint's own.")]
+QuantizeOption = Annotated[
+    Packing, Option(help="Weights in 8 or 4 bits, made while loading; int4-all: attention in 4 bits too.")
+]
+KernelsOption = Annotated[
+    KernelsChoice,
+    Option(
+        help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs), C++ on a CPU, not for tiny "
+        "models; off: plain torch."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What was asked; the defaults ask for nothing in particular."""
+
+    heading = "Where and how it runs"
+
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: DtypeOption = "auto"
+    quantize: QuantizeOption = "none"
+    gpus: Annotated[
+        int | None,
+        Option(
+            min=1, help="GPUs that share the model, heads and experts split; with --device cpu, processes."
+        ),
+    ] = None
+    experts: Annotated[
+        Literal["auto", "cpu"],
+        Option(
+            help="cpu: keep routed experts in RAM and compute them there, as many as the GPU has no room for."
+        ),
+    ] = "auto"
+    placement: Annotated[
+        str | None,
+        Option(
+            metavar="auto|FILE.json",
+            help="Spread layers over GPUs, RAM and disk: auto, or a file that says which module goes where.",
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        Option(
+            metavar="0=75GB,cpu=200GB",
+            help="Memory that --placement auto may fill on each device; the rest goes to disk.",
+        ),
+    ] = None
+    offload_folder: Annotated[
+        Path | None, Option(help="Folder for layers on disk. Default: the system's temporary one.")
+    ] = None
+    kernels: KernelsOption = "auto"
+    attention: Annotated[
+        Literal["auto", "absorbed", "expanded", "reference"],
+        Option(help="Attention path; auto takes the one with less work."),
+    ] = "auto"
+    threads: Annotated[
+        int | None, Option(min=1, help="CPU threads. Default: one a core; one for a tiny model.")
+    ] = None
+
+    @property
+    def sequences(self) -> bool:
+        """Whether each rank is to attend to sequences of its own."""
+        return False
+
+    @property
+    def packing(self) -> str | None:
+        """The format to pack the weights in while loading."""
+        return None if self.quantize == "none" else self.quantize
+
+    @property
+    def placed(self) -> bool:
+        """Whether layers are to be spread over devices."""
+        return self.placement is not None or self.max_memory is not None
+
+
+@dataclass(frozen=True)
+class BatchWish(Wish):
+    """The same for commands that run many sequences at once."""
+
+    split_attention: Annotated[
+        Literal["heads", "sequences"],
+        Option(
+            help="How --gpus share attention: some heads of every sequence each, or, for batches, some "
+            "sequences each."
+        ),
+    ] = "heads"
+
+    @property
+    def sequences(self) -> bool:
+        return self.split_attention == "sequences"

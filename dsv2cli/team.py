@@ -26,6 +26,7 @@ class SharedMemory:
         symmetric.rendezvous(self.buffer, self.group)
 
     def fits(self, x: Tensor) -> bool:
+        """Whether x, of any shape, is small and aligned enough."""
         return (
             x.device == self.buffer.device
             and x.dtype in (torch.bfloat16, torch.float32)
@@ -34,6 +35,7 @@ class SharedMemory:
         )
 
     def sum(self, x: Tensor) -> Tensor:
+        """x, of any shape, summed over all GPUs"""
         here = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
         here.copy_(x)
         return torch.ops.symm_mem.one_shot_all_reduce(here, "sum", self.group)
@@ -69,7 +71,7 @@ class Team:
     sequences: bool = False
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, in all of them. May reuse x."""
+        """The sum of every rank's x, in all of them. May reuse x. x has any shape, and all ranks the same."""
         if self.shared is not None and self.shared.fits(x):
             return self.shared.sum(x)
         if self.size > 1:

@@ -54,6 +54,8 @@ def find_config(name: str | None) -> Path:
 def fetch(repository: str, wanted: list[str]) -> Path:
     """Download what is missing of a repository, resuming what was begun; progress shows where stderr is a
     terminal.
+
+    Raises Dsv2Error.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars

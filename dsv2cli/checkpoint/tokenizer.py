@@ -26,6 +26,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Raises Dsv2Error for a missing or damaged tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.exists():
             raise Dsv2Error(

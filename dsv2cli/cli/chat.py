@@ -211,6 +211,8 @@ def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Ov
     """One conversation in, the next message of the assistant out.
 
     `start` goes before one without a system prompt.
+
+    Raises UsageError.
     """
     from dsv2cli.engine import store
     from dsv2cli.engine.generate import Result

@@ -148,6 +148,7 @@ def system(talk: Talk, rest: str) -> None:
 
 
 def set_(talk: Talk, rest: str) -> None:
+    """Change a setting and show them all. Raises UsageError."""
     name, _, value = rest.partition(" ")
     name, sampling = name.replace("-", "_"), talk.request.sampling
     try:
@@ -226,7 +227,10 @@ def clear(talk: Talk, rest: str) -> None:
 
 
 def save(talk: Talk, rest: str) -> None:
-    """Under a name, or as Markdown or JSON into a file."""
+    """Under a name, or as Markdown or JSON into a file.
+
+    Raises UsageError for a name that is taken, Dsv2Error as store.write.
+    """
     if rest.endswith((".md", ".json")):
         path, messages = Path(rest).expanduser(), talk.session.messages
         text = store.as_markdown(messages) if rest.endswith(".md") else store.as_json(messages)
@@ -262,7 +266,10 @@ def sessions(talk: Talk, rest: str) -> None:
 
 
 def file(talk: Talk, rest: str) -> None:
-    """Put a file's text before the next message."""
+    """Put a file's text before the next message.
+
+    Raises UsageError for one that can not be read, or is too large.
+    """
     path = Path(rest).expanduser()
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -282,7 +289,10 @@ def file(talk: Talk, rest: str) -> None:
 
 
 def copy(talk: Talk, rest: str) -> None:
-    """The last answer to the terminal's clipboard (OSC 52), which also works over ssh."""
+    """The last answer to the terminal's clipboard (OSC 52), which also works over ssh.
+
+    Raises UsageError where there is none.
+    """
     answers = [message["content"] for message in talk.session.messages if message["role"] == "assistant"]
     if not answers:
         raise UsageError("There is no answer to copy yet")
@@ -308,6 +318,7 @@ def tokens(talk: Talk, rest: str) -> None:
 
 
 def quit_(talk: Talk, rest: str) -> None:
+    """Raises Leave."""
     raise Leave
 
 

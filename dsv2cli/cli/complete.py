@@ -166,7 +166,7 @@ def refuse_mixtures(
 def one(
     asked: asking.Asked, tokenizer: Tokenizer | None, opened: Opened, request: Request, output: Output
 ) -> None:
-    """One answer, printed as it comes, or as one object."""
+    """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0."""
     from dsv2cli.engine.generate import Result, stream_text
 
     result, cache = Result(prompt_ids=asked.ids), opened.runner.new_cache()
@@ -201,6 +201,8 @@ def several(
 ) -> None:
     """`count` answers to one prompt, which is read once; each is printed as soon as it and those before it
     are done.
+
+    Raises typer.Exit where one ended at the token limit and that is a failure.
     """
     from dsv2cli.engine.batch import Job, run_samples
 

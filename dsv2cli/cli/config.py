@@ -87,7 +87,10 @@ def apply(context: typer.Context) -> None:
 
 
 def use_preset(context: typer.Context, name: str | None) -> str | None:
-    """Callback of --preset: its values come before those of the file's other tables."""
+    """Callback of --preset: its values come before those of the file's other tables.
+
+    Raises UsageError where there is none of that name.
+    """
     if name is not None and not context.resilient_parsing:
         presets = read_config().get("presets", {})
         if not isinstance(presets.get(name), dict):

@@ -53,6 +53,7 @@ def write(text: str) -> None:
 
 
 def emit(text: str) -> None:
+    """Text to stdout at once. Raises ReaderGone."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -139,6 +140,7 @@ def read_stdin() -> str:
 
 
 def as_text(data: bytes) -> str:
+    """Bytes of stdin as UTF-8. Raises Dsv2Error."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -50,6 +50,8 @@ class Row:
         """The next token of this row, noted; ends the answer where it is the last.
 
         `chosen` if it was sampled already.
+
+        scores [vocab]
         """
         result, request = self.job.result, self.job.request
         token = (
@@ -119,7 +121,7 @@ class Rows:
         return next((i for i in range(len(self.cache.lengths)) if i not in self.running), None)
 
     def read(self, i: int, job: Job) -> Tensor:
-        """Prefill row `i`; gives the scores for the first token."""
+        """Prefill row `i`; gives the scores for the first token. [vocab]"""
         began = time.perf_counter()
         own = self.cache.row(i) if self.cache.capacity else self.cache
         scores = prefill(self.runner, [job.prompt_ids], own)[0]
@@ -128,7 +130,7 @@ class Rows:
         return scores
 
     def begin(self, i: int, job: Job, scores: Tensor, prefill_seconds: float) -> None:
-        """Take the first token of a job whose prompt is in row `i`."""
+        """Take the first token of a job whose prompt is in row `i`. scores [vocab]"""
         job.result.prompt_ids, job.result.prefill_seconds = job.prompt_ids, prefill_seconds
         room = self.runner.config.max_position_embeddings - len(job.prompt_ids)
         left = min(room, job.request.max_new_tokens or room)

@@ -204,10 +204,12 @@ class Theirs:
             _, self.cache = self.step(self.tensor(prompts), None)
 
     def step(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """ids [batch, seq] -> the likeliest next ones [batch, 1], and the cache"""
         out = self.twin(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.argument: cache})
         return out.logits[:, -1].argmax(-1, keepdim=True), getattr(out, self.argument)
 
     def tensor(self, ids: list[list[int]]) -> Tensor:
+        """ids -> [batch, seq], where the twin is"""
         return torch.tensor(ids, device=self.twin.device)
 
     @torch.inference_mode()
@@ -227,6 +229,8 @@ class Theirs:
 def transformers_twin(runner: Runner, folder: Path) -> Any:
     """transformers' DeepseekV2 over the very same tensors, so that both fit into memory and read the same
     bytes.
+
+    Raises Dsv2Error where it builds another model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -257,6 +261,8 @@ def measure_in_turn(
 ) -> list[Timing]:
     """Warm up once, then measure; with a twin the two alternate A B A B, so that both see
     the same machine.
+
+    Raises Dsv2Error where the work does not fit into the context.
     """
     if work.depth + work.prompt + work.generate > runner.config.max_position_embeddings:
         raise Dsv2Error(

@@ -268,6 +268,8 @@ def speculate(
     Every token is sampled from the model's own scores in the same order as without drafts, so the text is the
     same up to the rounding of a longer forward pass; where a draft differs from what was sampled it is
     dropped from the cache.
+
+    logits [1, vocab] are those of the last prompt token.
     """
     (prompt,) = prompts
     generator = torch.Generator(runner.device).manual_seed(request.seed)

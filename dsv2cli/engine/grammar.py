@@ -85,6 +85,8 @@ class Constraint:
         """Logits [vocab] with minus infinity for every token that may not come next.
 
         The end of text may where all is said.
+
+        Raises Dsv2Error where no token may come next.
         """
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = (bits[:, None] >> torch.arange(8)) & 1  # the lowest bit is the first token

@@ -22,6 +22,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
         rules = {
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -93,13 +94,18 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Push down every token that has occurred: divide what is positive, multiply what is negative (CTRL
     paper).
+
+    logits [vocab], seen [n] -> [vocab]
     """
     scores = logits[seen]
     return logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
 def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Drop the least likely tokens that together hold at most 1 - top_p; the likeliest always stays."""
+    """Drop the least likely tokens that together hold at most 1 - top_p; the likeliest always stays.
+
+    logits and result [..., vocab]
+    """
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p

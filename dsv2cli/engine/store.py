@@ -132,7 +132,7 @@ def parse_messages(line: str) -> list[Message]:
 
 
 def checked(messages: Any, source: str) -> list[Message]:
-    """An optional system message, then turns of user and assistant."""
+    """An optional system message, then turns of user and assistant. Raises Dsv2Error for anything else."""
     good = isinstance(messages, list) and all(
         isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
         for message in messages

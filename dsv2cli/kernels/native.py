@@ -161,6 +161,7 @@ class Kernels:
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous tensor of any shape."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 

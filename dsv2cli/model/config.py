@@ -154,7 +154,10 @@ class DeepseekV2Config:
 
 
 def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
-    """`rope_scaling` of the release or `rope_parameters` of transformers 5; both name the same numbers."""
+    """`rope_scaling` of the release or `rope_parameters` of transformers 5; both name the same numbers.
+
+    Raises Dsv2Error.
+    """
     if not isinstance(rope, dict):
         raise not_implemented(source, "rope_scaling", rope, "it must be an object")
     kind = rope.get("type") or rope.get("rope_type") or "default"
@@ -177,7 +180,10 @@ def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
 
 
 def parse_packed(quantization: Any, source: str) -> Packed | None:
-    """`quantization_config` as `dsv2 quantize` writes it; those of other programs are refused."""
+    """`quantization_config` as `dsv2 quantize` writes it; those of other programs are refused.
+
+    Raises Dsv2Error.
+    """
     if quantization is None:
         return None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != PACKED_BY:
@@ -204,7 +210,7 @@ def parse_packed(quantization: Any, source: str) -> Packed | None:
 
 
 def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
-    """Values that would change the arithmetic in ways this program does not follow."""
+    """Values that would change the arithmetic in ways this program does not follow. Raises Dsv2Error."""
     only: dict[str, tuple[Any, ...]] = {
         "model_type": ("deepseek_v2",),
         "hidden_act": ("silu",),
@@ -223,7 +229,10 @@ def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
 
 
 def check_numbers(config: DeepseekV2Config, source: str) -> None:
-    """Sizes that cannot be a model are refused here, before they become a shape error somewhere else."""
+    """Sizes that cannot be a model are refused here, before they become a shape error somewhere else.
+
+    Raises Dsv2Error.
+    """
     optional = {
         "q_lora_rank",
         "n_shared_experts",
@@ -261,6 +270,7 @@ def check_numbers(config: DeepseekV2Config, source: str) -> None:
 
 
 def check_routing(config: DeepseekV2Config, source: str) -> None:
+    """Raises Dsv2Error for routing that can not be."""
     experts, top_k = config.n_routed_experts or 0, config.num_experts_per_tok
     if top_k is None or top_k > experts:
         raise not_implemented(source, "num_experts_per_tok", top_k, f"there are {experts} routed experts")

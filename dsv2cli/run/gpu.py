@@ -67,6 +67,8 @@ class TritonRunner(PlainRunner):
         """As Runner.decode.
 
         A cache's steps are kept as long as it lies where it is: a graph serves many answers.
+
+        ids [rows, seq] -> logits [rows, seq, vocab]
         """
         if not self.decodes_ahead:
             return decode_among_all(self, ids, cache, rows)

@@ -150,6 +150,7 @@ class LeaderCache(LatentCache):
         return many
 
     def fill(self, latents: list[Tensor]) -> None:
+        """latents each [1, length, latent + rope]; the others take them over, too."""
         super().fill(latents)
         with whole():
             self.leader.tell(What.FILL, self.number, shape=self.lengths)

@@ -155,6 +155,8 @@ class PlainRunner:
 def decode_among_all(runner: Runner, ids: Tensor, cache: LatentCache, rows: list[int] | None) -> Tensor:
     """Runner.decode by a pass of all rows, in which those that are not asked for are carried along and forget
     it.
+
+    The shapes are its own.
     """
     if rows is None:
         return runner.logits(runner(ids, cache))

@@ -11,18 +11,22 @@ constexpr int AHEAD = 2048;           // bytes by which weights are asked for ea
 
 // ---- int8 and int4 ----------------------------------------------------------------------------------------
 
-// Sums of R blocks and M tokens for four columns, whose codes are `w`.
-template <int R, int M> INLINE void add_columns(I (&acc)[R][M], const B (&w)[R], const Row* x, int column) {
-  for (int m = 0; m < M; m++) {
-    const int32_t a = load_as<int32_t>(x[m].int8 + column);
-    for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+// The rows of M tokens.
+template <int M> struct TileRows {
+  const int8_t* int8[M];
+  const float* scale[M];
+  const int32_t* shift[M];
+  const int group, groups;
+
+  INLINE explicit TileRows(const Row* x) : group(x[0].group), groups(x[0].groups) {
+    for (int m = 0; m < M; m++) int8[m] = x[m].int8, scale[m] = x[m].scale, shift[m] = x[m].shift;
   }
-}
+};
 
 // One group of columns of R blocks, whose codes begin at `at`, times M tokens; `at` moves to the next group.
 template <int R, int M>
-INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const Row* x, int g) {
-  const int group = x[0].group, begin = g * group;
+INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRows<M>& x, int g) {
+  const int group = x.group, begin = g * group;
 #pragma GCC unroll 4
   for (int k = 0; k < group; k += 4) {
     B w[R];
@@ -31,12 +35,15 @@ INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const Row* x
       if (M <= 2) __builtin_prefetch(at[r] + AHEAD);
       at[r] += 64;
     }
-    add_columns(acc, w, x, begin + k);
+    for (int m = 0; m < M; m++) {
+      const int32_t a = load_as<int32_t>(x.int8[m] + begin + k);
+      for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+    }
   }
 }
 template <int R, int M>
-INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const Row* x, int g) {
-  const int group = x[0].group, begin = g * group;
+INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRows<M>& x, int g) {
+  const int group = x.group, begin = g * group;
   const B low = (B)((U){} + 0x0f0f0f0fu);
 #pragma GCC unroll 2
   for (int k = 0; k < group; k += 8) {
@@ -48,28 +55,33 @@ INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const Row* x
       v[r] = look_up((B)((U)both >> 4) & low);
       at[r] += 64;
     }
-    add_columns(acc, w, x, begin + k);
-    add_columns(acc, v, x, begin + k + 4);
+    for (int m = 0; m < M; m++) {
+      const int8_t* four = x.int8[m] + begin + k;
+      const int32_t a = load_as<int32_t>(four), b = load_as<int32_t>(four + 4);
+      for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
+      for (int r = 0; r < R; r++) dot4(acc[r][m], v[r], b);
+    }
   }
 }
 
 // R blocks times M tokens. out[token][TILE_ROWS]
-template <int BITS, int R, int M> INLINE void tile_blocks(const Address* from, const Row* x, float* out) {
+template <int BITS, int R, int M>
+INLINE void tile_blocks(const Address* from, const TileRows<M>& x, float* out) {
   F total[R][M];
   const uint8_t* at[R];
   for (int r = 0; r < R; r++) {
     at[r] = from[r].codes;
     for (int m = 0; m < M; m++) total[r][m] = (F){};
   }
-  for (int g = 0; g < x[0].groups; g++) {
+  for (int g = 0; g < x.groups; g++) {
     I acc[R][M];
     for (int r = 0; r < R; r++)
-      for (int m = 0; m < M; m++) acc[r][m] = (I){} + x[m].shift[g];
+      for (int m = 0; m < M; m++) acc[r][m] = (I){} + x.shift[m][g];
     if constexpr (BITS == 8) add_int8_group(acc, at, x, g);
     else add_int4_group(acc, at, x, g);
     for (int r = 0; r < R; r++) {
       const F s = widen16(from[r].scales + (size_t)g * LANES);
-      for (int m = 0; m < M; m++) total[r][m] += as_floats(acc[r][m]) * (s * x[m].scale[g]);
+      for (int m = 0; m < M; m++) total[r][m] += as_floats(acc[r][m]) * (s * x.scale[m][g]);
     }
   }
   for (int m = 0; m < M; m++)
@@ -78,8 +90,7 @@ template <int BITS, int R, int M> INLINE void tile_blocks(const Address* from, c
 
 // Two blocks times M tokens: both at once where there are registers for it.
 template <int BITS, int M> NOINLINE void tile_codes(const Address* from, const Row* x, float* out) {
-  Row rows[M];
-  std::copy_n(x, M, rows);
+  const TileRows<M> rows(x);
   constexpr int R = BROAD ? 2 : 1;
   for (int first = 0; first < 2; first += R) tile_blocks<BITS, R, M>(from + first, rows, out + first * LANES);
 }

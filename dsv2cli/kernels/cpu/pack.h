@@ -58,12 +58,15 @@ struct Packer {
   uint16_t pack8(int block, int lane, int g) {
     const uint16_t scale = narrow(largest(x.data(), p.group) / 127.0f);
     const float s = widen(scale), inverse = s > 0 ? 1.0f / s : 0.0f;
-    for (int i = 0; i < p.group; i++) {
-      const float code = std::min(127.0f, std::max(-127.0f, std::nearbyintf(x[i] * inverse)));
-      bytes[i] = (uint8_t)(int32_t)(code + 128.0f);
+    const int group = p.group;
+    const float* from = x.data();
+    uint8_t* packed = bytes.data();
+    for (int i = 0; i < group; i++) {
+      const float code = std::min(127.0f, std::max(-127.0f, std::nearbyintf(from[i] * inverse)));
+      packed[i] = (uint8_t)(int32_t)(code + 128.0f);
     }
-    uint8_t* to = p.codes + ((size_t)block * groups + g) * p.group * LANES + lane * 4;
-    for (int i = 0; i < p.group; i += 4) memcpy(to + i * LANES, bytes.data() + i, 4);
+    uint8_t* to = p.codes + ((size_t)block * groups + g) * group * LANES + lane * 4;
+    for (int i = 0; i < group; i += 4) memcpy(to + i * LANES, packed + i, 4);
     return scale;
   }
   uint16_t pack4(int block, int lane, int g) {
@@ -95,11 +98,18 @@ struct Packer {
     }
     return chosen;
   }
-  // index = the codebook's entry nearest to x * inverse.
+  // index = the codebook's entry nearest to x * inverse. Sizes and addresses are local: the compiler knows
+  // then that nothing written here changes them, and makes vectors of the loops.
   void encode(float inverse) {
-    for (int i = 0; i < p.group; i++) scaled[i] = x[i] * inverse, index[i] = 0;
-    for (int j = 0; j < ENTRIES - 1; j++)
-      for (int i = 0; i < p.group; i++) index[i] += scaled[i] > middles[j];
+    const int group = p.group;
+    const float* from = x.data();
+    float* to = scaled.data();
+    int32_t* codes = index.data();
+    for (int i = 0; i < group; i++) to[i] = from[i] * inverse, codes[i] = 0;
+    for (int j = 0; j < ENTRIES - 1; j++) {
+      const float middle = middles[j];
+      for (int i = 0; i < group; i++) codes[i] += to[i] > middle;
+    }
   }
 };
 

@@ -124,7 +124,9 @@ def run_training(monkeypatch, tmp_path):
     """Runs `python -m training.train`, within this process, and gives the folder that it writes to."""
 
     def run(*options):
-        monkeypatch.setattr(sys, "argv", ["train", str(tmp_path), "--batch", "1", *options])
+        monkeypatch.setattr(
+            sys, "argv", ["train", str(tmp_path), "--batch", "1", "--held-out", "1", *options]
+        )
         train.main()
         return tmp_path
 

@@ -180,6 +180,7 @@ def train(
     batch: int,
     peak: float,
     seed: int,
+    held_out: int,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def train(
         model.load_state_dict(load_model(begin, device, torch.float32).state_dict())
     balance = Balance(model)
     tests = {
-        name: held_out_rows(tokenizer, unseen)
+        name: held_out_rows(tokenizer, unseen, held_out)
         for name, unseen in (("new_fillings", False), ("new_plots", True))
     }
     rows = token_rows(tokenizer, documents(random.Random(seed * 10_000 + step), found), SEQ + 1)
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help=f"rows of {SEQ} tokens a step")
     parser.add_argument("--lr", dest="peak", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=int, default=16, help="rows to report the loss on, of each kind")
     arguments = parser.parse_args()
     train(**vars(arguments))
 

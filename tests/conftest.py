@@ -21,10 +21,13 @@ import psutil
 import pytest
 import torch
 from running import forked
+from safetensors.torch import save_file
 
 from dsv2cli.checkpoint.hub import EMBEDDED
-from dsv2cli.checkpoint.load import load_model
+from dsv2cli.checkpoint.load import load_model, random_model
+from dsv2cli.checkpoint.names import destinations
 from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.run.runner import PlainRunner
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +187,17 @@ def v2() -> PlainRunner:
 @pytest.fixture(scope="session")
 def embedded() -> PlainRunner:
     return load(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, small enough for interpreted kernels."""
+    folder = tmp_path_factory.mktemp("smallest")
+    (folder / "config.json").write_text(json.dumps(smallest_config()))
+    torch.manual_seed(6)
+    model = random_model(DeepseekV2Config.load(folder), CPU, torch.float32, None)
+    save_file(dict(destinations(model)), folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

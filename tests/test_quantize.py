@@ -168,7 +168,7 @@ def test_a_model_loses_little(name):
         model = CppRunner(loaded, library) if fast else PlainRunner(loaded)
         losses = []
         with torch.inference_mode():
-            for part in rows.split(16):
+            for part in (rows[:240, :400] if stepwise else rows).split(16):
                 cache = model.new_cache(len(part))
                 pieces = part.split(1, dim=1) if stepwise else [part]
                 scores = torch.cat([model.logits(model(piece, cache)) for piece in pieces], dim=1)

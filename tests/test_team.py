@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CPU, DATA, PROMPT, golden_folders, load, smallest_config
+from conftest import CPU, DATA, PROMPT, golden_folders, load
 from running import run_dsv2, run_process
 from safetensors.torch import load_file, save_file
 
@@ -238,13 +238,9 @@ def compare_triton(rank, size, port, format, folder, out):
 
 
 @pytest.mark.parametrize("format", [None, "int4"])
-def test_ranks_decode_together_in_steps_of_their_kernels(format, tmp_path):
+def test_ranks_decode_together_in_steps_of_their_kernels(format, smallest, tmp_path):
     pytest.importorskip("triton")
-    raw = smallest_config()
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    model = random_model(DeepseekV2Config.from_dict(raw), CPU, torch.float32, None)
-    save_file(dict(destinations(model)), tmp_path / "model.safetensors")
-    in_ranks(compare_triton, 2, format, tmp_path, str(tmp_path / "out"))
+    in_ranks(compare_triton, 2, format, smallest, str(tmp_path / "out"))
     ahead, (together, alone), distance = json.loads((tmp_path / "out").read_text())
     assert together == alone and distance < 1e-3
     assert ahead == (format is None), "packed, the small heads are all one rank's, and products go one by one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated, Any, Literal
@@ -107,9 +108,10 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; other tracebacks are bugs.
     """
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # torch then takes huge pages: reading weights is 1.08x faster
+    # Until all that stays is there: a seventh of the time to the first letter went to looking through it.
+    gc.disable()
+    # torch then takes huge pages: reading weights is 1.08x faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -129,6 +131,8 @@ def main() -> None:
     except ui.ReaderGone:
         code = 0
     finally:
+        gc.unfreeze()
+        gc.enable()
         if launch.torchrun_size() > 1:
             launch.dismiss()
     sys.exit(code)

@@ -9,6 +9,7 @@ heading. What is asked about where and how a model runs is run/wish.py's.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import secrets
 from collections.abc import Callable
@@ -166,7 +167,15 @@ def open_model(
     """Find, plan and load, with progress on the screen; the arguments are run.open's. Raises Dsv2Error."""
     from dsv2cli.run.open import open_model as find_plan_and_load
 
-    return find_plan_and_load(name, wish, ui, random_weights, found)
+    opened = find_plan_and_load(name, wish, ui, random_weights, found)
+    collect_garbage_from_here()
+    return opened
+
+
+def collect_garbage_from_here() -> None:
+    """What is there stays, modules and model; garbage is looked for among what comes. See app.main."""
+    gc.freeze()
+    gc.enable()
 
 
 def parse_ids(text: str) -> list[int]:

@@ -66,6 +66,7 @@ def quantize(packing: Packing, wish: Kernels) -> None:
         library, why = native.load("native" if wish.kernels == "auto" else wish.kernels)
     if why and wish.kernels != "auto":
         raise Dsv2Error(f"The {wish.kernels} kernels are not there", why=why, fix="--kernels off")
+    opt.collect_garbage_from_here()
     began = time.perf_counter()
     with ui.loading(packing.model) as progress:
         size = quantize_checkpoint(folder, packing.out, packing.to, int(packing.group), library, progress)

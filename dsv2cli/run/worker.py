@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -54,6 +55,7 @@ def work() -> None:
     team = launch.connect(store, rank, size, plan)
     found = find(orders["model"], orders["random_weights"])
     runner = load_runner(found, plan, team, Silence(), orders["random_weights"] is not None)
+    gc.enable()  # the program began without: cli/app.py
     try:
         follow(runner)
     except RuntimeError:  # the leader is gone, and says why itself

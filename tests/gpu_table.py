@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 
 from dsv2cli.cli import options as opt
-from dsv2cli.cli.bench import machine_reader, numbers, ranged, shares
+from dsv2cli.cli.bench import numbers, ranged, shares
 from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
 from dsv2cli.formats import PACKED_BITS
 from dsv2cli.model import size
+from dsv2cli.run.open import kernels_of
 from dsv2cli.run.wish import Wish
 
 SPARE = 0.9  # of the memory: activations, and what else runs there
@@ -48,7 +49,7 @@ def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
     dtype, quantize = ("bfloat16", format) if packed else (format, "none")
     wish = Wish(options.device, dtype, quantize, kernels=options.kernels)
     opened = opt.open_model(None, wish, options.config)
-    runner, kernels = opened.runner, machine_reader(opened.plan)
+    runner, kernels = opened.runner, kernels_of(opened.plan)
     memory = gpu_memories()[runner.device.index or 0] if runner.device.type == "cuda" else None
     twin = None
     if options.against and not packed:

@@ -27,7 +27,7 @@ GREEDY = ("--temperature", "0", "-n", "12")
 
 def placed(folder, config, format, places, scratch):
     """A runner of layers that travel."""
-    model = load_placed(folder, config, torch.float32, format, places, scratch)
+    model = load_placed(folder, config, torch.float32, format, places, CPU, scratch)
     return PlainRunner(model, main=CPU, layer_devices=layer_devices(places, CPU))
 
 

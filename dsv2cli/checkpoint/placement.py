@@ -116,12 +116,6 @@ def layer_devices(places: Places, main: torch.device) -> list[torch.device]:
     return [torch.device("cuda", where) if isinstance(where, int) else main for where in layers]
 
 
-def main_device(places: Places) -> torch.device:
-    """Where ids go in and scores come out: the first GPU that holds something."""
-    numbers = [where for where in places.values() if isinstance(where, int)]
-    return torch.device("cuda", min(numbers)) if numbers else torch.device("cpu")
-
-
 @torch.inference_mode(False)
 def load_placed(
     folder: Path,
@@ -129,10 +123,11 @@ def load_placed(
     dtype: torch.dtype,
     format: str | None,
     places: Places,
+    main: torch.device,
     scratch: Path | None = None,
     progress: Progress | None = None,
 ) -> DeepseekV2:
-    """The checkpoint with every module where `places` has it.
+    """The checkpoint with every module where `places` has it; ids go in and scores come out on `main`.
 
     What is on disk is written below `scratch` first, a layer at a time. Raises Dsv2Error as load_model, and
     for a full disk.
@@ -152,7 +147,7 @@ def load_placed(
     model.eval().requires_grad_(False)
     model.tie()
     if set(places.values()) != {"cpu"}:
-        send_out(model, places, offload)
+        send_out(model, places, main, offload)
     return model
 
 
@@ -202,11 +197,10 @@ def read_to_places(
         offload.link_tied_head()
 
 
-def send_out(model: DeepseekV2, places: Places, offload: Offload | None) -> None:
+def send_out(model: DeepseekV2, places: Places, main: torch.device, offload: Offload | None) -> None:
     """Let accelerate bring each module's input to it, or the module to the device that computes it."""
     # That weights are not loaded yet is the point.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    main = main_device(places)
     dispatch_model(
         model,
         places,

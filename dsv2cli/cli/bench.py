@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsv2cli.engine.benchmark import Timing, Work
-    from dsv2cli.kernels.native import Kernels
     from dsv2cli.run.open import Opened
-    from dsv2cli.run.plan import Plan
     from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
@@ -160,6 +158,7 @@ def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
     from dsv2cli.model.size import expanded_kv_bytes_per_token
+    from dsv2cli.run.open import kernels_of
 
     runner, plan = opened.runner, opened.plan
     loaded_peak, twin = peak_memory_bytes(runner.device), None
@@ -167,10 +166,10 @@ def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[
         twin = benchmark.transformers_twin(runner, opened.folder)
     timings: list[Timing] = []
     count = len(works) * (measure.repetitions + 1) * (1 if twin is None else 2)
-    read = machine_reader(plan)
+    kernels = kernels_of(plan)
     with ui.counting("measuring", count) as tick:
         for work in works:
-            timings += benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, read)
+            timings += benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, kernels)
     facts: dict[str, Any] = {
         "model": opened.name,
         "device": device_name(runner.device),
@@ -189,13 +188,6 @@ def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[
     if measure.profile:
         facts["profile"] = [work.as_json() | benchmark.profile(runner, work) for work in works]
     return facts, timings
-
-
-def machine_reader(plan: Plan) -> Kernels | None:
-    """The C++ kernels of the plan, which read memory with all threads."""
-    from dsv2cli.kernels import native
-
-    return None if plan.kernels is None else native.load(plan.kernels)[0]
 
 
 def numbers(option: str, text: str, least: int) -> list[int]:

@@ -5,7 +5,6 @@ runner.
 from __future__ import annotations
 
 import atexit
-import functools
 import importlib.util
 import os
 import time
@@ -103,7 +102,6 @@ def look_around() -> Here:
     )
 
 
-@functools.cache
 def name_of_kernels(target: str) -> tuple[str, str]:
     """What the C++ kernels of a target call themselves, or nothing and why they are not there."""
     library, why = native.load(target)
@@ -150,6 +148,11 @@ def open_model(
     return Opened(**vars(found), runner=runner, plan=plan, load_seconds=time.perf_counter() - began)
 
 
+def kernels_of(plan: Plan) -> native.Kernels | None:
+    """The C++ kernels that the plan names."""
+    return None if plan.kernels is None else native.load(plan.kernels)[0]
+
+
 def settle(plan: Plan) -> None:
     """Give this process the device and the threads of the plan."""
     if plan.threads is not None:
@@ -161,7 +164,7 @@ def settle(plan: Plan) -> None:
 def load_runner(found: Checkpoint, plan: Plan, team: Team, screen: Screen, random: bool) -> PlainRunner:
     """The model, or this rank's part of it, as planned; in a team this ends when all have loaded theirs."""
     device, dtype = torch.device(plan.device), DTYPES[plan.dtype]
-    kernels = None if plan.kernels is None else native.load(plan.kernels)[0]
+    kernels = kernels_of(plan)
     if plan.places is not None:
         runner = load_spread(found, plan, plan.places, screen, random)
     elif random:
@@ -190,14 +193,10 @@ def load_spread(
 
     if random:
         raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
-    main, scratch = (
-        torch.device(plan.device),
-        None if plan.offload_folder is None else Path(plan.offload_folder),
-    )
+    main, dtype = torch.device(plan.device), DTYPES[plan.dtype]
+    scratch = None if plan.offload_folder is None else Path(plan.offload_folder)
     with screen.loading(found.name) as progress:
-        model = load_placed(
-            found.folder, found.config, DTYPES[plan.dtype], plan.packing, places, scratch, progress
-        )
+        model = load_placed(found.folder, found.config, dtype, plan.packing, places, main, scratch, progress)
     return PlainRunner(model, plan.attention, main, layer_devices(places, main))
 
 

@@ -79,11 +79,11 @@ def record(path: Path) -> str:
 
 
 def main() -> None:
-    from dsv2cli.cli.app import completion_script, manual_page
+    from dsv2cli.cli.completion import completion_script
 
     for shell, file in COMPLETIONS.items():
         (ROOT / "completions" / file).write_text(completion_script(shell), encoding="utf-8")
-    (ROOT / "completions" / "dsv2.1").write_text(manual_page(), encoding="utf-8")
+    (ROOT / "completions" / "dsv2.1").write_text(run_dsv2("manual").stdout, encoding="utf-8")
     for path in sorted(TRANSCRIPTS.glob("*.txt")):
         path.write_text(record(path), encoding="utf-8")
 

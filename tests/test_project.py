@@ -10,12 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from conftest import ROOT
 from regenerate import COMPLETIONS
 from running import run_dsv2, run_process
 
-from dsv2cli.cli.app import command as command_group
-from dsv2cli.cli.app import completion_script, manual_page
+from dsv2cli.cli.app import COMMANDS, app
+from dsv2cli.cli.completion import completion_script
 
 # A file imports only from files named before it.
 ORDER = """
@@ -29,7 +30,7 @@ run.wish run.plan run.launch run.runner run.cpu run.gpu run.leader run.open run.
 engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store
 engine.benchmark engine.needle
 cli.ui cli.options cli.config cli.flow cli.asking cli.lines cli.complete cli.commands cli.prompt cli.chat
-cli.bench cli.niah cli.info cli.doctor cli.quantize cli.manual cli.app __main__
+cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path
@@ -102,8 +103,9 @@ def test_completions_are_current(shell, file):
 
 def test_the_manual_page_is_current_and_well_formed():
     page = (ROOT / "completions" / "dsv2.1").read_text()
-    assert page == manual_page() == run_dsv2("manual").stdout
-    for command in command_group().commands.values():
+    assert page == run_dsv2("manual").stdout
+    for name, command in typer.main.get_command(app).commands.items():
+        assert command.help.startswith(COMMANDS[name])
         for parameter in command.params:
             assert parameter.name == "help" or parameter.opts[0].replace("-", "\\-") in page
     if shutil.which("groff"):
@@ -194,7 +196,7 @@ def test_every_option_is_tried_by_a_test():
             *(ROOT / "tests" / "data" / "transcripts").glob("*.txt"),
         ]
     )
-    for name, command in command_group().commands.items():
+    for name, command in typer.main.get_command(app).commands.items():
         for parameter in command.params:
             options = [option for option in parameter.opts if option.startswith("-") and option != "--help"]
             tried = [option for option in options if re.search(rf"[\"' =]{option}[\"' =]", tests)]

@@ -3,30 +3,83 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
 from typer._completion_classes import (
     completion_init,  # typer does it itself only where it adds its own options
 )
+from typer.core import TyperGroup
 
 from dsv2cli.cli import ui
-from dsv2cli.cli.bench import bench
-from dsv2cli.cli.chat import chat
-from dsv2cli.cli.complete import complete
-from dsv2cli.cli.config import apply, config
-from dsv2cli.cli.doctor import doctor
-from dsv2cli.cli.info import info
-from dsv2cli.cli.niah import niah
-from dsv2cli.cli.options import Command
-from dsv2cli.cli.quantize import quantize
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 from dsv2cli.run import launch
 
+COMMANDS = {  # the first line of each one's help; the function of this name in the module of this name
+    "chat": "Talk with the model, at a prompt or line by line.",
+    "complete": "Continue a text: the argument, or all of stdin, or both.",
+    "bench": "Measure speed, load time, memory and cache size.",
+    "niah": "Hide a sentence in a long text and ask for it.",
+    "info": "Say what a model is and what fits where.",
+    "doctor": "Look at this machine and a model, and say what works.",
+    "quantize": "Pack a checkpoint into 8 or 4 bits.",
+    "config": "Show the configuration file, or an example of one.",
+    "completion": "Print a completion script for a shell.",
+    "manual": "Print the manual page: dsv2 manual | man -l -",
+}
+
+
+class Commands(Mapping[str, Any]):
+    """The commands by name, each imported when it is asked for: a start pays for the one that runs."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.made:
+            self.made[name] = made(name, COMMANDS[name])
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+def made(name: str, summary: str) -> Any:
+    """The command of that name, with a help that does not repeat every option as an environment variable."""
+    from dsv2cli.cli.options import Command
+
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    function = getattr(importlib.import_module(f"dsv2cli.cli.{name}"), name)
+    alone.command(name, cls=Command, short_help=summary)(function)
+    command = typer.main.get_command(alone)
+    for parameter in command.params:
+        parameter.show_envvar = False  # type: ignore[attr-defined]
+    return command
+
+
+class Program(TyperGroup):
+    """`dsv2`, whose help lists the commands without importing them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Commands()  # type: ignore[assignment]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each name with its first line."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
 app = typer.Typer(
     name="dsv2",
+    cls=Program,
     help="Run DeepSeek-V2 models on your own machine.",
     no_args_is_help=True,
     add_completion=False,
@@ -38,39 +91,6 @@ app = typer.Typer(
         "auto_envvar_prefix": "DSV2",
     },
 )
-for each in (chat, complete, bench, niah, info, doctor, quantize, config):
-    app.command(cls=Command)(each)
-
-
-@app.command(cls=Command)
-def completion(
-    shell: Annotated[Literal["bash", "zsh", "fish", "powershell"], typer.Argument(help="Which shell.")],
-) -> None:
-    """Print a completion script for a shell."""
-    sys.stdout.write(completion_script(shell))
-
-
-def completion_script(shell: str) -> str:
-    """What makes a shell complete the commands, options, models and sessions."""
-    from typer._completion_shared import get_completion_script
-
-    script: str = get_completion_script(prog_name="dsv2", complete_var="_DSV2_COMPLETE", shell=shell)
-    return script.strip() + "\n"
-
-
-@app.command(cls=Command)
-def manual() -> None:
-    """Print the manual page: dsv2 manual | man -l -"""
-    sys.stdout.write(manual_page())
-
-
-def manual_page() -> str:
-    """dsv2(1) in roff."""
-    from importlib.metadata import version
-
-    from dsv2cli.cli.manual import page
-
-    return page(command(), version("dsv2cli"))
 
 
 def print_version(wanted: bool) -> None:
@@ -91,16 +111,9 @@ def root(
     ] = False,
 ) -> None:
     """Run DeepSeek-V2 models on your own machine."""
+    from dsv2cli.cli.config import apply
+
     apply(context)
-
-
-def command() -> Any:
-    """The commands, with a help that does not repeat every option as an environment variable."""
-    group: Any = typer.main.get_command(app)
-    for sub in group.commands.values():
-        for parameter in sub.params:
-            parameter.show_envvar = False
-    return group
 
 
 def main() -> None:
@@ -122,7 +135,7 @@ def main() -> None:
             work()
             sys.exit(0)
         completion_init()
-        code = command()(prog_name="dsv2")
+        code = typer.main.get_command(app)(prog_name="dsv2")
     except Dsv2Error as error:
         ui.show_error(error)
         code = error.exit_code

@@ -1,8 +1,10 @@
-"""The manual page dsv2(1), written from the commands' own help and from what is said here once."""
+"""`dsv2 manual`: the manual page dsv2(1), from the commands' own help and from what is said here once."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import sys
 from typing import Any
 
 import typer
@@ -95,6 +97,11 @@ ENVIRONMENT = {
 }
 
 
+def manual(context: typer.Context) -> None:
+    """Print the manual page: dsv2 manual | man -l -"""
+    sys.stdout.write(page(context.find_root().command))
+
+
 def roff(text: str) -> str:
     """Text that means itself: no line may begin a request, and dashes are those of the command line."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-")
@@ -125,8 +132,9 @@ def options(command: Any, name: str) -> str:
     return "".join(out)
 
 
-def page(group: Any, version: str) -> str:
-    """The whole page in roff, in the `man` macros."""
+def page(group: Any) -> str:
+    """The whole page in roff, in the `man` macros; `group` is the program with its commands."""
+    version = importlib.metadata.version("dsv2cli")
     out = [
         f'.TH DSV2 1 "" "dsv2 {version}" "User Commands"\n',
         f".SH NAME\ndsv2 \\- {roff(group.help)}\n.SH SYNOPSIS\n",

@@ -12,6 +12,11 @@ class Dsv2Error(Exception):
         super().__init__(what)
         self.what, self.why, self.fix, self.exit_code = what, why, fix, exit_code
 
+    @property
+    def sentence(self) -> str:
+        """What happened and why, in one line."""
+        return f"{self.what} ({self.why})" if self.why else self.what
+
 
 class UsageError(Dsv2Error):
     """The command line asks for something that cannot be done; exit code 2."""

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
 
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.outside import require_file
+
 
 def data_folder() -> Path:
-    return platformdirs.user_data_path("dsv2", appauthor=False)
+    """Raises Dsv2Error where nothing says where a person's files are."""
+    folder = Path(platformdirs.user_data_path("dsv2", appauthor=False))
+    if str(folder).startswith("~"):
+        raise Dsv2Error("There is no home folder", why="HOME is not set", fix="export HOME=/path")
+    return folder
 
 
 def sessions() -> Path:
@@ -17,10 +32,74 @@ def sessions() -> Path:
 
 
 def session_names() -> list[str]:
-    """Saved conversations, the latest first."""
-    files = [(file.stat().st_mtime_ns, file.stem) for file in sessions().glob("*.json")]
+    """Saved conversations, the latest first; what else may lie there, such as an editor's link, is none."""
+    files = []
+    try:
+        for file in sessions().glob("[!.]*.json"):
+            with contextlib.suppress(OSError):
+                files.append((require_file(file).st_mtime_ns, file.stem))
+    except OSError:
+        return []
     return [name for _, name in sorted(files, reverse=True)]
 
 
 def compiled_kernels() -> Path:
     return Path(platformdirs.user_cache_dir("dsv2")) / "kernels"
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that only its owner can read and write, made with all above it where they are not there.
+
+    Raises OSError.
+    """
+    for folder in reversed([path, *path.parents]):
+        with contextlib.suppress(FileExistsError):
+            if not folder.exists():
+                folder.mkdir(mode=0o700)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is no folder")
+    return path
+
+
+@contextlib.contextmanager
+def unfinished(beside: Path, folder: bool = False) -> Iterator[Path]:
+    """A new private file, or folder, in the folder of `beside` to be filled, and to be moved to its place.
+
+    It is gone afterwards unless it was moved, and a killed process's at the next call: whoever makes one
+    holds a lock on it. Raises OSError.
+    """
+    start = f".{beside.name[:100]}-"
+    for left in beside.parent.glob(f"{glob.escape(start)}*.unfinished"):
+        with contextlib.suppress(OSError), held(left):
+            remove(left)
+    if folder:
+        path = Path(tempfile.mkdtemp(prefix=start, suffix=".unfinished", dir=beside.parent))
+    else:
+        number, name = tempfile.mkstemp(prefix=start, suffix=".unfinished", dir=beside.parent)
+        os.close(number)
+        path = Path(name)
+    with held(path):
+        try:
+            yield path
+        finally:
+            if path.exists():
+                remove(path)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A lock on a file or folder of our own. Raises BlockingIOError where a process that lives has it."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(number)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

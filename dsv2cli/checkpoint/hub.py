@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 from pathlib import Path
 
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import path_of, read_json
 
 EMBEDDED = Path(__file__).parents[1] / "demo" / "checkpoint"
 WANTED_FILES = [
@@ -29,7 +29,7 @@ def find_model(name: str | None, wanted: list[str] = WANTED_FILES) -> Path:
     """
     if name is None:
         return EMBEDDED
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -46,8 +46,8 @@ def find_model(name: str | None, wanted: list[str] = WANTED_FILES) -> Path:
 
 def find_config(name: str | None) -> Path:
     """As find_model, but `name` may be a config file, and of a repository only config.json is fetched."""
-    if name is not None and Path(name).expanduser().is_file():
-        return Path(name).expanduser()
+    if name is not None and path_of(name).is_file():
+        return path_of(name)
     return find_model(name, ["config.json"])
 
 
@@ -60,10 +60,10 @@ def fetch(repository: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
     except KeyboardInterrupt:
         raise
     except (
@@ -74,6 +74,14 @@ def fetch(repository: str, wanted: list[str]) -> Path:
             why=(str(error).strip() or repr(error)).splitlines()[0],
             fix="check the name and the network; a private repository needs HF_TOKEN",
         ) from error
+    if wanted == WANTED_FILES and not any(folder.glob("*.safetensors")):
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise Dsv2Error(
+            f"The weights of {repository} are not here",
+            why=f"of it the cache holds {there}, and no safetensors",
+            fix="run it again with the network, and without HF_HUB_OFFLINE",
+        )
+    return folder
 
 
 def known_models(beginning: str) -> list[str]:
@@ -84,19 +92,14 @@ def known_models(beginning: str) -> list[str]:
 
     parent, _, start = beginning.rpartition("/")
     found = []
-    with contextlib.suppress(OSError):
-        for entry in sorted(
-            Path(f"{parent}/" if parent or beginning.startswith("/") else ".").expanduser().iterdir()
-        ):
+    with contextlib.suppress(OSError, UsageError):
+        for entry in sorted(path_of(f"{parent}/" if parent or beginning.startswith("/") else ".").iterdir()):
             if entry.is_dir() and entry.name.startswith(start) and (start or not entry.name.startswith(".")):
                 name = beginning[: len(beginning) - len(start)] + entry.name
                 found.append(name if (entry / "config.json").exists() else name + "/")
     for config in sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
         name = config.parents[2].name.removeprefix("models--").replace("--", "/")
-        with contextlib.suppress(OSError, ValueError):
-            if (
-                name.startswith(beginning)
-                and json.loads(config.read_bytes()).get("model_type") == "deepseek_v2"
-            ):
+        with contextlib.suppress(Dsv2Error):
+            if name.startswith(beginning) and read_json(config).get("model_type") == "deepseek_v2":
                 found.append(name)
     return list(dict.fromkeys(found))

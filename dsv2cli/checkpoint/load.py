@@ -15,17 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from dsv2cli.checkpoint.blueprint import allocate, blueprint, no_room, state_of
-from dsv2cli.checkpoint.names import Packing, destinations, match, own_codes, packed_tensors, packings
-from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, list_tensors, map_file, truncated
+from dsv2cli.checkpoint.names import (
+    Packing,
+    destinations,
+    match,
+    own_codes,
+    packed_tensors,
+    packings,
+    tensors_of,
+)
+from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, map_file, truncated, typed
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2, MoE
+from dsv2cli.outside import AGAIN
 from dsv2cli.team import ALONE, Team
 
 READERS = 4
 STAGING_BYTES = 32 * 2**20
+SMALL = ("gate.weight", ".scales")  # ends of the names of what is little, besides norms and biases
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -62,10 +72,12 @@ def load_model(
         if device.type == "cpu" or team.size > 1:
             return map_packed(folder, config, device, dtype, team)
         return read_packed(folder, config, device, dtype, progress)
-    stored = list_tensors(folder)
+    stored = tensors_of(folder, config)
     model = blueprint(config, dtype, team, format, only_experts=experts_on_gpu is not None)
+    match(model, stored, folder)  # before any memory is taken
     give_memory(model, device, experts_on_gpu)
     read_all(match(model, stored, folder), progress, kernels)
+    refuse_bad_numbers(model, folder)
     return model.eval().requires_grad_(False)
 
 
@@ -96,6 +108,33 @@ def give_memory(model: DeepseekV2, device: torch.device, experts_on_gpu: int | N
     model.tie()
 
 
+def refuse_bad_numbers(model: DeepseekV2, folder: Path) -> None:
+    """Raises Dsv2Error for NaN or infinity in norms, biases, routers and scales: what is little and every
+    token meets. The rest shows in the first scores, where engine/sampling.py looks.
+    """
+    for name, tensor in state_of(model).items():
+        if (tensor.dim() == 1 or name.endswith(SMALL)) and not tensor.isfinite().all():
+            raise no_numbers(folder, name, tensor)
+
+
+def no_numbers(folder: Path, name: str, tensor: Tensor) -> Dsv2Error:
+    """What to say of a tensor of any shape that holds NaN or infinity."""
+    why = f"{name} holds NaN or infinity" + (" in float16" if tensor.dtype == torch.float16 else "")
+    return Dsv2Error(f"{folder} has weights that are no numbers", why=why, fix=AGAIN)
+
+
+def look_at_small(folder: Path, tensors: list[Stored]) -> None:
+    """refuse_bad_numbers for files of which nothing else is read. Raises Dsv2Error."""
+    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+    for tensor in tensors:
+        if len(tensor.shape) == 1 or tensor.name.endswith(SMALL):
+            read = torch.empty(tensor.shape, dtype=MAPPED[tensor.dtype])
+            for _ in read_tensor(tensor, read, staging):
+                pass
+            if not read.isfinite().all():
+                raise no_numbers(folder, tensor.name, read)
+
+
 def map_packed(
     folder: Path,
     config: DeepseekV2Config,
@@ -110,11 +149,11 @@ def map_packed(
     load_model.
     """
     model, state, files = blueprint(config, team=team), {}, {}
-    for tensor in packed_tensors(blueprint(config), folder):
+    for tensor in packed_tensors(config, folder):
         if tensor.file not in files:
             files[tensor.file] = map_file(tensor.file)
         data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
-        data = data.view(MAPPED[tensor.dtype]).view(tensor.shape)
+        data = typed(data, MAPPED[tensor.dtype]).view(tensor.shape)
         if team.size > 1:
             data = own_codes(tensor.name, data, model)
         data = data.contiguous().to(device)
@@ -136,10 +175,11 @@ def read_packed(
 
     Raises as it does.
     """
-    stored, model = packed_tensors(blueprint(config), folder), blueprint(config, dtype)
+    stored, model = packed_tensors(config, folder), blueprint(config, dtype)
     give_memory(model, device)
     places = state_of(model)
     read_all([(tensor, places[tensor.name].data) for tensor in stored], progress)
+    refuse_bad_numbers(model, folder)
     return model.eval().requires_grad_(False)
 
 
@@ -245,7 +285,7 @@ def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]
     dtype, flat = MAPPED[tensor.dtype], place.view(-1)
     if tensor.columns is not None:
         rows = map_file(tensor.file)[tensor.offset :][: tensor.width * tensor.shape[0] * dtype.itemsize]
-        place.copy_(rows.view(dtype).view(-1, tensor.width)[:, tensor.columns.start : tensor.columns.stop])
+        place.copy_(typed(rows, dtype).view(-1, tensor.width)[:, tensor.columns.start : tensor.columns.stop])
         yield tensor.length
         return
     direct = place.dtype == dtype and place.device.type == "cpu"

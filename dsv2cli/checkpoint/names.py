@@ -6,6 +6,7 @@ Every tensor is checked for presence, shape, type and length before a byte of it
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,9 +174,30 @@ def full_columns(base: str, config: DeepseekV2Config) -> int:
     return config.intermediate_size
 
 
-def packed_tensors(model: DeepseekV2, folder: Path) -> list[Stored]:
+def tensors_of(folder: Path, config: DeepseekV2Config) -> dict[str, Stored]:
+    """list_tensors of a checkpoint that has the layers and experts that its config counts: said before a
+    model of that size is made up.
+
+    Raises Dsv2Error.
+    """
+    stored, counts = list_tensors(folder), dict[str, int]()
+    for name in stored:
+        for what, number in re.findall(r"\b(layers|experts)\.(\d{1,9})\.", name):
+            counts[what] = max(counts.get(what, 0), 1 + int(number))
+    wanted = {"layers": config.num_hidden_layers}
+    if config.packed is None and config.moe_layers:
+        wanted["experts"] = config.n_routed_experts or 0
+    for what, count in wanted.items():
+        if counts.get(what, 0) != count:
+            why = f"config.json calls for {count:,}"
+            raise Dsv2Error(f"The files in {folder} hold {counts.get(what, 0):,} {what}", why=why)
+    return stored
+
+
+def packed_tensors(config: DeepseekV2Config, folder: Path) -> list[Stored]:
     """The tensors of a packed checkpoint, each checked. Raises Dsv2Error for the first that does not fit."""
-    stored, places = list_tensors(folder), state_of(model)
+    stored = tensors_of(folder, config)
+    places = state_of(blueprint(config))
     refuse_strangers(stored, places.keys(), folder)
     for name, tensor in stored.items():
         check(tensor, places[name], MAPPED)
@@ -188,10 +210,10 @@ def packed_tensors(model: DeepseekV2, folder: Path) -> list[Stored]:
 
 def inspect(folder: Path, config: DeepseekV2Config) -> list[Stored]:
     """All tensors of a checkpoint, checked as load_model does, and not read. Raises Dsv2Error."""
-    model = blueprint(config)
     if config.packed is not None:
-        return packed_tensors(model, folder)
-    return [tensor for tensor, _ in match(model, list_tensors(folder), folder)]
+        return packed_tensors(config, folder)
+    stored = tensors_of(folder, config)
+    return [tensor for tensor, _ in match(blueprint(config), stored, folder)]
 
 
 def refuse_strangers(stored: dict[str, Stored], wanted: AbstractSet[str], folder: Path) -> None:

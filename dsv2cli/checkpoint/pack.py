@@ -7,10 +7,8 @@ were made from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,15 +16,18 @@ from pathlib import Path
 import torch
 
 from dsv2cli.checkpoint.blueprint import blueprint, pieces, state_of, weights_bytes
+from dsv2cli.checkpoint.hashes import sha256, write_sums
 from dsv2cli.checkpoint.hub import WANTED_FILES
 from dsv2cli.checkpoint.load import Progress, of_total, read_piece
-from dsv2cli.checkpoint.names import match
-from dsv2cli.checkpoint.safetensors import INDEX, Stored, list_tensors, write_safetensors
+from dsv2cli.checkpoint.names import match, tensors_of
+from dsv2cli.checkpoint.safetensors import INDEX, Stored, write_safetensors
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_FORMAT
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.outside import read_json
+from dsv2cli.places import unfinished
 
 
 @torch.inference_mode(False)
@@ -51,23 +52,24 @@ def quantize_checkpoint(
         raise UsageError(f"{out} exists already", fix="another name, or remove it first")
     mlp, attention = PACKED_BITS[format]
     sizes = {"bits": mlp, "attention_bits": attention, "group": group}
-    model, stored = blueprint(config, format=format, group=group), list_tensors(folder)
+    stored = tensors_of(folder, config)
+    model = blueprint(config, format=format, group=group)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(out, weights_bytes(model))
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
-            new = Path(unfinished) / out.name
+        with unfinished(out, folder=True) as folder_of_it:
+            new = folder_of_it / out.name
             new.mkdir()
             weight_map = write_pieces(model, stored, new, sizes, kernels, of_total(progress, total))
             copy_settings(folder, new)
             write_json(new / INDEX, {"metadata": {}, "weight_map": weight_map})
-            sources = {
-                file.name: sha256(file) for file in sorted({tensor.file for tensor in stored.values()})
-            }
+            files = sorted({tensor.file for tensor in stored.values()})
+            sources = {file.name: sha256(file) for file in files}
             packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            raw = read_json(folder / "config.json")
             write_json(new / "config.json", raw | {"quantization_config": packing})
+            write_sums(new)
             new.rename(out)
     except OSError as error:
         why, fix = error.strerror or str(error), "make room, or choose another disk"
@@ -124,19 +126,10 @@ def copy_settings(folder: Path, out: Path) -> None:
     """Tokenizer, template and sampling defaults."""
     for pattern in WANTED_FILES:
         for file in folder.glob(pattern):
-            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
+            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors" and file.is_file():
                 shutil.copyfile(file, out / file.name)
 
 
 def write_json(path: Path, content: object) -> None:
     """Raises OSError."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256(file: Path) -> str:
-    """Of the whole file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()

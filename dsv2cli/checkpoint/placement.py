@@ -8,9 +8,8 @@ dropped again.
 from __future__ import annotations
 
 import atexit
-import json
+import contextlib
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,14 @@ from accelerate.utils import get_max_memory, offload_weight
 
 from dsv2cli.checkpoint.blueprint import blueprint, pieces, state_of
 from dsv2cli.checkpoint.load import Progress, of_total, read_piece
-from dsv2cli.checkpoint.names import match, packed_tensors
-from dsv2cli.checkpoint.safetensors import Stored, list_tensors
+from dsv2cli.checkpoint.names import match, packed_tensors, tensors_of
+from dsv2cli.checkpoint.safetensors import Stored
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.memory import parse_size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.outside import parse_json, read_bytes, reason
+from dsv2cli.places import unfinished
 
 # Modules that are in one place, and brought in with all they hold.
 WHOLE = ["Layer", "Embedding", "Head", "RMSNorm"]
@@ -94,12 +95,12 @@ def read_places(path: Path, names: list[str]) -> Places:
     Raises UsageError for what is no placement, or lacks one of them.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         fix = 'a JSON object such as {"model": 0, "lm_head": "cpu"}'
-        raise UsageError(f"{path} is no placement", why=str(error), fix=fix) from None
+        raise UsageError(f"{path} is no placement", why=reason(error), fix=fix) from None
     places = {}
     for name in names:
         try:
@@ -132,9 +133,10 @@ def load_placed(
     What is on disk is written below `scratch` first, a layer at a time. Raises Dsv2Error as load_model, and
     for a full disk.
     """
-    model, stored = blueprint(config, dtype, format=format), list_tensors(folder)
+    stored = tensors_of(folder, config)
+    model = blueprint(config, dtype, format=format)
     if config.packed is not None:
-        packed_tensors(model, folder)
+        packed_tensors(config, folder)
         why = "its files are mapped as they lie, and the system pages them in"
         raise UsageError(f"{folder} is packed", why=why, fix="leave --placement out")
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
@@ -156,9 +158,11 @@ class Offload:
 
     def __init__(self, scratch: Path | None) -> None:
         """Below `scratch`, or where the system keeps temporary files. Raises OSError."""
-        self.folder = Path(tempfile.mkdtemp(prefix="dsv2-offload-", dir=scratch))
+        stack = contextlib.ExitStack()
+        beside = (scratch or Path(tempfile.gettempdir())) / "dsv2-offload"
+        self.folder = stack.enter_context(unfinished(beside, folder=True))
         self.index: dict[str, Any] = {}  # accelerate's own words about each file
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        atexit.register(stack.close)
 
     def write(self, name: str, module: torch.nn.Module) -> None:
         """A module's tensors to disk; it has none afterwards. Raises OSError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,24 @@ import torch
 from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.outside import AGAIN, parse_json, read_json, reason, require_file
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAPPED = DTYPES | {"U8": torch.uint8}
+ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U16": 2,
+}
+ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 NAMES = {dtype: name for name, dtype in MAPPED.items()}
 INDEX = "model.safetensors.index.json"
 ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
@@ -59,17 +75,17 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
     Raises Dsv2Error where files are missing or damaged, or are not those that the index names.
     """
     index_path = folder / INDEX
-    if not index_path.exists():
+    if not os.path.lexists(index_path):
         single = folder / "model.safetensors"
-        if not single.exists():
+        if not os.path.lexists(single):
             raise no_safetensors(folder)
         return read_header(single)
     wanted = read_index(index_path)
     stored: dict[str, Stored] = {}
     for name in sorted(set(wanted.values())):
         file = folder / name
-        if not file.exists():
-            raise Dsv2Error(f"{file} is missing", why=f"{INDEX} names it", fix="download the file again")
+        if not os.path.lexists(file):
+            raise Dsv2Error(f"{file} is missing", why=f"{INDEX} names it", fix=AGAIN)
         header = read_header(file)
         listed = {tensor for tensor, where in wanted.items() if where == name}
         for tensor in sorted(listed - header.keys()):
@@ -82,13 +98,12 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor -> file name. Raises Dsv2Error for what is no index, or names files elsewhere."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        wanted = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Dsv2Error(f"{path} cannot be read", why=repr(error), fix="download the file again") from None
+    wanted = read_json(path).get("weight_map")
+    if not isinstance(wanted, dict) or not all(isinstance(file, str) for file in wanted.values()):
+        why = "its weight_map does not name a file for each tensor"
+        raise Dsv2Error(f"{path} cannot be read", why=why, fix=AGAIN)
     for file in sorted(set(wanted.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or "\0" in file:
             raise Dsv2Error(f"{path} points outside its folder", why=f"it names the file {file!r}")
     return wanted
 
@@ -107,44 +122,90 @@ def no_safetensors(folder: Path) -> Dsv2Error:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The header of one safetensors file, checked against the file's length. Raises Dsv2Error."""
-    again = "download the file again"
+    """The header of one safetensors file, whose tensors must tile the file without overlap or hole.
+
+    Raises Dsv2Error.
+    """
+    refuse_foreign_link(file)
     try:
-        size = file.stat().st_size
+        size = require_file(file).st_size
         with file.open("rb") as stream:
             (header_size,) = struct.unpack("<Q", stream.read(8))
             if header_size > size - 8:
                 raise truncated(file, size, header_size + 8)
-            header = json.loads(stream.read(header_size))
+            if header_size > LARGEST_HEADER:
+                raise ValueError(f"{header_size:,} bytes are too many")
+            header = parse_json(stream.read(header_size))
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
         header.pop("__metadata__", None)
         body = 8 + header_size
         tensors = {name: stored(file, name, entry, body) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
-        why = f"its header is unreadable ({error})"
-        raise Dsv2Error(f"{file} is not a safetensors file", why=why, fix=again) from None
-    for tensor in tensors.values():
-        if tensor.offset < body or tensor.length < 0:
-            raise Dsv2Error(f"{file}: tensor {tensor.name} lies outside the file", fix=again)
-        if tensor.offset + tensor.length > size:
-            raise truncated(file, size, tensor.offset + tensor.length, tensor.name)
+    except (OSError, ValueError, struct.error) as error:
+        why = f"its header is unreadable ({reason(error)})"
+        raise Dsv2Error(f"{file} is not a safetensors file", why=why, fix=AGAIN) from None
+    refuse_gaps(file, tensors, body, size)
     return tensors
 
 
-def stored(file: Path, name: str, entry: dict[str, Any], body: int) -> Stored:
-    """An entry of a header whose file's body begins at byte `body`. Raises what a wrong entry raises."""
-    begin, end = int(entry["data_offsets"][0]), int(entry["data_offsets"][1])
-    shape = tuple(int(n) for n in entry["shape"])
-    return Stored(file, name, str(entry["dtype"]), shape, body + begin, end - begin)
+def refuse_foreign_link(file: Path) -> None:
+    """Raises Dsv2Error for a link that leads out of its folder, but for one into the blobs of the hub's
+    cache, which lie beside its snapshots.
+    """
+    if file.is_symlink():
+        folder, target = file.parent.resolve(), Path(os.path.realpath(file))
+        homes = (folder, folder.parents[1] / "blobs") if len(folder.parents) > 1 else (folder,)
+        if not any(home in target.parents for home in homes):
+            why, fix = f"it is a link to {target}", "put the file itself there"
+            raise Dsv2Error(f"{file} leads out of its folder", why=why, fix=fix)
+
+
+def refuse_gaps(file: Path, tensors: dict[str, Stored], body: int, size: int) -> None:
+    """Raises Dsv2Error unless the tensors lie one behind the other from byte `body` to the end, `size`."""
+    end, before = body, "the header"
+    for tensor in sorted(tensors.values(), key=lambda each: (each.offset, each.length)):
+        if tensor.offset != end:
+            what = "overlaps" if tensor.offset < end else "leaves a hole behind"
+            why = f"it begins at byte {tensor.offset:,}, and {before} ends at {end:,}"
+            raise Dsv2Error(f"{file}: tensor {tensor.name} {what} {before}", why=why, fix=AGAIN)
+        end, before = tensor.offset + tensor.length, f"tensor {tensor.name}"
+    if end > size:
+        raise truncated(file, size, end, before.removeprefix("tensor "))
+    if end < size:
+        why = f"{before} ends at byte {end:,}, the file has {size:,}"
+        raise Dsv2Error(f"{file} has bytes that belong to no tensor", why=why, fix=AGAIN)
+
+
+def stored(file: Path, name: str, entry: Any, body: int) -> Stored:
+    """An entry of a header whose file's body begins at byte `body`. Raises ValueError for a wrong one."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise ValueError(f"tensor {name} has no proper shape or offsets")
+    if len(offsets) != 2 or offsets[1] < offsets[0] or not isinstance(dtype, str):
+        raise ValueError(f"tensor {name} has no proper type or offsets")
+    length = offsets[1] - offsets[0]
+    if dtype in ITEM_BYTES and length != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(
+            f"tensor {name} has {length:,} bytes, its type {dtype} and shape {shape} another number"
+        )
+    return Stored(file, name, dtype, tuple(shape), body + offsets[0], length)
 
 
 def truncated(file: Path, size: int, needed: int, name: str = "") -> Dsv2Error:
     """What to say of a file of `size` bytes that must have `needed`, for the tensor `name` or its header."""
     where = f"tensor {name} ends" if name else "its header ends"
     return Dsv2Error(
-        f"{file} is truncated",
-        why=f"{where} at byte {needed:,}, the file has {size:,}",
-        fix="download the file again",
+        f"{file} is truncated", why=f"{where} at byte {needed:,}, the file has {size:,}", fix=AGAIN
     )
+
+
+def typed(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [size] uint8 as numbers of another type; copied where the file does not align them."""
+    return (data.clone() if data.data_ptr() % dtype.itemsize else data).view(dtype)
 
 
 def map_file(file: Path) -> Tensor:

@@ -5,12 +5,51 @@ program does not do.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import GROUPS, PACKED_BITS, PACKED_BY, PACKED_FORMAT
+from dsv2cli.outside import Number, read_json
+
+SIZE, COUNT, FACTOR = Number(1, 2**24, whole=True), Number(1, 2**14, whole=True), Number(0, 1e6)
+LAYERS, POSITIONS = Number(1, 1024, whole=True), Number(1, 2**31, whole=True)
+NUMBERS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "moe_intermediate_size": SIZE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": COUNT,
+    "kv_lora_rank": SIZE,
+    "qk_rope_head_dim": COUNT,
+    "v_head_dim": COUNT,
+    "qk_nope_head_dim": COUNT,
+    "moe_layer_freq": COUNT,
+    "max_position_embeddings": POSITIONS,
+    "first_k_dense_replace": Number(0, 2**14, whole=True),
+    "rms_norm_eps": Number(0, 1, above=True),
+    "rope_theta": Number(1, 1e12, above=True),
+    "routed_scaling_factor": Number(0, 1e6, above=True),
+}
+OPTIONAL = {  # or null
+    "q_lora_rank": SIZE,
+    "n_shared_experts": COUNT,
+    "n_routed_experts": COUNT,
+    "num_experts_per_tok": COUNT,
+    "n_group": COUNT,
+    "topk_group": COUNT,
+}
+SCALING = {
+    "factor": Number(1, 1e6),
+    "original_max_position_embeddings": POSITIONS,
+    "beta_fast": Number(0, 1e6, above=True),
+    "beta_slow": Number(0, 1e6, above=True),
+    "mscale": FACTOR,
+    "mscale_all_dim": FACTOR,
+}
 
 
 @dataclass(frozen=True)
@@ -118,19 +157,12 @@ class DeepseekV2Config:
         Raises Dsv2Error when missing, malformed or not implemented.
         """
         path = folder if folder.is_file() else folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             raise Dsv2Error(
                 f"{folder} holds no config.json",
                 why="a checkpoint is a folder with config.json and safetensors files",
-            ) from None
-        except (OSError, ValueError) as error:
-            raise Dsv2Error(f"{path} cannot be read", why=str(error), fix="download the file again") from None
-        if not isinstance(raw, dict):
-            raise Dsv2Error(
-                f"{path} is not a config", why="it holds no JSON object", fix="download the file again"
             )
+        raw = read_json(path)
         return cls.from_dict(raw, str(path))
 
     @classmethod
@@ -145,7 +177,8 @@ class DeepseekV2Config:
         values["topk_method"] = str(values.get("topk_method") or "greedy").replace("gready", "greedy")
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if isinstance(rope, dict):
-            values["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta") or cls.rope_theta
+            thetas = (raw.get("rope_theta"), rope.get("rope_theta"), cls.rope_theta)
+            values["rope_theta"] = next(theta for theta in thetas if theta is not None)
         values["rope_scaling"] = parse_rope_scaling(rope, source)
         values["packed"] = parse_packed(raw.get("quantization_config"), source)
         config = cls(**values)
@@ -160,23 +193,23 @@ def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
     """
     if not isinstance(rope, dict):
         raise not_implemented(source, "rope_scaling", rope, "it must be an object")
-    kind = rope.get("type") or rope.get("rope_type") or "default"
-    if kind in ("default", "none"):
+    known = set(SCALING) & rope.keys()
+    kind = rope.get("type") or rope.get("rope_type")
+    if kind is None and known:
+        raise not_implemented(source, "rope_scaling.type", kind, "what its other numbers mean depends on it")
+    if kind in (None, "default", "none"):
         return RopeScaling()
     if kind not in ("linear", "yarn"):
         raise not_implemented(source, "rope_scaling.type", kind, "none, linear and yarn are implemented")
-    known = {field.name for field in fields(RopeScaling)} - {"type"}
-    ignored = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
-    for key in rope.keys() - known - ignored:
+    if "factor" not in rope:
+        raise not_implemented(source, "rope_scaling.factor", None, f"{kind} needs it")
+    for key in rope.keys() - known - {"type", "rope_type", "rope_theta", "partial_rotary_factor"}:
         if rope[key] is not None:
             raise not_implemented(source, f"rope_scaling.{key}", rope[key], "this key is unknown here")
-    for key in known & rope.keys():
-        if isinstance(rope[key], bool) or not isinstance(rope[key], int | float):
-            raise not_implemented(source, f"rope_scaling.{key}", rope[key], "it must be a number")
-    scaling = RopeScaling(type=kind, **{key: rope[key] for key in known & rope.keys()})
-    if scaling.factor < 1:
-        raise not_implemented(source, "rope_scaling.factor", scaling.factor, "it must be at least 1")
-    return scaling
+    for key in sorted(known):
+        if rope[key] not in SCALING[key]:
+            raise not_implemented(source, f"rope_scaling.{key}", rope[key], f"it must be {SCALING[key]}")
+    return RopeScaling(type=kind, **{key: rope[key] for key in known})
 
 
 def parse_packed(quantization: Any, source: str) -> Packed | None:
@@ -199,7 +232,7 @@ def parse_packed(quantization: Any, source: str) -> Packed | None:
         )
     bits, group = (quantization.get("bits"), quantization.get("attention_bits", 8)), quantization.get("group")
     format = next((name for name, each in PACKED_BITS.items() if each == bits), None)
-    if format is None or group not in GROUPS:
+    if format is None or type(group) is not int or group not in GROUPS:
         raise not_implemented(
             source,
             "quantization_config",
@@ -223,7 +256,7 @@ def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
     if "model_type" not in raw:
         raise Dsv2Error(f"{source} names no model_type", why="only deepseek_v2 checkpoints run here")
     for key, allowed in only.items():
-        if key in raw and raw[key] not in allowed:
+        if key in raw and (type(raw[key]), raw[key]) not in [(type(value), value) for value in allowed]:
             names = ", ".join(str(value) for value in allowed if value is not None) or "null"
             raise not_implemented(source, key, raw[key], f"only {names} is implemented")
 
@@ -233,29 +266,12 @@ def check_numbers(config: DeepseekV2Config, source: str) -> None:
 
     Raises Dsv2Error.
     """
-    optional = {
-        "q_lora_rank",
-        "n_shared_experts",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-    }
-    positive = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-        "num_attention_heads kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim moe_layer_freq "
-        "max_position_embeddings"
-    ).split()
-    for name in positive + sorted(optional):
+    for name, allowed in (NUMBERS | OPTIONAL).items():
         value = getattr(config, name)
-        if value is None and name in optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise not_implemented(source, name, value, "it must be a positive whole number")
-    for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "first_k_dense_replace"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise not_implemented(source, name, value, "it must be a number, and not negative")
+        if value not in allowed and not (value is None and name in OPTIONAL):
+            raise not_implemented(source, name, value, f"it must be {allowed}")
+    for name in ("bos_token_id", "eos_token_id"):
+        token_ids(getattr(config, name), name, source, config.vocab_size)
     for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
         if not isinstance(getattr(config, name), bool):
             raise not_implemented(source, name, getattr(config, name), "it must be true or false")
@@ -267,6 +283,18 @@ def check_numbers(config: DeepseekV2Config, source: str) -> None:
         )
     if config.n_routed_experts is not None:
         check_routing(config, source)
+
+
+def token_ids(value: Any, name: str, source: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids that a file gives for a special token, one, several or null; those that the model does not have
+    are left out.
+
+    Raises Dsv2Error for what is no id.
+    """
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(each) is int for each in listed):
+        raise not_implemented(source, name, value, "it must be a token id, or a list of them")
+    return tuple(each for each in listed if 0 <= each < vocab_size)
 
 
 def check_routing(config: DeepseekV2Config, source: str) -> None:
@@ -285,4 +313,6 @@ def check_routing(config: DeepseekV2Config, source: str) -> None:
 
 
 def not_implemented(source: str, key: str, value: Any, why: str) -> Dsv2Error:
-    return Dsv2Error(f"{source}: {key} = {json.dumps(value, default=str)} is not supported", why=why)
+    shown = json.dumps(value, default=str)
+    shown = shown if len(shown) < 200 else f"{shown[:200]}..."
+    return Dsv2Error(f"{source}: {key} = {shown} is not supported", why=why)

@@ -19,12 +19,13 @@ import torch.distributed as dist
 
 from dsv2cli.checkpoint.hub import find_config, find_model
 from dsv2cli.checkpoint.load import load_model, random_model
-from dsv2cli.checkpoint.tokenizer import Tokenizer, read_json
+from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.device import DTYPES, gpu_memories
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels import native
-from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.config import DeepseekV2Config, token_ids
 from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.outside import read_json
 from dsv2cli.run import launch
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.leader import Leader, whole
@@ -57,9 +58,25 @@ class Checkpoint:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """From generation_config.json, else config.json; one id or several."""
-        value = self.settings.get("eos_token_id", self.config.eos_token_id)
-        return frozenset(value if isinstance(value, list) else [] if value is None else [value])
+        """From generation_config.json, else config.json, else what the tokenizer calls the end; one id or
+        several.
+
+        Raises Dsv2Error where none of them names one that the model has.
+        """
+        name, source = "eos_token_id", str(self.folder / "generation_config.json")
+        size = self.config.vocab_size
+        for value in (self.settings.get(name), self.config.eos_token_id):
+            if ids := token_ids(value, name, source, size):
+                return frozenset(ids)
+        tokenizer = self.tokenizer_if_any()
+        end = None if tokenizer is None else tokenizer.fast.token_to_id(tokenizer.eos)
+        if end is not None and end < size:
+            return frozenset([end])
+        raise Dsv2Error(
+            f"Nothing in {self.folder} says which token ends a text",
+            why="neither generation_config.json, config.json nor tokenizer_config.json names one that it has",
+            fix="download these files again, or give --ignore-eos",
+        )
 
     def tokenizer(self) -> Tokenizer:
         """Raises Dsv2Error where there is none."""
@@ -85,7 +102,7 @@ def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
         path = find_config(random_weights)
         return Checkpoint(path, f"random weights of {random_weights}", DeepseekV2Config.load(path), {})
     folder = find_model(name)
-    settings = read_json(folder / "generation_config.json")
+    settings = read_json(folder / "generation_config.json", dict)
     return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), settings)
 
 

@@ -19,6 +19,7 @@ from dsv2cli.run.wish import TRITON, Wish
 # it.
 SMALL_MODEL_BYTES = 64 * 2**20
 OFF, TINY = "they are switched off", "the model is tiny"  # why no kernels run, and nobody needs to be told
+MOST_THREADS = 1024
 SPARE = 0.9  # of a GPU's memory may be filled with weights
 TALK = 4096  # tokens whose cache must find room beside experts on a GPU
 
@@ -140,8 +141,10 @@ def is_small(config: DeepseekV2Config) -> bool:
 
 
 def threads_of(config: DeepseekV2Config, wish: Wish, here: Here, ranks: int) -> int | None:
-    """CPU threads of each rank; None for torch's own number."""
+    """CPU threads of each rank; None for torch's own number. Raises UsageError for too many."""
     if wish.threads is not None:
+        if wish.threads > MOST_THREADS:
+            raise UsageError(f"--threads {wish.threads} is too many", why=f"{MOST_THREADS} are the most")
         return wish.threads
     if is_small(config):
         return 1

@@ -1,0 +1,84 @@
+"""Whether a checkpoint's files are those that were published, to the bit: where something says what those
+are.
+
+That is the hub's cache (a file there is named by its hash), what the hub's client writes beside files that it
+puts into a folder, and a SHA256SUMS as `sha256sum` writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.outside import AGAIN, read_text, reason, require_file
+
+SUMS = "SHA256SUMS"
+HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+
+
+def published(folder: Path) -> dict[Path, str]:
+    """The files of a checkpoint whose hash is known: SHA-256, or git's SHA-1. Raises Dsv2Error for a damaged
+    list.
+    """
+    known: dict[Path, str] = {}
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        note = folder / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+        blob = file.resolve()
+        if file.is_symlink() and blob.parent.name == "blobs" and HASH.fullmatch(blob.name):
+            known[file] = blob.name
+        elif note.is_file():
+            lines = [line.strip() for line in text_of(note).splitlines()]
+            known |= {file: lines[1]} if len(lines) > 1 and HASH.fullmatch(lines[1]) else {}
+    if (folder / SUMS).is_file():
+        for line in text_of(folder / SUMS).splitlines():
+            match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *]([^/\0]+)", line)
+            if match is None:
+                raise Dsv2Error(
+                    f"{folder / SUMS} cannot be read", why=f"{line[:80]!r} is no line of it", fix=AGAIN
+                )
+            known[folder / match[2]] = match[1].lower()
+    return known
+
+
+def text_of(path: Path) -> str:
+    """A small text file. Raises Dsv2Error."""
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise Dsv2Error(f"{path} cannot be read", why=reason(error), fix=AGAIN) from None
+
+
+def refuse_other(path: Path, wanted: str) -> None:
+    """Raises Dsv2Error unless a file has the SHA-256, or git's SHA-1, that was published."""
+    try:
+        found = git_sha1(path) if len(wanted) == 40 else sha256(path)
+    except OSError as error:
+        raise Dsv2Error(f"{path} cannot be read", why=reason(error), fix=AGAIN) from None
+    if found != wanted:
+        raise Dsv2Error(
+            f"{path} is not what was published", why=f"its hash is {found}, not {wanted}", fix=AGAIN
+        )
+
+
+def sha256(path: Path) -> str:
+    """Of the whole file, in hexadecimal. Raises OSError."""
+    require_file(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_sha1(path: Path) -> str:
+    """As git names the content. Raises OSError."""
+    digest = hashlib.sha1(f"blob {require_file(path).st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS of all files in a folder. Raises OSError."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files), encoding="utf-8")

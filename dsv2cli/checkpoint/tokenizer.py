@@ -1,4 +1,4 @@
-"""Text to token ids and back, the chat template, and the checkpoint's sampling defaults.
+"""Text to token ids and back, and conversations to ids by the checkpoint's chat template.
 
 tokenizer.json is read with the `tokenizers` library itself: transformers 5's LlamaTokenizerFast, which the
 released tokenizer_config.json names, drops spaces, and AutoTokenizer ignores add_bos_token. BOS is our own
@@ -7,16 +7,31 @@ rule: exactly once.
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from dsv2cli.checkpoint.template import find_template, render
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import AGAIN, is_text, read_bytes, read_json, reason
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before it is imported: templates run in forks
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
-from dsv2cli.errors import Dsv2Error
-
 Message = dict[str, str]
+T = TypeVar("T")
+
+SECONDS = 10.0  # that the library may take for a text, and one more for each million characters
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # in no text, by the Unicode standard
+MARK = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+# What a tokenizer that keeps text as it is gives back: blanks, letters that have other forms, controls.
+PROBE = "  Hello, World!\r\n\t a\u0300 e\u0301 \ufb01 \uff11 \u0130 \u4f60 \U0001f642 123\u200b\x01  end \n "
 
 
 class Tokenizer:
@@ -26,9 +41,9 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises Dsv2Error for a missing or damaged tokenizer.json."""
-        path = folder / "tokenizer.json"
-        if not path.exists():
+        """Raises Dsv2Error for a tokenizer.json that is missing, damaged, or changes the text."""
+        self.folder, self.path = folder, folder / "tokenizer.json"
+        if not os.path.lexists(self.path):
             raise Dsv2Error(
                 f"{folder} holds no tokenizer",
                 why="tokenizer.json is missing",
@@ -36,47 +51,146 @@ class Tokenizer:
                 'dsv2 complete --prompt-ids "1,2,3"',
             )
         try:
-            self.fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise Dsv2Error(f"{path} cannot be read", why=str(error), fix="download the file again") from None
-        self.settings = read_json(folder / "tokenizer_config.json")
-        self.chat_template = self.find_template(folder)
+            data = read_bytes(self.path)
+        except OSError as error:
+            raise Dsv2Error(f"{self.path} cannot be read", why=reason(error), fix=AGAIN) from None
+        self.fast: FastTokenizer = self.guarded(lambda: FastTokenizer.from_buffer(data), len(data))
+        self.settings = read_json(folder / "tokenizer_config.json", dict)
+        self.chat_template = find_template(folder, self.settings)
+        self.keep_text_whole()
+        self.adds_bos = self.settings.get("add_bos_token", True)
+        if not isinstance(self.adds_bos, bool):
+            what = f"{folder / 'tokenizer_config.json'}: add_bos_token = {self.adds_bos!r} makes no sense"
+            raise Dsv2Error(what, why="it must be true or false", fix=AGAIN)
+        self.bos, self.eos = self.special("bos_token"), self.special("eos_token")
+        if self.adds_bos and not self.bos:
+            why = "neither tokenizer_config.json, special_tokens_map.json nor config.json names one"
+            raise Dsv2Error(f"{folder} has no token that begins a text", why=why, fix=AGAIN)
+        self.bos_id = self.fast.token_to_id(self.bos)
 
-    def find_template(self, folder: Path) -> str | None:
-        """chat_template.jinja where transformers 5 saved one, else the entry of tokenizer_config.json."""
-        file = folder / "chat_template.jinja"
-        if file.exists():
-            return file.read_text(encoding="utf-8")
-        template = self.settings.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            named = {
-                entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
-            }
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+    def keep_text_whole(self) -> None:
+        """Switch off what cuts, pads or drops at random. Raises Dsv2Error for what changes text otherwise."""
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        if getattr(self.fast.model, "dropout", None) is not None:
+            self.fast.model.dropout = None
+        added = self.fast.get_added_tokens_decoder().values()
+        for token in added:
+            if token.lstrip or token.rstrip or token.single_word:
+                why = f"its token {token.content!r} takes what stands around it"
+                raise Dsv2Error(f"{self.path} changes the text", why=why, fix=AGAIN)
+        marks = [token.content for token in added if token.special or MARK.fullmatch(token.content)]
+        longest_first = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
+        self.marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        for text in (PROBE, PROBE.strip()):
+            if (again := self.decode(self.ids_of(text))) != text:
+                why = f"{text!r} comes back as {again!r}"
+                raise Dsv2Error(f"{self.path} changes the text", why=why, fix=AGAIN)
 
     def special(self, name: str) -> str:
-        """The text of a special token such as `bos_token`, or an empty string."""
-        token = self.settings.get(name)
-        return str(token.get("content", "") if isinstance(token, dict) else token or "")
+        """The text of a special token such as `bos_token`, from the first file that names one of the
+        vocabulary, or an empty string.
+        """
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids; BOS comes first exactly once if `add_bos` and the checkpoint wants it."""
-        ids: list[int] = self.fast.encode(text, add_special_tokens=False).ids
-        bos = self.fast.token_to_id(self.special("bos_token"))
-        if add_bos and bos is not None and self.settings.get("add_bos_token", True) and ids[:1] != [bos]:
-            return [bos, *ids]
+        def files() -> Iterator[Any]:
+            yield self.settings.get(name)
+            yield read_json(self.folder / "special_tokens_map.json", dict).get(name)
+            number = read_json(self.folder / "config.json", dict).get(f"{name}_id")
+            yield self.fast.id_to_token(number) if type(number) is int and 0 <= number < 2**32 else None
+
+        for token in files():
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and text and is_text(text) and self.fast.token_to_id(text) is not None:
+                return text
+        return ""
+
+    def guarded(self, work: Callable[[], T], size: int | None) -> T:
+        """What the library gives for `size` characters, or where None says that it can not take long. Raises
+        Dsv2Error where it fails, panics or goes on and on: within a thread, since it can not be stopped.
+        """
+        done: list[T] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                done.append(work())
+            except BaseException as error:  # a panic of the library is no Exception
+                failed.append(error)
+
+        seconds = SECONDS + (size or 0) / 1e6
+        with without_panics():
+            if size is None:
+                run()
+            else:
+                thread = threading.Thread(target=run, daemon=True)
+                thread.start()
+                thread.join(seconds)
+        if done:
+            return done[0]
+        if failed and isinstance(failed[0], KeyboardInterrupt | SystemExit):
+            raise failed[0]
+        why = reason(failed[0]) if failed else f"it takes longer than {seconds:.0f} seconds"
+        raise Dsv2Error(f"{self.path} cannot be used", why=why, fix=AGAIN)
+
+    def ids_of(self, text: str) -> list[int]:
+        """Token ids of a text as it stands, in which special tokens are those. Raises UsageError for half
+        characters, Dsv2Error.
+        """
+        if not is_text(text):
+            raise UsageError(
+                "The text holds half a character", why="it is a lone surrogate, which no text has"
+            )
+        # A batch of one: the library then lets other threads run.
+        ids: list[int] = self.guarded(
+            lambda: self.fast.encode_batch([text], add_special_tokens=False)[0].ids, len(text)
+        )
         return ids
 
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids; BOS comes first exactly once if `add_bos` and the checkpoint wants it. Special tokens
+        that the text spells are those.
+        """
+        return self.begun(self.ids_of(text)) if add_bos else self.ids_of(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids without BOS of text that is nothing but text, whatever it spells."""
+        return self.ids_of_shielded(*self.shielded([text]))
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """With BOS before them, where the checkpoint wants it and it is not there."""
+        if not self.adds_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
+    def shielded(self, texts: list[str]) -> tuple[str, ...]:
+        """A noncharacter that is in none of the texts, and the texts with it in every special token that they
+        spell, which thereby is none.
+
+        Raises UsageError for texts that leave no such character.
+        """
+        free = (each for each in NONCHARACTERS if not any(each in text for text in texts))
+        if (break_ := next(free, None)) is None:
+            raise UsageError("The text holds every noncharacter there is", why="one is needed to mark places")
+        out = []
+        for text in texts:
+            while (broken := self.marks.sub(lambda match: match[0][0] + break_ + match[0][1:], text)) != text:
+                text = broken
+            out.append(text)
+        return break_, *out
+
+    def ids_of_shielded(self, break_: str, text: str) -> list[int]:
+        """Token ids of what lies between the breaks."""
+        return [token_id for part in text.split(break_) if part for token_id in self.ids_of(part)]
+
     def decode(self, ids: list[int]) -> str:
-        return str(self.fast.decode(ids, skip_special_tokens=True))
+        return str(self.guarded(lambda: self.fast.decode(ids, skip_special_tokens=True), None))
 
     def encode_chat(self, messages: list[Message], prefix: str = "") -> list[int]:
         """The whole conversation through the chat template, ending where the assistant's answer begins, or
         after its `prefix`.
 
-        The template writes BOS itself. Raises Dsv2Error when the checkpoint has no template or it rejects the
-        messages.
+        The template writes special tokens, BOS too; what a message spells stays text. Raises Dsv2Error when
+        the checkpoint has no template, or it rejects the messages or leaves out the last.
         """
         if self.chat_template is None:
             raise Dsv2Error(
@@ -84,20 +198,12 @@ class Tokenizer:
                 why="it is a base model, which continues text",
                 fix="dsv2 complete, or a -Chat checkpoint",
             )
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered, _ = render_jinja_template(
-                [messages],
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                bos_token=self.special("bos_token"),
-                eos_token=self.special("eos_token"),
-            )
-        except TemplateError as error:
-            raise Dsv2Error("The chat template rejected this conversation", why=str(error)) from None
-        return self.encode(rendered[0] + prefix)
+        break_, start, *texts = self.shielded([prefix, *(message["content"] for message in messages)])
+        safe = [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
+        rendered = render(self.chat_template, safe, self.bos, self.eos)
+        if texts and texts[-1].strip() not in rendered:
+            raise Dsv2Error("The chat template leaves out the last message", fix=AGAIN)
+        return self.begun(self.ids_of_shielded(break_, rendered + start))
 
 
 class IncrementalDecoder:
@@ -122,16 +228,19 @@ class IncrementalDecoder:
         return self.tokenizer.decode(self.held)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An optional settings file: {} when it is not there. Raises Dsv2Error when it is there and broken."""
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Where the library panics it writes that to stderr by itself; meanwhile that leads nowhere."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise Dsv2Error(f"{path} cannot be read", why=str(error), fix="download the file again") from None
-    if not isinstance(content, dict):
-        raise Dsv2Error(
-            f"{path} cannot be read", why="it holds no JSON object", fix="download the file again"
-        )
-    return content
+        kept = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -11,6 +11,7 @@ import typer
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
+from dsv2cli.outside import as_text, path_of, read_bytes, reason
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
@@ -135,7 +136,7 @@ def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked
     if prompt.messages is not None:
         from dsv2cli.engine.store import parse_messages
 
-        ids = tokenizer.encode_chat(parse_messages(read_file(prompt.messages)), start)
+        ids = tokenizer.encode_chat(parse_messages(read_file(prompt.messages), str(prompt.messages)), start)
         return Asked(ids, start=start), tokenizer
     text = text or ""
     if prompt.chat or prompt.system is not None:
@@ -159,14 +160,13 @@ def conversation(system: str | None, text: str) -> list[Message]:
 
 
 def read_file(path: Path) -> str:
-    """A file as UTF-8, or stdin for `-`. Raises UsageError."""
+    """A file or pipe as text, or stdin for `-`. Raises UsageError."""
     if str(path) == "-":
         return ui.read_stdin()
     try:
-        return path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{path} can not be read", why=why) from None
+        return as_text(read_bytes(path_of(path), pipes=True))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can not be read", why=reason(error)) from None
 
 
 def split_at_cursor(path: Path | None) -> tuple[str, str]:
@@ -193,5 +193,5 @@ def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
     if begin is None or hole is None or end is None:
         why, fix = f"its tokenizer has no {FIM_TOKENS[0]}", "a Coder-V2 base checkpoint"
         raise UsageError("This checkpoint can not fill in the middle", why=why, fix=fix)
-    start, after = tokenizer.encode(prefix, add_bos=False), tokenizer.encode(suffix, add_bos=False)
+    start, after = tokenizer.encode_plain(prefix), tokenizer.encode_plain(suffix)
     return Asked([*tokenizer.encode(""), begin, *start, hole, *after, end], before=prefix, after=suffix)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.engine import sampling
 from dsv2cli.engine.generate import Answer, Request, Result, Token, pick, prefill
 from dsv2cli.engine.grammar import Constraint
-from dsv2cli.engine.sampling import sample_rows
+from dsv2cli.engine.sampling import NO_TOKEN, no_numbers, sample_rows
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.run.runner import Runner
 
@@ -28,7 +30,7 @@ class Job:
     prompt_ids: list[int]
     request: Request
     result: Result = field(default_factory=Result)
-    error: str = ""  # a job that can not be run passes through and keeps its place
+    error: str = ""  # why it could not be run, or not to its end: it passes through and keeps its place
 
     @property
     def ended(self) -> bool:
@@ -49,16 +51,22 @@ class Row:
     def take(self, scores: Tensor, chosen: int | None = None) -> None:
         """The next token of this row, noted; ends the answer where it is the last.
 
-        `chosen` if it was sampled already.
+        `chosen` if it was sampled already. An answer that can not go on ends with its error.
 
         scores [vocab]
         """
         result, request = self.job.result, self.job.request
-        token = (
-            pick(scores, request, self.history, self.generator, self.constraint)
-            if chosen is None
-            else Token(chosen)
-        )
+        try:
+            if chosen == NO_TOKEN:
+                raise no_numbers()
+            token = (
+                pick(scores, request, self.history, self.generator, self.constraint)
+                if chosen is None
+                else Token(chosen)
+            )
+        except Dsv2Error as error:
+            self.job.error, result.finish_reason, self.answer.ended = error.sentence, "error", True
+            return
         now = time.perf_counter()
         self.first = self.first or now
         result.ttft_seconds, result.decode_seconds = self.first - self.began, now - self.first
@@ -134,7 +142,7 @@ class Rows:
         job.result.prompt_ids, job.result.prefill_seconds = job.prompt_ids, prefill_seconds
         room = self.runner.config.max_position_embeddings - len(job.prompt_ids)
         left = min(room, job.request.max_new_tokens or room)
-        generator = torch.Generator(self.runner.device).manual_seed(job.request.seed)
+        generator = sampling.generator(self.runner.device, job.request.seed)
         answer = Answer(self.tokenizer, job.request, job.result)
         row = Row(
             job,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
+from dsv2cli.engine import sampling
 from dsv2cli.engine.grammar import Constraint, Grammar
-from dsv2cli.engine.sampling import SamplingParams, sample, sample_rows
-from dsv2cli.errors import UsageError
+from dsv2cli.engine.sampling import NO_TOKEN, SamplingParams, no_numbers, sample, sample_rows
+from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.step import Watch, unwatched
@@ -151,7 +152,11 @@ def pick(
 ) -> Token:
     """Sample from logits [vocab] what `constraint` allows, and note the log-probabilities that were asked
     for.
+
+    Raises Dsv2Error for logits that are no numbers.
     """
+    if not logits.isfinite().all():
+        raise no_numbers()
     history = torch.tensor(seen if request.sampling.repetition_penalty != 1.0 else [], dtype=torch.long)
     allowed = logits if constraint is None else constraint.allow(logits)
     token_id = sample(allowed, request.sampling, history.to(logits.device), generator)
@@ -194,9 +199,7 @@ def generate_batch(
     `decodes_ahead` may have put it there.
     """
     logits = prefill(runner, prompts, cache) if logits is None else logits
-    generators = [
-        torch.Generator(runner.device).manual_seed(request.seed + row) for row in range(len(prompts))
-    ]
+    generators = [sampling.generator(runner.device, request.seed + row) for row in range(len(prompts))]
     room = runner.config.max_position_embeddings - max(cache.lengths)
     limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
     if runner.decodes_ahead and request.plain:
@@ -231,7 +234,7 @@ def ahead_of_the_reader(
     """generate_batch where the device samples: it goes on while a token is shown; at the end of the text one
     step too far.
 
-    logits [rows, vocab] follow the prompts.
+    logits [rows, vocab] follow the prompts. Raises Dsv2Error for scores that are no numbers.
     """
     running = [True] * len(logits)
     chosen = sample_rows(logits, request.sampling, generators)
@@ -240,6 +243,8 @@ def ahead_of_the_reader(
         if step + 1 < limit:
             chosen = sample_rows(runner.decode(chosen[:, None], cache)[:, -1], request.sampling, generators)
         tokens = [Token(token_id) if runs else None for token_id, runs in zip(ids(), running, strict=True)]
+        if any(token is not None and token.id == NO_TOKEN for token in tokens):
+            raise no_numbers()
         yield tokens
         running = [token is not None and token.id not in request.eos_ids for token in tokens]
         if not any(running):
@@ -272,7 +277,7 @@ def speculate(
     logits [1, vocab] are those of the last prompt token.
     """
     (prompt,) = prompts
-    generator = torch.Generator(runner.device).manual_seed(request.seed)
+    generator = sampling.generator(runner.device, request.seed)
     history, constraint = list(prompt), request.constraint()
     room = runner.config.max_position_embeddings - cache.lengths[0]
     left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
@@ -370,7 +375,8 @@ def stream_text(
     """Generate after `prompt_ids` and yield the text as it comes; `result` is kept up to date throughout.
 
     The first cache.lengths[0] ids must be in the cache already; at least one id must be new. Without a
-    tokenizer every piece is empty. Ending the iteration early leaves finish_reason "interrupted".
+    tokenizer every piece is empty. Ending the iteration early leaves finish_reason "interrupted"; a Dsv2Error
+    on the way, "error".
     """
     reused = cache.lengths[0]
     assert reused < len(prompt_ids), "the last prompt token must be computed"
@@ -393,5 +399,8 @@ def stream_text(
         else:
             result.finish_reason = "length"
         yield answer.finish()
+    except Dsv2Error:
+        result.finish_reason = "error"
+        raise
     finally:
         result.finish_reason = result.finish_reason or "interrupted"

@@ -48,6 +48,7 @@ class Grammar:
                 why="there is no end-of-text token",
                 fix="leave --ignore-eos out",
             )
+        self.ends = eos_ids
         self.option = "--regex" if schema is None else "--json-schema"
         try:
             if schema is not None:
@@ -72,31 +73,42 @@ class Grammar:
         return UsageError(f"{self.option} can not be used", why=" ".join(why.split()))
 
     def begin(self) -> Constraint:
-        return Constraint(self.matcher.deep_copy())
+        return Constraint(self.matcher.deep_copy(), self.ends)
 
 
 class Constraint:
     """One answer's way through its grammar."""
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: Any, ends: frozenset[int]) -> None:
+        self.matcher, self.ends = matcher, ends
 
     def allow(self, logits: Tensor) -> Tensor:
         """Logits [vocab] with minus infinity for every token that may not come next.
 
         The end of text may where all is said.
 
-        Raises Dsv2Error where no token may come next.
+        Raises Dsv2Error where no token may come next, or what is there does not lead to an end.
         """
+        if self.matcher.is_error():
+            raise self.dead_end()
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = (bits[:, None] >> torch.arange(8)) & 1  # the lowest bit is the first token
         allowed = allowed.flatten()[: logits.numel()].bool()
         if not allowed.any():
-            raise Dsv2Error(
-                "No token of this model can go on in the form asked for",
-                why=self.matcher.get_error() or "its vocabulary lacks a character",
-            )
+            raise self.dead_end()
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def take(self, token_id: int) -> None:
-        self.matcher.consume_token(token_id)
+        """Go on by a token that was allowed. Raises Dsv2Error where the form is broken then, or ends too
+        soon.
+        """
+        unfinished = token_id in self.ends and not self.matcher.is_accepting()
+        if unfinished or not self.matcher.consume_token(token_id):
+            raise self.dead_end()
+
+    def dead_end(self) -> Dsv2Error:
+        return Dsv2Error(
+            "No token of this model can go on in the form asked for",
+            why=self.matcher.get_error() or "the form leads nowhere, or the vocabulary lacks a character",
+            fix="another --json-schema or --regex",
+        )

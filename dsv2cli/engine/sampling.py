@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import Number
+
+# Temperatures below TINY take the likeliest: in fp32 they would divide by nothing.
+TINY = 1e-6
+NO_TOKEN = -1
+RULES = {
+    "temperature": Number(0, 10_000),
+    "top_p": Number(0, 1, above=True),
+    "top_k": Number(0, 2**31, whole=True),
+    "min_p": Number(0, 1),
+    "repetition_penalty": Number(0.01, 10_000),
+}
 
 
 @dataclass(frozen=True)
@@ -23,29 +35,38 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value that makes no sense."""
-        rules = {
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
-        }
-        for name, (good, allowed) in rules.items():
-            if not good:
+        for name, rule in RULES.items():
+            if getattr(self, name) not in rule:
                 option = "--" + name.replace("_", "-")
-                raise UsageError(
-                    f"{option} {getattr(self, name)} makes no sense", why=f"it must be {allowed}"
-                )
+                raise UsageError(f"{option} {getattr(self, name)} makes no sense", why=f"it must be {rule}")
 
     @classmethod
-    def from_generation_config(cls, settings: dict[str, Any], **overrides: float | None) -> SamplingParams:
-        """The checkpoint's generation_config.json, with what the user asked for on top."""
-        known = {field.name for field in fields(cls)}
-        params = cls(**{key: value for key, value in settings.items() if key in known and value is not None})
+    def from_generation_config(
+        cls, settings: dict[str, Any], source: str = "generation_config.json", **overrides: float | None
+    ) -> SamplingParams:
+        """The checkpoint's generation_config.json, with what the user asked for on top.
+
+        Raises Dsv2Error naming `source` for a senseless value in it, UsageError for one of the user's.
+        """
+        own = {name: settings[name] for name in RULES if settings.get(name) is not None}
+        for name, value in own.items():
+            if value not in RULES[name]:
+                fix = f"mend it, or give --{name.replace('_', '-')}"
+                what = f"{source}: {name} = {str(value)[:80]!r} makes no sense"
+                if overrides.get(name) is None:
+                    raise Dsv2Error(what, why=f"it must be {RULES[name]}", fix=fix)
+        if settings.get("do_sample") not in (None, True, False):
+            raise Dsv2Error(f"{source}: do_sample = {str(settings['do_sample'])[:80]!r} is not true or false")
+        params = cls(**{name: value for name, value in own.items() if overrides.get(name) is None})
         if settings.get("do_sample") is False:
             params = replace(params, temperature=0.0)
         given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         return replace(params, **given)
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    """Random numbers that follow from a seed, of which 64 bits count."""
+    return torch.Generator(device).manual_seed(seed % 2**64)
 
 
 def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torch.Generator | None) -> int:
@@ -55,7 +76,7 @@ def sample(logits: Tensor, params: SamplingParams, seen: Tensor, generator: torc
     """
     if params.repetition_penalty != 1.0:
         logits = penalise(logits, seen, params.repetition_penalty)
-    if params.temperature == 0:
+    if params.temperature < TINY:
         return int(logits.argmax())
     return int(torch.multinomial(distribution(logits, params), 1, generator=generator))
 
@@ -65,14 +86,28 @@ def sample_rows(logits: Tensor, params: SamplingParams, generators: list[torch.G
     waits for the device.
 
     The largest of p / e, with e drawn from an exponential distribution, is distributed as p. No repetition
-    penalty. -> [rows]
+    penalty. A row whose scores are no numbers gets NO_TOKEN, for its reader to refuse. -> [rows]
     """
-    if params.temperature == 0:
+    return torch.where(logits.isfinite().all(dim=-1), chosen_of(logits, params, generators), NO_TOKEN)
+
+
+def chosen_of(logits: Tensor, params: SamplingParams, generators: list[torch.Generator]) -> Tensor:
+    """sample_rows for scores that are numbers. -> [rows]"""
+    if params.temperature < TINY:
         return logits.argmax(dim=-1)
     noise = torch.empty_like(logits)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
     return (distribution(logits, params) / noise).argmax(dim=-1)
+
+
+def no_numbers() -> Dsv2Error:
+    """What to say of scores with NaN or infinity in them."""
+    return Dsv2Error(
+        "The model's scores are no numbers (NaN or infinity)",
+        why="weights are damaged, or too large for the number format",
+        fix="--dtype float32, or download the weights again",
+    )
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -109,4 +144,5 @@ def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
+    dropped[..., 0] = False  # also where top_p is nothing in fp32
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.quantized import Quantized
+from dsv2cli.outside import mended, parse_json, read_bytes, reason, require_file
 
 FORMAT = "dsv2 conversation 1"
 ROLES = ("system", "user", "assistant")
@@ -49,39 +49,53 @@ def path_of(name: str) -> Path:
     return places.sessions() / f"{name}.json"
 
 
-def save(path: Path, conversation: Conversation) -> None:
+def save(path: Path, conversation: Conversation, fresh: bool = False) -> None:
     """Raises Dsv2Error when the disk or the permissions do not allow it; what was there before then stays
-    whole.
+    whole. `fresh`: raises FileExistsError where something is there.
     """
-    write(path, as_json({"format": FORMAT, **vars(conversation)}))
+    write(path, as_json({"format": FORMAT, **vars(conversation)}), fresh)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, fresh: bool = False) -> Iterator[Path]:
     """A new private file to fill, which takes the place of `path` in one move, or vanishes where that fails.
 
-    Raises Dsv2Error when the disk or the permissions do not allow it.
+    Raises Dsv2Error when the disk or the permissions do not allow it, and FileExistsError where `fresh` says
+    that nothing may be there yet.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-        os.close(handle)
-        try:
-            yield Path(name)
-            os.chmod(name, 0o600)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        places.private_folder(path.parent)
+        with places.unfinished(path) as new:
+            yield new
+            os.chmod(new, 0o600)
+            if fresh:
+                os.link(new, path)
+            else:
+                os.replace(new, path)
+        keep_names(path.parent)
     except (OSError, SafetensorError) as error:
+        if fresh and isinstance(error, FileExistsError):
+            raise
         why = getattr(error, "strerror", None) or str(error)
         raise Dsv2Error(f"{path} could not be written", why=why, fix="make room, or use --no-save") from error
 
 
-def write(path: Path, text: str) -> None:
-    """Readable by its owner only, and either the old file or the new one, whatever happens meanwhile."""
-    with replacing(path) as new, new.open("wb") as file:
-        file.write(text.encode("utf-8", "surrogatepass"))
+def keep_names(folder: Path) -> None:
+    """Let the disk have the names in a folder, not only what the files hold. Raises OSError."""
+    number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write(path: Path, text: str, fresh: bool = False) -> None:
+    """Readable by its owner only, and either the old file or the new one, whatever happens meanwhile.
+
+    Raises as replacing does.
+    """
+    with replacing(path, fresh) as new, new.open("wb") as file:
+        file.write(mended(text).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -91,17 +105,18 @@ def load(path: Path) -> Conversation:
     for anything else.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        content = parse_json(read_bytes(path), mend=True)
     except OSError as error:
-        raise Dsv2Error(
-            f"{path} could not be read", why=error.strerror or str(error), fix="/sessions lists what there is"
-        ) from error
+        fix = "/sessions lists what there is"
+        raise Dsv2Error(f"{path} could not be read", why=reason(error), fix=fix) from error
     except ValueError as error:
-        raise Dsv2Error(f"{path} is not a saved conversation", why=str(error)) from None
+        raise Dsv2Error(f"{path} is not a saved conversation", why=reason(error)) from None
     if isinstance(content, dict) and "messages" in content:
         content = content["messages"]
     if isinstance(content, list):
         messages = checked(content, str(path))
+        if not messages:
+            raise Dsv2Error(f"{path} is not a saved conversation", why="it is an empty list")
         pending = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
         return Conversation({"main": messages}, pending=pending)
     if (
@@ -114,20 +129,24 @@ def load(path: Path) -> Conversation:
             why="it is neither a session of dsv2 nor a list of messages",
         )
     branches = {str(name): checked(messages, str(path)) for name, messages in content["branches"].items()}
-    branch, pending, model = (str(content.get(key, "")) for key in ("branch", "pending", "model"))
+    texts = [content.get(key, "") for key in ("branch", "pending", "model")]
+    if not all(isinstance(text, str) for text in texts):
+        raise Dsv2Error(f"{path} is damaged", why="branch, pending and model are texts")
+    branch, pending, model = texts
     if branch not in branches:
         raise Dsv2Error(f"{path} is damaged", why=f"its branch {branch!r} is not in it")
     return Conversation(branches, branch, pending, model)
 
 
-def parse_messages(line: str) -> list[Message]:
-    """A JSON list of messages with at least one in it. Raises Dsv2Error for anything else."""
+def parse_messages(text: str, source: str = "The line") -> list[Message]:
+    """A JSON list of messages with at least one in it. Raises Dsv2Error naming `source` for anything else."""
     try:
-        messages = checked(json.loads(line), "The line")
+        content = parse_json(text)
     except ValueError as error:
-        raise UsageError("The line is not JSON", why=str(error)) from None
+        raise UsageError(f"{source} is not JSON", why=reason(error)) from None
+    messages = checked(content, source)
     if not messages:
-        raise UsageError("The list of messages is empty", why="there is nothing to answer")
+        raise UsageError(f"{source} is an empty list of messages", why="there is nothing to answer")
     return messages
 
 
@@ -154,15 +173,29 @@ def as_markdown(messages: list[Message]) -> str:
 
 
 def identity(checkpoint: Path, session: Session) -> str:
-    """Tells one model in one number format from another without reading it whole."""
+    """Tells one model in one number format from another without reading it whole: whoever changes a file
+    changes its times. Raises Dsv2Error where it can not be looked at.
+    """
+    try:
+        return times_and_edges(checkpoint, session)
+    except OSError as error:
+        raise Dsv2Error(f"{checkpoint} cannot be read", why=reason(error)) from None
+
+
+def times_and_edges(checkpoint: Path, session: Session) -> str:
+    """identity, which raises OSError."""
     codes = sorted(
         {f"{w.bits}:{w.group}" for w in session.runner.model.modules() if isinstance(w, Quantized)}
     )
     digest = hashlib.sha256(f"{session.runner.dtype} {codes}".encode())
     for file in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
-        size = file.stat().st_size
+        about = require_file(file)
+        size = about.st_size
         with file.open("rb") as opened:
-            digest.update(f"{file.name} {size} ".encode() + opened.read(EDGE))
+            times = f"{about.st_mtime_ns} {about.st_ctime_ns}"
+            digest.update(
+                f"{file.name} {size} {times} ".encode("utf-8", "surrogateescape") + opened.read(EDGE)
+            )
             opened.seek(max(0, size - EDGE))
             digest.update(opened.read(EDGE))
     return digest.hexdigest()
@@ -176,7 +209,16 @@ def save_cache(path: Path, session: Session, model: str) -> None:
     tensors = {f"layers.{i}": layer.cpu().contiguous() for i, layer in enumerate(latents)}
     tensors["token_ids"] = torch.tensor(session.cached_ids, dtype=torch.int64)
     with replacing(path) as new:
-        save_file(tensors, new, metadata={"model": model})
+        save_file(tensors, new, metadata={"model": model, "sha256": digest_of(tensors)})
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of the names and bytes of tensors on the CPU, of any shapes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 @torch.inference_mode()  # as the cache itself was made
@@ -186,17 +228,22 @@ def load_cache(path: Path, session: Session, model: str) -> str:
         return "none was saved"
     config = session.runner.config
     try:
+        require_file(path)
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("model") != model:
+            about = file.metadata() or {}
+            if about.get("model") != model:
                 return "it belongs to another model"
-            ids: list[int] = file.get_tensor("token_ids").tolist()
-            layers = [file.get_tensor(f"layers.{i}") for i in range(config.num_hidden_layers)]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        return f"it is damaged: {error}"
-    if any(
-        layer.shape != (1, len(ids), config.cached_dim) or layer.dtype != session.runner.dtype
-        for layer in layers
-    ):
+        return f"it is damaged: {reason(error)}"
+    names = [f"layers.{i}" for i in range(config.num_hidden_layers)]
+    if about.get("sha256") != digest_of(tensors) or tensors.keys() != {"token_ids", *names}:
+        return "it is damaged: it is not what was written"
+    ids, layers = tensors["token_ids"].tolist(), [tensors[name] for name in names]
+    shape = (1, len(ids), config.cached_dim)
+    if any(layer.shape != shape or layer.dtype != session.runner.dtype for layer in layers):
         return "its shape is another"
+    if not all(bool(layer.isfinite().all()) for layer in layers):
+        return "it holds NaN or infinity"
     session.take_cache(ids, layers)
     return ""

@@ -1,0 +1,152 @@
+"""Chat templates, which are programs of whoever made a checkpoint: found in its files, and run within limits.
+
+A template that is not known here runs in a process of its own, with little time and memory, and in jinja's
+sandbox. What transformers gives to templates besides (tojson, raise_exception, strftime_now, loop controls)
+is here in a few lines, because importing transformers takes a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.outside import AGAIN, read_json, read_text, reason
+
+SECONDS = 5
+SPARE = 512 * 2**20  # bytes that a template may take
+LONGEST = 64 * 2**20  # bytes of what it may give
+# SHA-256 of templates that are known to be harmless: DeepSeek-V2-Lite-Chat's, which the embedded model has
+# too.
+KNOWN = frozenset(["8aeba567270fa9a8d5372caf4b04affea947c4421d96adc01e3ff94021b0ae8e"])
+
+
+def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The template in any of the places and forms that are in use, or None.
+
+    A file of its own (.jinja or .json) comes before the entry of tokenizer_config.json; of several named ones
+    `default` or else the first is taken. Raises Dsv2Error for what is no text.
+    """
+    file = folder / "chat_template.jinja"
+    if os.path.lexists(file):
+        try:
+            return read_text(file)
+        except (OSError, ValueError) as error:
+            raise Dsv2Error(f"{file} cannot be read", why=reason(error), fix=AGAIN) from None
+    source = folder / "chat_template.json"
+    template = read_json(source, dict).get("chat_template")
+    if template is None:
+        source, template = folder / "tokenizer_config.json", settings.get("chat_template")
+    if isinstance(template, list):
+        entries = [each for each in template if isinstance(each, dict)]
+        template = {
+            each.get("name"): each.get("template") for each in entries if isinstance(each.get("name"), str)
+        }
+    if isinstance(template, dict):
+        template = template.get("default", next(iter(template.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise Dsv2Error(f"{source}: chat_template is no text", why="nor a list of named ones", fix=AGAIN)
+    return template or None
+
+
+def render(template: str, messages: list[dict[str, str]], bos: str, eos: str) -> str:
+    """The conversation as the template writes it, ending where the answer begins. Raises Dsv2Error."""
+    values = {"messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
+    if hashlib.sha256(template.encode()).hexdigest() in KNOWN:
+        return compiled(template).render(values)
+    said = within_limits(functools.partial(attempt, template, values))
+    if "text" not in said:
+        raise Dsv2Error("The chat template rejected this conversation", why=said["error"])
+    return str(said["text"])
+
+
+@functools.cache
+def compiled(template: str) -> Any:
+    """The template in a sandbox, with what transformers gives to templates. Raises jinja2.TemplateError."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: object) -> NoReturn:
+        raise TemplateError(str(message))
+
+    def tojson(value: object, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    world.filters["tojson"] = tojson
+    world.globals["raise_exception"] = raise_exception
+    world.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return world.from_string(template)
+
+
+def attempt(template: str, values: dict[str, Any]) -> dict[str, str]:
+    """What comes of a template: its text, or why there is none, with the line where it went wrong."""
+    try:
+        return {"text": compiled(template).render(values)}
+    except Exception as error:  # a template may do whatever a program may
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        what = reason(error) if str(error) else type(error).__name__
+        return {"error": what if line is None else f"{what} (line {line} of the template)"}
+
+
+def within_limits(work: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What `work` gives in a process of its own, or why it was stopped. Raises Dsv2Error where there is no
+    room for one.
+    """
+    reading, writing = os.pipe()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise Dsv2Error("The chat template could not be run", why=reason(error)) from None
+    if child == 0:
+        obey_limits(work, writing)
+    os.close(writing)
+    try:
+        return heard(reading)
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def obey_limits(work: Callable[[], dict[str, str]], writing: int) -> NoReturn:
+    """The life of the process for a template: work, tell, end."""
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        if os.path.exists("/proc/self/statm"):  # where it does not, time is the only limit
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (held + SPARE, held + SPARE))
+        with os.fdopen(writing, "wb") as out:
+            out.write(json.dumps(work()).encode())
+    finally:
+        os._exit(0)
+
+
+def heard(reading: int) -> dict[str, str]:
+    """What the process for a template tells, or why it tells nothing."""
+    limit, told = time.monotonic() + SECONDS, bytearray()
+    while select.select([reading], [], [], max(0.0, limit - time.monotonic()))[0]:
+        block = os.read(reading, 2**20)
+        told += block
+        if len(told) > LONGEST:
+            return {"error": f"what it gives is longer than {LONGEST:,} bytes"}
+        if not block:
+            answer: dict[str, str] = (
+                json.loads(told) if told else {"error": "it took too much memory or time"}
+            )
+            return answer
+    return {"error": f"it takes longer than {SECONDS} seconds"}

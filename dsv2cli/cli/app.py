@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 from dsv2cli.run import launch
 
+COMPLETION = "_DSV2_COMPLETE"  # what a shell sets that asks for the words that may follow
 COMMANDS = {  # the first line of each one's help; the function of this name in the module of this name
     "chat": "Talk with the model, at a prompt or line by line.",
     "complete": "Continue a text: the argument, or all of stdin, or both.",
@@ -98,7 +101,7 @@ def print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        sys.stdout.write(f"dsv2 {version('dsv2cli')}\n")
+        ui.emit(f"dsv2 {version('dsv2cli')}\n")
         raise typer.Exit
 
 
@@ -116,25 +119,57 @@ def root(
     apply(context)
 
 
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """SIGTERM and a terminal that is closed end the program as Ctrl-C does, with 128 and their number as the
+    exit code; not where they are ignored, as under nohup.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> None:
     """The entry point.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted; other tracebacks are bugs.
     """
+    with ending_in_order():
+        run()
+
+
+def run() -> None:
+    """The program itself. Raises SystemExit."""
     # Until all that stays is there: a seventh of the time to the first letter went to looking through it.
     gc.disable()
     # torch then takes huge pages: reading weights is 1.08x faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    ui.guard_streams()
+    ranks = 1  # that torchrun has started
     try:
+        ranks = launch.torchrun_size()
         if launch.is_follower():
             from dsv2cli.run.worker import work
 
             work()
             sys.exit(0)
         completion_init()
+        if COMPLETION in os.environ:  # it may be asked by something that is no shell
+            os.environ |= {"COMP_WORDS": os.environ.get("COMP_WORDS", "")}
+            os.environ |= {"_TYPER_COMPLETE_ARGS": os.environ.get("_TYPER_COMPLETE_ARGS", "")}
+            if not os.environ.get("COMP_CWORD", "").isdecimal():
+                os.environ["COMP_CWORD"] = "0"
         code = typer.main.get_command(app)(prog_name="dsv2")
     except Dsv2Error as error:
         ui.show_error(error)
@@ -146,6 +181,6 @@ def main() -> None:
     finally:
         gc.unfreeze()
         gc.enable()
-        if launch.torchrun_size() > 1:
+        if ranks > 1:
             launch.dismiss()
     sys.exit(code)

@@ -19,6 +19,7 @@ import typer
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import parse_json, read_bytes, reason
 from dsv2cli.run.wish import BatchWish
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
+MOST = 10_000  # numbers of a range
 BAR = 40  # characters of the longest bar
 COLUMNS = {  # of the table, with the number a run has there
     "engine": "engine",
@@ -196,14 +198,16 @@ def numbers(option: str, text: str, least: int) -> list[int]:
     for entry in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:([+*])(\d+))?)?\s*", entry)
         value, last, times, by = 0, 0, False, 0
-        if match is not None:
+        if match is not None and len(entry) < 60:
             value, last = int(match[1]), int(match[2] or match[1])
             times, by = match[3] == "*", int(match[4] or 1)
         endless = by < 1 or (times and (by < 2 or value == 0))
-        if match is None or value < least or (match[4] and endless):
+        if match is None or len(entry) >= 60 or value < least or (match[4] and endless):
             why = f"it is {RANGE_HELP}, from {least} on"
             raise UsageError(f"{option} {text} can not be used", why=why, fix=f"{option} 64,512")
         while value <= last:
+            if len(found) == MOST:
+                raise UsageError(f"{option} {text[:80]} is too long", why=f"{MOST:,} numbers are the most")
             found.append(value)
             value = value * by if times else value + by
     return list(dict.fromkeys(found))
@@ -211,14 +215,17 @@ def numbers(option: str, text: str, least: int) -> list[int]:
 
 def read_saved(path: Path) -> dict[str, Any]:
     """What --save has written. Raises UsageError for anything else."""
+    from dsv2cli.engine.benchmark import compare
+
     try:
-        content = json_format.loads(path.read_bytes())
+        content = parse_json(read_bytes(path))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
+        compare(content["runs"], content["runs"])  # has all that a comparison needs
         return dict(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         fix = "dsv2 bench --save FILE.json makes one"
-        raise UsageError(f"{path} is not a saved result", why=str(error), fix=fix) from None
+        raise UsageError(f"{path} is not a saved result", why=reason(error), fix=fix) from None
 
 
 def write_saved(path: Path, facts: dict[str, Any]) -> None:

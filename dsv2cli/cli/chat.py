@@ -13,6 +13,7 @@ from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import as_text, path_of, read_bytes, reason
 from dsv2cli.run.wish import Wish
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def read_system(path: Path, system: str | None) -> str:
     if system is not None:
         raise UsageError("Both --system and --system-file are given", fix="leave one of them out")
     try:
-        return path.expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} can not be read", why=str(error), fix="--system-file PATH") from None
+        return as_text(read_bytes(path_of(path), pipes=True)).strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} can not be read", why=reason(error), fix="--system-file PATH") from None
 
 
 def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
@@ -145,6 +146,7 @@ def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
                 if line.startswith("/"):
                     message = commands.carry_out(talk, line.strip())
                 if message is not None:
+                    talk.save(pending=talk.attached + message)  # before anything can go wrong
                     answer(talk, talk.attached + message, on_overflow, keep_going=True)
             except Dsv2Error as error:
                 ui.show_error(error)
@@ -165,7 +167,6 @@ def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -
     from dsv2cli.engine.generate import Result
 
     make_room(talk, text, on_overflow)
-    talk.save(pending=text)
     result, flow = Result(), terminal_flow(talk.plain)
     pieces = talk.session.reply(text, talk.request, result)
     try:

@@ -19,6 +19,7 @@ from dsv2cli.engine.generate import Request, Result
 from dsv2cli.engine.sampling import SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import pasted_path, path_of, read_text, reason
 from dsv2cli.run.open import Opened
 
 SETTINGS: dict[str, Callable[[str], float]] = {
@@ -53,19 +54,16 @@ class Talk:
         session = self.session
         if not pending and not session.asked() and not session.branches:
             return
-        if not self.name:
-            self.name = time.strftime("%Y-%m-%d-%H%M%S")
-            while self.name in places.session_names():  # begun within the same second
-                self.name += "b"
         branches = session.branches | {session.branch: session.messages}
+        talk = store.Conversation(branches, session.branch, pending, self.opened.name)
         try:
-            store.save(
-                store.path_of(self.name),
-                store.Conversation(branches, session.branch, pending, self.opened.name),
-            )
+            if self.name:
+                store.save(store.path_of(self.name), talk)
+            else:
+                self.name = saved_under_new_name(talk)
         except Dsv2Error as error:
-            if str(error) not in self.told:
-                self.told.add(str(error))
+            if error.why not in self.told:
+                self.told.add(error.why)
                 ui.show_error(error)
 
     def save_cache(self) -> None:
@@ -78,9 +76,8 @@ class Talk:
         ):
             return
         try:
-            store.save_cache(
-                cache_path(self.name), self.session, store.identity(self.opened.folder, self.session)
-            )
+            model = store.identity(self.opened.folder, self.session)
+            store.save_cache(cache_path(self.name), self.session, model)
         except Dsv2Error as error:
             ui.show_error(error)
 
@@ -102,6 +99,20 @@ class Talk:
         ui.note(f"{path.stem}: {len(session.asked())} turns, {kept}")
 
 
+def saved_under_new_name(talk: store.Conversation) -> str:
+    """The time of day names it; another that begins within the same second gets another name. Raises
+    Dsv2Error as store.save.
+    """
+    name = time.strftime("%Y-%m-%d-%H%M%S")
+    while True:
+        try:
+            store.save(store.path_of(name), talk, fresh=True)
+        except FileExistsError:
+            name += "b"
+        else:
+            return name
+
+
 def cache_path(name: str) -> Path:
     return store.path_of(name).with_suffix(".safetensors")
 
@@ -109,15 +120,30 @@ def cache_path(name: str) -> Path:
 def find(name: str) -> Path:
     """A saved session by name, the latest for `last`, or a file. Raises UsageError for anything else."""
     known = places.session_names()
-    if name == "last" and known:
-        return store.path_of(known[0])
+    if name == "last" and (latest := latest_readable(known)) is not None:
+        return latest
     if name in known:
         return store.path_of(name)
-    if Path(name).expanduser().is_file():
-        return Path(name).expanduser()
+    if pasted_path(name).is_file():
+        return pasted_path(name)
+    if name == "last":
+        raise UsageError("There is no saved session that can be read", fix="/sessions lists what there is")
     near = difflib.get_close_matches(name, known, 1)
     fix = f"did you mean {near[0]!r}?" if near else "/sessions lists what there is"
     raise UsageError(f"There is no saved session {name!r}", why="it is no file either", fix=fix)
+
+
+def latest_readable(names: list[str]) -> Path | None:
+    """The first of the saved sessions that can be read; those before it are passed over with a word."""
+    for name in names:
+        try:
+            path = store.path_of(name)
+            store.load(path)
+        except Dsv2Error as error:
+            ui.note(f"passed over {name}: {error.sentence}")
+        else:
+            return path
+    return None
 
 
 def carry_out(talk: Talk, line: str) -> str | None:
@@ -232,7 +258,7 @@ def save(talk: Talk, rest: str) -> None:
     Raises UsageError for a name that is taken, Dsv2Error as store.write.
     """
     if rest.endswith((".md", ".json")):
-        path, messages = Path(rest).expanduser(), talk.session.messages
+        path, messages = path_of(rest), talk.session.messages
         text = store.as_markdown(messages) if rest.endswith(".md") else store.as_json(messages)
         store.write(path, text)
         ui.note(f"written to {path}")
@@ -270,19 +296,13 @@ def file(talk: Talk, rest: str) -> None:
 
     Raises UsageError for one that can not be read, or is too large.
     """
-    path = Path(rest).expanduser()
+    path = pasted_path(rest)
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UsageError(
-                f"{rest} is too large", why=f"it has {path.stat().st_size:,} bytes and 1 MiB is the most"
-            )
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        text = read_text(path, LARGEST_FILE)
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{rest or 'no file'} can not be read", why=error.strerror or str(error), fix="/file PATH"
+            f"{rest or 'no file'} can not be read", why=reason(error), fix="/file PATH"
         ) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{rest} is not UTF-8 text", fix="convert it first") from None
     talk.attached += f"{path.name}:\n\n{text}\n\n"
     tokens = len(talk.session.tokenizer.encode(text, add_bos=False))
     ui.note(f"{path.name}: {len(text.encode()):,} bytes, {tokens:,} tokens; it goes before your next message")

@@ -14,7 +14,7 @@ import typer
 
 from dsv2cli.cli import asking, ui
 from dsv2cli.cli import options as opt
-from dsv2cli.errors import INTERRUPTED, UsageError
+from dsv2cli.errors import INTERRUPTED, Dsv2Error, UsageError
 from dsv2cli.run.wish import BatchWish, Wish
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dsv2cli.engine.generate import Request, Result
     from dsv2cli.run.open import Checkpoint, Opened
 
+MOST_AT_ONCE = 4096  # rows of one cache
 CUT_OFF = 3  # the exit code of --fail-on-length
 
 
@@ -150,6 +151,9 @@ def refuse_mixtures(
         raise UsageError("--samples needs --json", why=why, fix="--json")
     if sampling.regex is not None and sampling.json_schema is not None:
         raise UsageError("Both --regex and --json-schema are given", fix="leave one of them out")
+    for option, count in (("--samples", sampling.samples), ("--batch-size", sampling.batch_size)):
+        if count > MOST_AT_ONCE:
+            raise UsageError(f"{option} {count} is too many", why=f"{MOST_AT_ONCE:,} are the most")
     alone = (
         sampling.samples > 1 or sampling.speculate or output.dry_run or output.echo or output.fail_on_length
     )
@@ -166,27 +170,36 @@ def refuse_mixtures(
 def one(
     asked: asking.Asked, tokenizer: Tokenizer | None, opened: Opened, request: Request, output: Output
 ) -> None:
-    """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0."""
+    """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0, and
+    Dsv2Error for an answer that could not be brought to its end.
+    """
     from dsv2cli.engine.generate import Result, stream_text
 
     result, cache = Result(prompt_ids=asked.ids), opened.runner.new_cache()
+    failure: Dsv2Error | None = None  # scores that are no numbers, or a form that leads nowhere
+    ended: Any = None  # the exit code, where it was interrupted
     if not output.as_json:
         ui.write((asked.before if output.echo else "") + asked.start)
     try:
         for piece in stream_text(opened.runner, tokenizer, asked.ids, request, cache, result):
             if piece and not output.as_json:
                 ui.write(piece)
-    except KeyboardInterrupt:
-        result.finish_reason = "interrupted"
+    except (KeyboardInterrupt, SystemExit) as error:
+        ended = error.code if isinstance(error, SystemExit) else INTERRUPTED
+    except Dsv2Error as error:
+        failure = error
     if output.as_json:
-        ui.write_json(report(result, opened, request, asked, output.echo))
+        told = {"error": failure.sentence} if failure is not None else {}
+        ui.write_json(report(result, opened, request, asked, output.echo) | told)
     elif tokenizer is None:
         ui.write(",".join(str(token_id) for token_id in result.token_ids) + "\n")
     else:
         ui.write((asked.after if output.echo else "") + ("\n" if sys.stdout.isatty() else ""))
     ui.note(opt.stats_line(result))
-    if result.finish_reason == "interrupted":
-        raise typer.Exit(INTERRUPTED)
+    if failure is not None:
+        raise failure
+    if ended is not None:
+        raise SystemExit(ended)
     if output.fail_on_length and result.finish_reason == "length":
         raise typer.Exit(CUT_OFF)
 
@@ -202,15 +215,19 @@ def several(
     """`count` answers to one prompt, which is read once; each is printed as soon as it and those before it
     are done.
 
-    Raises typer.Exit where one ended at the token limit and that is a failure.
+    Raises typer.Exit where one ended at the token limit and that is a failure, Dsv2Error where one could not
+    be brought to its end.
     """
     from dsv2cli.engine.batch import Job, run_samples
 
     jobs = [Job(asked.ids, replace(request, seed=request.seed + i)) for i in range(count)]
-    cut_off = False
+    cut_off, failed = False, ""
     for job in run_samples(opened.runner, tokenizer, jobs):
-        cut_off = cut_off or job.result.finish_reason == "length"
-        ui.write_json(report(job.result, opened, job.request, asked, output.echo))
+        cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
+        told = {"error": job.error} if job.error else {}
+        ui.write_json(report(job.result, opened, job.request, asked, output.echo) | told)
+    if failed:
+        raise Dsv2Error(failed)
     if output.fail_on_length and cut_off:
         raise typer.Exit(CUT_OFF)
 

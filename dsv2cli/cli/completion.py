@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Literal
 
 from typer import Argument
+
+from dsv2cli.cli import ui
 
 
 def completion(
     shell: Annotated[Literal["bash", "zsh", "fish", "powershell"], Argument(help="Which shell.")],
 ) -> None:
     """Print a completion script for a shell."""
-    sys.stdout.write(completion_script(shell))
+    ui.emit(completion_script(shell))
 
 
 def completion_script(shell: str) -> str:

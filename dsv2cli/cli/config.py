@@ -15,8 +15,10 @@ import typer
 
 from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
+from dsv2cli.outside import path_of, read_text, reason
 
 COMMANDS = ("chat", "complete", "bench", "niah", "info", "doctor", "quantize")
+LARGEST = 2**20  # bytes of the file
 EXAMPLE = """\
 # Any option of a command, without its dashes. Environment variables such as DSV2_CHAT_TEMPERATURE come before
 # this
@@ -36,7 +38,9 @@ def config_path() -> Path:
     import platformdirs
 
     chosen = os.environ.get("DSV2_CONFIG")
-    return Path(chosen) if chosen else platformdirs.user_config_path("dsv2", appauthor=False) / "config.toml"
+    if chosen:
+        return path_of(chosen)
+    return Path(platformdirs.user_config_path("dsv2", appauthor=False)) / "config.toml"
 
 
 def read_config() -> dict[str, Any]:
@@ -46,11 +50,12 @@ def read_config() -> dict[str, Any]:
     """
     path = config_path()
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path, LARGEST))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} can not be read", why=str(error), fix="mend it, or move it away") from None
+    except (OSError, ValueError, RecursionError) as error:
+        fix = "mend it, or move it away"
+        raise UsageError(f"{path} can not be read", why=reason(error), fix=fix) from None
     for name, table in tables.items():
         if name not in (*COMMANDS, "presets") or not isinstance(table, dict):
             raise UsageError(
@@ -62,7 +67,7 @@ def read_config() -> dict[str, Any]:
 def defaults(table: dict[str, Any], command: Any, where: str) -> dict[str, Any]:
     """Option names to parameter names. Raises UsageError for an option that the command does not have."""
     known = {
-        option.lstrip("-"): parameter.name
+        option.lstrip("-"): parameter
         for parameter in command.params
         for option in parameter.opts
         if option.startswith("--") and parameter.name not in ("help", "preset")
@@ -74,8 +79,25 @@ def defaults(table: dict[str, Any], command: Any, where: str) -> dict[str, Any]:
             near = difflib.get_close_matches(option, known, 1)
             fix = f"did you mean {near[0]}?" if near else f"dsv2 {command.name} --help lists the options"
             raise UsageError(f"{config_path()}: {where} has no option {key!r}", fix=fix)
-        values[str(known[option])] = value
+        parameter = known[option]
+        several = bool(getattr(parameter, "multiple", False))
+        if (wanted := unfit(value, bool(getattr(parameter, "is_flag", False)), several)) is not None:
+            what = f"{config_path()}: {where} {key} = {str(value)[:80]!r} makes no sense"
+            raise UsageError(what, why=f"it must be {wanted}")
+        values[str(parameter.name)] = [value] if several and isinstance(value, str) else value
     return values
+
+
+def unfit(value: Any, flag: bool, several: bool) -> str | None:
+    """What a value of the file must be for its option, where it is of another kind."""
+    if flag:
+        return None if isinstance(value, bool) else "true or false"
+    if several:
+        texts = value if isinstance(value, list) else [value]
+        return None if all(isinstance(text, str) for text in texts) else "a text or a list of texts"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return None if abs(value) < 2**63 else "a number within 64 bits"
+    return None if isinstance(value, str | float) else "a text or a number"
 
 
 def apply(context: typer.Context) -> None:
@@ -118,4 +140,4 @@ def config() -> None:
     if not tables:
         ui.write(f"# {path} does not exist yet. An example:\n{EXAMPLE}")
         return
-    ui.write(f"# {path}\n{path.read_text(encoding='utf-8').strip()}\n")
+    ui.write(f"# {path}\n{read_text(path, LARGEST).strip()}\n")

@@ -52,6 +52,9 @@ class Subject:
             help="Also look at this checkpoint. Default: the embedded model.",
         ),
     ] = None
+    hash: Annotated[
+        bool, typer.Option("--hash", help="Read all of its files, and compare them with what was published.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def doctor(subject: Subject, output: Output) -> None:
     And what does not, and why. Exit code 1 where something is wrong.
     """
     findings = []
-    for finding in (*machine(), *checkpoint(subject.model)):
+    for finding in (*machine(), *checkpoint(subject.model, subject.hash)):
         findings.append(finding)
         if not output.json:
             ui.write(f"{finding.state:4} {finding.name}: {ui.harmless(finding.text)}\n")
@@ -190,14 +193,19 @@ def disks() -> Iterator[Finding]:
     """The places that are written to."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    written = {
-        "conversations": places.sessions(),
-        "compiled kernels": places.compiled_kernels(),
-        "downloads": Path(HF_HUB_CACHE),
+    written: dict[str, Callable[[], Path]] = {
+        "conversations": places.sessions,
+        "compiled kernels": places.compiled_kernels,
+        "downloads": lambda: Path(HF_HUB_CACHE),
     }
-    for name, path in written.items():
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
+    for name, place in written.items():
+        try:
+            path = place()
+            there = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+            free = shutil.disk_usage(there).free
+        except (Dsv2Error, OSError) as error:
+            yield Finding(name, "bad", str(error))
+            continue
         if not os.access(there, os.W_OK):
             yield Finding(name, "bad", f"{path} can not be written", f"chmod u+w {there}")
         elif free < LITTLE_DISK:
@@ -206,22 +214,25 @@ def disks() -> Iterator[Finding]:
             yield Finding(name, "ok", f"{path}, {free / 1e9:.0f} GB free")
 
 
-def checkpoint(model: str | None) -> Iterator[Finding]:
+def checkpoint(model: str | None, hashed: bool = False) -> Iterator[Finding]:
     """Config, files, tokenizer and template; the weights' names, shapes and lengths are
-    checked and not read.
+    checked and not read, or read only to be `hashed`.
     """
     found: list[Checkpoint] = []
     yield attempt("config", lambda: config_of(model, found))
     if found:
         yield attempt("weights", lambda: weights_of(found[0]))
+        yield attempt("sampling", lambda: settings_of(found[0]))
         yield from tokenizer_of(found[0])
+        if hashed:
+            yield from hashes_of(found[0])
 
 
 def attempt(name: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "ok", look())
     except Dsv2Error as error:
-        return Finding(name, "bad", f"{error.what} ({error.why})" if error.why else error.what, error.fix)
+        return Finding(name, "bad", error.sentence, error.fix)
 
 
 def config_of(model: str | None, found: list[Checkpoint]) -> str:
@@ -235,10 +246,45 @@ def config_of(model: str | None, found: list[Checkpoint]) -> str:
     return f"{found[0].name}: {config.num_hidden_layers} layers, {format}, {weights}"
 
 
+def settings_of(checkpoint: Checkpoint) -> str:
+    """What generation_config.json says, and which tokens end a text. Raises Dsv2Error."""
+    request = opt.Sampling().request(checkpoint)
+    ends = ", ".join(map(str, sorted(request.eos_ids)))
+    params = request.sampling
+    return f"temperature {params.temperature:g}, top_p {params.top_p:g}, text ends with {ends}"
+
+
+def hashes_of(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A finding for each file that is not what was published, or one for all that are."""
+    from dsv2cli.checkpoint.hashes import published, refuse_other
+
+    try:
+        known = published(checkpoint.folder)
+    except (OSError, Dsv2Error) as error:
+        yield Finding("hashes", "bad", str(error))
+        return
+    bad = 0
+    for path, wanted in known.items():
+        try:
+            refuse_other(path, wanted)
+        except Dsv2Error as error:
+            bad += 1
+            yield Finding("hashes", "bad", error.sentence, error.fix)
+    if not known:
+        text = "nothing here says what was published: a flipped bit in the weights can not be found"
+        yield Finding(
+            "hashes", "note", text, "download it by its repository's name, or put a SHA256SUMS beside it"
+        )
+    elif not bad:
+        yield Finding("hashes", "ok", f"{len(known)} files are what was published, to the bit")
+
+
 def weights_of(checkpoint: Checkpoint) -> str:
+    from dsv2cli.checkpoint.load import look_at_small
     from dsv2cli.checkpoint.names import inspect
 
     tensors = inspect(checkpoint.folder, checkpoint.config)
+    look_at_small(checkpoint.folder, tensors)
     files = {tensor.file for tensor in tensors}
     return f"{len(tensors):,} tensors in {len(files)} files, all there and of the right shape and length"
 
@@ -247,7 +293,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Iterator[Finding]:
     try:
         tokenizer = checkpoint.tokenizer()
     except Dsv2Error as error:
-        yield Finding("tokenizer", "bad", f"{error.what} ({error.why})", error.fix)
+        yield Finding("tokenizer", "bad", error.sentence, error.fix)
         return
     ids = tokenizer.encode(ROUND_TRIP)
     if (again := tokenizer.decode(ids)) == ROUND_TRIP:
@@ -274,12 +320,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Iterator[Finding]:
         chat: list[int] = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
     except Dsv2Error as error:
         rejected = tokenizer.chat_template is not None
-        yield Finding(
-            "template",
-            "bad" if rejected else "note",
-            error.what + (f" ({error.why})" if error.why else ""),
-            error.fix,
-        )
+        yield Finding("template", "bad" if rejected else "note", error.sentence, error.fix)
         return
     twice = len(chat) > 1 and chat[0] == chat[1]
     yield Finding(

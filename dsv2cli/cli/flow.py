@@ -18,6 +18,7 @@ from dsv2cli.cli import ui
 
 MARKS = re.compile(r"(\*\*|`)")
 HEADING = re.compile(r"#{1,6}")
+USUAL_COLUMNS = 80  # of a terminal that does not say
 BOLD, CODE, DIM, PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 
 
@@ -26,7 +27,11 @@ def terminal_flow(plain: bool) -> Flow:
     if not sys.stdout.isatty():
         return Flow(0, False)
     drawn = not plain and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return Flow(os.get_terminal_size(sys.stdout.fileno()).columns, drawn)
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except OSError:
+        columns = 0
+    return Flow(columns or USUAL_COLUMNS, drawn)
 
 
 class Flow:

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsv2cli.cli import ui
 from dsv2cli.engine.batch import Job, run_batch
 from dsv2cli.engine.generate import Request, check_prompt
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.sampling import RULES
 from dsv2cli.engine.store import checked
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import Number, mended, parse_json, path_of, read_bytes, reason
 from dsv2cli.run.open import Opened
 
-SAMPLING = tuple(field.name for field in fields(SamplingParams))
 PROMPTS = ("prompt", "prompt_ids", "messages")
 BEGINNING = b'{"id": '  # of every line of answers
-KNOWN = {"id", *PROMPTS, "max_new_tokens", "seed", "stop", *SAMPLING}
+NUMBERS = {"seed": Number(0, 2**64, whole=True), "max_new_tokens": Number(1, 2**64, whole=True), **RULES}
+KNOWN = {"id", "stop", *PROMPTS, *NUMBERS}
 
 
 @dataclass
@@ -41,9 +42,9 @@ class Line:
 def parse(text: bytes) -> dict[str, Any]:
     """A line's object. Raises Dsv2Error for what is none, or has keys that are not known."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
-        raise Dsv2Error("it is not JSON", why=str(error)) from None
+        raise Dsv2Error("it is not JSON", why=reason(error)) from None
     if not isinstance(content, dict):
         raise Dsv2Error("it is not a JSON object")
     for key in content.keys() - KNOWN:
@@ -79,7 +80,7 @@ class Lines:
                 if not self.skip_bad:
                     fix = "mend it, or --on-bad-line skip"
                     raise UsageError(f"{name}, line {number}: {error.what}", why=error.why, fix=fix) from None
-                job = Job([], self.request, error=f"{error.what} ({error.why})" if error.why else error.what)
+                job = Job([], self.request, error=error.sentence)
             yield Line(number, content.get("id", number) if isinstance(content, dict) else number, job)
 
     def job(self, content: dict[str, Any], number: int) -> Job:
@@ -90,19 +91,17 @@ class Lines:
         """
         ids, request = self.prompt_ids(content), self.request
         check_prompt(self.opened.config, ids)
-        seed, most = (
-            content.get("seed", request.seed + number),
-            content.get("max_new_tokens", request.max_new_tokens),
-        )
-        if type(seed) is not int or seed < 0 or type(most) is not int or most < 1:
-            raise Dsv2Error("seed and max_new_tokens are whole numbers", why="max_new_tokens is at least 1")
+        for key, rule in NUMBERS.items():
+            if key in content and content[key] not in rule:
+                what = f"{key} = {str(content[key])[:80]!r} makes no sense"
+                raise Dsv2Error(what, why=f"it must be {rule}")
+        seed = content.get("seed", request.seed + number)
+        most = content.get("max_new_tokens", request.max_new_tokens)
         stop = content.get("stop", list(request.stop))
+        stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
-            raise Dsv2Error("stop is not a list of texts")
-        own = {key: content[key] for key in SAMPLING if key in content}
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in own.values()):
-            raise Dsv2Error("sampling values are numbers")
-        sampling = replace(request.sampling, **own)
+            raise Dsv2Error("stop is neither a text nor a list of texts")
+        sampling = replace(request.sampling, **{key: content[key] for key in RULES if key in content})
         return Job(ids, replace(request, sampling=sampling, seed=seed, max_new_tokens=most, stop=tuple(stop)))
 
     def prompt_ids(self, content: dict[str, Any]) -> list[int]:
@@ -125,12 +124,14 @@ class Lines:
 
     def answer(self, line: Line, job: Job) -> dict[str, Any]:
         """The object of a finished job."""
-        said = {"error": job.error} if job.error else self.report(job.result, self.opened, job.request)
+        said = {"error": job.error}
+        if not job.error or job.result.finish_reason:
+            said = self.report(job.result, self.opened, job.request) | (said if job.error else {})
         return {"id": line.id, "line": line.number, **said}
 
     def answer_stdin(self) -> None:
         """Each line answered on stdout before the next is read, so that a program may wait for its answer."""
-        for line in self.read(sys.stdin.buffer if sys.stdin is not None else (), "stdin"):
+        for line in self.read(ui.stdin_bytes(), "stdin"):
             for job in run_batch(self.opened.runner, self.tokenizer, [line.job], 1):
                 ui.write_json(self.answer(line, job))
 
@@ -141,20 +142,24 @@ class Lines:
         Answers stand in the order of the prompts, one line each, and reach the file as soon as all before
         them are done. Raises UsageError where a file is not what it should be, Dsv2Error for a full disk.
         """
+        out = destination(out)
         try:
+            source = lines_of(path)
             # All lines are read before the first is run: what is wrong is said before an hour's work, not
             # after.
-            total = sum(1 for _ in self.read(lines_of(path), str(path)))
+            total = sum(1 for _ in self.read(source(), str(path)))
         except OSError as error:
-            raise UsageError(f"{path} can not be read", why=error.strerror or str(error)) from None
-        done = finished(out)
-        lines = self.read(lines_of(path), str(path))
+            raise UsageError(f"{path} can not be read", why=reason(error)) from None
+        done = finished(out) if out.is_file() else []
+        lines = self.read(source(), str(path))
         skip_answered(lines, done, out)
         try:
             with ui.counting("answering", total) as tick, out.open("ab") as file:
                 for _ in done:
                     tick()
                 return self.write(lines, file, width, tick)
+        except BrokenPipeError:
+            raise ui.ReaderGone from None
         except OSError as error:
             why, fix = error.strerror or str(error), "make room, then run the same command again"
             raise Dsv2Error(f"{out} could not be written", why=why, fix=fix) from None
@@ -176,18 +181,46 @@ class Lines:
 
         for job in run_batch(self.opened.runner, self.tokenizer, jobs(), width):
             answer = self.answer(running.pop(0), job)
-            file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            file.write(mended(json.dumps(answer, ensure_ascii=False, allow_nan=False)).encode() + b"\n")
             file.flush()
             written, errors = written + 1, errors + bool(job.error)
             tick()
-        os.fsync(file.fileno())
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            os.fsync(file.fileno())
         return written, errors
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
-    """Raises OSError."""
-    with path.open("rb") as file:
-        yield from file
+def lines_of(path: Path) -> Callable[[], Iterable[bytes]]:
+    """What gives the lines of a file, each time it is called; of a pipe, and of stdin for `-`, they are kept.
+
+    Raises OSError where they can not be read.
+    """
+    if str(path) == "-":
+        kept = list(ui.stdin_bytes())
+        return lambda: kept
+    path = path_of(path)
+    if not path.is_file():
+        piped = read_bytes(path, pipes=True).splitlines(keepends=True)
+        return lambda: piped
+
+    def lines() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            yield from file
+
+    return lines
+
+
+def destination(out: Path) -> Path:
+    """Where answers go; `-` is stdout. Raises UsageError for what can not be written."""
+    if str(out) == "-":
+        return Path("/dev/stdout")
+    out = path_of(out)
+    if out.is_dir():
+        fix = f"--output {out}/OUT.jsonl"
+        raise UsageError(f"{out} is a folder", why="--output is a file of answers", fix=fix)
+    if not out.exists() and not out.is_symlink() and not out.parent.is_dir():
+        raise UsageError(f"There is no folder {out.parent}", fix="make it, or another --output")
+    return out
 
 
 def finished(out: Path) -> list[Any]:
@@ -196,13 +229,11 @@ def finished(out: Path) -> list[Any]:
 
     Raises UsageError for a file of something else.
     """
-    if not out.exists():
-        return []
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     cut_off = data[len(whole) :]
     try:
-        ids = [json.loads(line)["id"] for line in whole.splitlines()]
+        ids = [parse_json(line)["id"] for line in whole.splitlines()]
         if cut_off[: len(BEGINNING)] != BEGINNING[: len(cut_off)]:
             raise ValueError
     except (ValueError, KeyError, TypeError):

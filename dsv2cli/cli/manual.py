@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import sys
 from typing import Any
 
 import typer
+
+from dsv2cli.cli import ui
 
 DESCRIPTION = (
     "stdout carries the model's text or JSON and nothing else; progress and remarks go to stderr, and "
@@ -99,7 +100,7 @@ ENVIRONMENT = {
 
 def manual(context: typer.Context) -> None:
     """Print the manual page: dsv2 manual | man -l -"""
-    sys.stdout.write(page(context.find_root().command))
+    ui.emit(page(context.find_root().command))
 
 
 def roff(text: str) -> str:

@@ -17,10 +17,12 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
+from typer import BadParameter
 from typer.core import TyperCommand
 
 from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
+from dsv2cli.outside import parse_json
 from dsv2cli.run.wish import Wish
 
 if TYPE_CHECKING:
@@ -66,7 +68,36 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Command(TyperCommand):
-    """A command whose help shows its options under their headings."""
+    """A command whose help shows its options under their headings, and whose errors name the variable or the
+    file that a value came from.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        for parameter in self.params:
+            parameter.split_envvar_value = one_or_list  # type: ignore[method-assign,assignment]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As the library does. Raises UsageError for a wrong value that was not on the command line."""
+        try:
+            return super().parse_args(ctx, args)
+        except BadParameter as error:
+            where = None if error.param is None else origin(ctx, error.param)
+            if where is None:
+                raise
+            raise UsageError(f"{where}: {error.message}") from None
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it. Where a UsageError begins with an option that nobody typed, it is named by its origin."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            option, _, rest = error.what.partition(" ")
+            named = [each for each in self.params if option in each.opts]
+            where = origin(ctx, named[0]) if named else None
+            if where is None:
+                raise
+            raise UsageError(f"{where}: {rest}", why=error.why, fix=error.fix) from None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write each heading and what is below it, in the order of the parameters."""
@@ -78,6 +109,36 @@ class Command(TyperCommand):
         for heading, records in headings.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def origin(ctx: Any, parameter: Any) -> str | None:
+    """The variable or the table of the configuration file that a parameter's value came from; None for the
+    command line and for what is built in.
+    """
+    source = ctx.get_parameter_source(parameter.name)
+    if source is not None and source.name == "ENVIRONMENT":
+        variable: str = parameter.envvar or f"{ctx.auto_envvar_prefix}_{parameter.name.upper()}"
+        return variable
+    if source is not None and source.name == "DEFAULT_MAP":
+        from dsv2cli.cli.config import config_path
+
+        return f"{config_path()}: {parameter.opts[0].lstrip('-')}"
+    return None
+
+
+def one_or_list(text: str) -> list[str]:
+    """The value of a variable for an option that may be given several times: one text, never split at spaces,
+    or a JSON list of texts. Raises UsageError for another list.
+    """
+    if not text.startswith("["):
+        return [text]
+    try:
+        listed = parse_json(text)
+    except ValueError:
+        return [text]
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise UsageError(f"{text[:80]} is no list of texts", fix='["one", "two"]')
+    return listed
 
 
 def models(incomplete: str) -> list[str]:
@@ -151,7 +212,9 @@ class Sampling:
 
         chosen = {each.name: getattr(self, each.name) for each in fields(SamplingParams)}
         return Request(
-            SamplingParams.from_generation_config(checkpoint.settings, **chosen),
+            SamplingParams.from_generation_config(
+                checkpoint.settings, str(checkpoint.folder / "generation_config.json"), **chosen
+            ),
             self.max_new_tokens,
             frozenset() if ignore_eos else checkpoint.eos_ids,
             tuple(self.stop or ()),
@@ -180,8 +243,11 @@ def collect_garbage_from_here() -> None:
 
 def parse_ids(text: str) -> list[int]:
     """`1,2,3` to token ids. Raises UsageError for anything else."""
+    words = text.replace(",", " ").split()
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
+        if not all(word.isdecimal() and len(word) < 20 for word in words):
+            raise ValueError
+        return [int(word) for word in words]
     except ValueError:
         fix = '--prompt-ids "1,2,3"'
         raise UsageError(f"--prompt-ids {text!r} is not a list of numbers", fix=fix) from None

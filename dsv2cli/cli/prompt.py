@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
@@ -18,6 +19,7 @@ from dsv2cli import places
 from dsv2cli.cli import ui
 from dsv2cli.cli.commands import COMMANDS, SETTINGS, Talk
 from dsv2cli.cli.options import Overflow
+from dsv2cli.outside import mended, require_file
 
 QUOTES = '"""'
 
@@ -30,17 +32,19 @@ class History(FileHistory):
 
     def store_string(self, string: str) -> None:
         try:
-            os.makedirs(os.path.dirname(self.filename), mode=0o700, exist_ok=True)
-            os.close(os.open(self.filename, os.O_CREAT | os.O_WRONLY, 0o600))
-            super().store_string(string)
+            places.private_folder(Path(os.fsdecode(self.filename)).parent)
+            os.close(os.open(self.filename, os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK, 0o600))
+            require_file(Path(os.fsdecode(self.filename)))
+            super().store_string(mended(string))
         except OSError:
             # The message itself is not lost by that, and saving the session says what is wrong with the disk.
             return
 
     def load_history_strings(self) -> Iterable[str]:
         try:
+            require_file(Path(os.fsdecode(self.filename)))
             return list(super().load_history_strings())
-        except OSError:
+        except (OSError, ValueError):
             return []
 
 
@@ -119,7 +123,7 @@ def typed(talk: Talk, keep_history: bool) -> Iterator[str]:
         if stripped.startswith(QUOTES) and stripped.endswith(QUOTES) and len(stripped) >= 2 * len(QUOTES):
             stripped = text = stripped[len(QUOTES) : -len(QUOTES)].strip("\n")
         if stripped:
-            yield text
+            yield mended(text)
 
 
 def ask_overflow(limit: int) -> Overflow:

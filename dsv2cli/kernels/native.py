@@ -5,6 +5,7 @@ Where there is no compiler, or it fails, the plain torch path runs, and `load` s
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import enum
 import functools
@@ -12,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -20,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, Quantized
-from dsv2cli.places import compiled_kernels
+from dsv2cli.places import compiled_kernels, private_folder, remove, unfinished
 
 SOURCES = Path(__file__).with_name("cpu")  # api.cpp there includes all the others
 TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable": []}
@@ -192,17 +195,58 @@ def load(target: str = "native") -> tuple[Kernels | None, str]:
     """The kernels for a target, or None and the reason, as words to follow 'because'."""
     program = compiler()
     flags = FLAGS.split() + TARGETS[target]
-    folder = compiled_kernels()
-    built = folder / f"{target}-{key_of(SOURCES, flags, processor())}.so"
     try:
-        if not built.exists():
+        folder = safe_folder()
+        built = folder / f"{target}-{key_of(SOURCES, flags, processor())}.so"
+        if not is_whole(built):
             if program is None:
                 return None, "there is no C++ compiler (c++, g++ or clang++)"
-            folder.mkdir(parents=True, exist_ok=True)
             build(program, flags, built)
         return Kernels(ctypes.CDLL(str(built))), ""
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError, AttributeError) as error:
         return None, f"they could not be compiled ({str(error).splitlines()[0]})"
+
+
+def safe_folder() -> Path:
+    """Where compiled kernels are kept: a folder of our own that nobody else can write, or else a temporary
+    one.
+
+    Raises OSError.
+    """
+    try:
+        folder = private_folder(compiled_kernels())
+        if is_ours(folder):
+            return folder
+        if folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o700)
+            return folder
+    except (OSError, Dsv2Error):
+        pass  # no home, or none that can be written
+    temporary = Path(tempfile.mkdtemp(prefix="dsv2-kernels-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file or folder is this user's, and nobody else can write it. Raises OSError."""
+    about = path.lstat()
+    return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def is_whole(built: Path) -> bool:
+    """Whether a library is there as it was compiled: ours, a plain file, with the SHA-256 that lies beside
+    it.
+    """
+    try:
+        ours = is_ours(built) and stat.S_ISREG(built.lstat().st_mode)
+        return ours and hash_file(built).read_text() == hashlib.sha256(built.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return False
+
+
+def hash_file(built: Path) -> Path:
+    """Where the SHA-256 of a library lies."""
+    return built.with_suffix(".sha256")
 
 
 def key_of(sources: Path, flags: list[str], cpu: str) -> str:
@@ -220,15 +264,21 @@ def build(program: str, flags: list[str], built: Path) -> None:
     With OpenMP where there is one. Raises subprocess.CalledProcessError if the compiler fails, and OSError if
     it can not be started or the place can not be written.
     """
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        out = Path(folder) / built.name
+    with unfinished(built, folder=True) as folder:
+        out = folder / built.name
         done = None
         for openmp in (["-fopenmp"], []):
             done = subprocess.run(
                 [program, *flags, *openmp, "-o", str(out), str(SOURCES / "api.cpp")], capture_output=True
             )
             if done.returncode == 0:
+                out.chmod(0o700)
+                written = hash_file(out)
+                written.write_text(hashlib.sha256(out.read_bytes()).hexdigest())
+                if built.is_dir():
+                    remove(built)
                 out.replace(built)
+                written.replace(hash_file(built))
                 return
         assert done is not None
         done.check_returncode()

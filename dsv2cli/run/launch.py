@@ -8,17 +8,21 @@ here imports torch at import time.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv2cli.errors import Dsv2Error
+from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.places import unfinished
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -28,19 +32,73 @@ if TYPE_CHECKING:
 
 Complain = Callable[[Dsv2Error], None]  # shows an error to the person
 
-LAUNCHED = "DSV2_LAUNCHED"  # set for processes that this module starts
+LAUNCHED = "DSV2_LAUNCHED"  # set for processes that this module starts: the leader's number
+# The file through which they find each other, in a folder that only this user can enter.
+MEETING = "DSV2_MEETING"
+TORCHRUN = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+)
+# Seconds after which a rank is given up that is stopped, or that does nothing in a step while the leader
+# waits.
+STOPPED, HUNG = 10.0, 20.0
+# -P: nothing of the folder we are in is imported; the package's own place comes last.
+START = "import sys; sys.path.append(sys.argv.pop()); from dsv2cli.cli.app import main; main()"
 ORDERS = "dsv2/orders"  # where the leader leaves what is to be loaded
 PATIENCE = 5.0  # seconds for a process to end by itself
 
 
 def is_follower() -> bool:
-    """Whether this process is a rank above 0, started by us or by torchrun."""
-    return int(os.environ.get("RANK", 0)) > 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether this process is a rank above 0, started by us or by torchrun. Raises UsageError."""
+    return rank_and_size()[0] > 0
 
 
 def torchrun_size() -> int:
-    """Ranks that torchrun has started, or 1."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and LAUNCHED not in os.environ else 1
+    """Ranks that torchrun has started, or 1. Raises UsageError."""
+    return 1 if LAUNCHED in os.environ else rank_and_size()[1]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which rank of how many this process is: (0, 1) alone. Variables that a cluster has left make no team:
+    all of torchrun's must be there, or ours.
+
+    Raises UsageError for values that make no sense.
+    """
+    if LAUNCHED not in os.environ and not all(name in os.environ for name in TORCHRUN):
+        return 0, 1
+    numbers = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        value = os.environ.get(name, "")
+        if not value.isdecimal() or len(value) > 6:
+            raise UsageError(f"{name}={value[:80]!r} is no number", fix=f"unset {name}, or use torchrun")
+        numbers.append(int(value))
+    rank, size, _ = numbers
+    if not rank < size:
+        raise UsageError(f"RANK={rank} and WORLD_SIZE={size} make no team", fix="unset RANK WORLD_SIZE")
+    return rank, size
+
+
+class Busy:
+    """Since when this process has been in a step that all ranks make; None between two."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    @contextlib.contextmanager
+    def now(self) -> Iterator[None]:
+        before, self.since = self.since, self.since or time.monotonic()
+        try:
+            yield
+        finally:
+            self.since = before
+
+
+BUSY = Busy()
 
 
 def connect(store: Store, rank: int, size: int, plan: Plan) -> Team:
@@ -66,24 +124,23 @@ class Crew:
     sentence that names it.
     """
 
-    def __init__(self, size: int, port: int, complain: Complain) -> None:
+    def __init__(self, size: int, meeting: Path, complain: Complain) -> None:
         self.complain, self.closing = complain, False
         self.terminal = terminal_settings()
-        self.processes = [self.start(rank, size, port) for rank in range(1, size)]
+        self.processes = [self.start(rank, size, meeting) for rank in range(1, size)]
         atexit.register(self.close)
         threading.Thread(target=self.watch, daemon=True).start()
 
-    def start(self, rank: int, size: int, port: int) -> subprocess.Popen[bytes]:
+    def start(self, rank: int, size: int, meeting: Path) -> subprocess.Popen[bytes]:
         place = {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            MEETING: meeting,
             LAUNCHED: os.getpid(),
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "dsv2cli"],
+            [sys.executable, "-P", "-c", START, str(Path(__file__).parents[2])],
             env=os.environ | {name: str(value) for name, value in place.items()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -92,21 +149,25 @@ class Crew:
         )
 
     def watch(self) -> None:
+        """Until the end: whether every process lives, and does something where it should."""
+        pulses = [Pulse(process.pid) for process in self.processes]
         while not self.closing:
-            for rank, process in enumerate(self.processes, 1):
-                if process.poll() is not None and not self.closing:
-                    self.fail(rank, process)
+            for rank, (process, pulse) in enumerate(zip(self.processes, pulses, strict=True), 1):
+                if self.closing:
+                    return
+                if process.poll() is not None:
+                    self.fail(f"Rank {rank} of the model ended", self.how_it_ended(process))
+                if how := pulse.look():
+                    self.fail(f"Rank {rank} of the model does not answer", how)
             time.sleep(0.1)
 
-    def fail(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        """Say which rank ended and why, and end the whole program: the leader may be waiting for it inside a
-        library.
+    def fail(self, what: str, why: str) -> None:
+        """Say what has become of a rank and why, and end the whole program: the leader may be waiting for it
+        inside a library.
         """
-        how = self.how_it_ended(process)
         self.stop()
         restore(self.terminal)
-        fix = "what was said is saved; run the command again"
-        self.complain(Dsv2Error(f"Rank {rank} of the model ended", why=how, fix=fix))
+        self.complain(Dsv2Error(what, why=why, fix="what was said is saved; run the command again"))
         sys.stderr.flush()
         os._exit(1)
 
@@ -137,6 +198,38 @@ class Crew:
     def close(self) -> None:
         if not self.closing:
             self.stop()
+
+
+class Pulse:
+    """Whether a process still does something, by what the system says of it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.moved, self.stopped_at = pid, time.monotonic(), 0.0
+        self.seconds = (-1.0, -1.0)  # of the processor, for it and for our main thread
+
+    def look(self) -> str:
+        """Why it is to be given up, or nothing. Only within a step must it or our main thread have used the
+        processor: one that is ready before us waits for us.
+        """
+        import psutil
+
+        now = time.monotonic()
+        try:
+            process = psutil.Process(self.pid)
+            stopped = process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            threads = psutil.Process().threads()
+            ours = sum(each.user_time + each.system_time for each in threads if each.id == os.getpid())
+            used = (sum(process.cpu_times()[:2]), ours)
+        except psutil.Error:  # it has ended, which others see
+            return ""
+        self.stopped_at = (self.stopped_at or now) if stopped else 0.0
+        if used != self.seconds or BUSY.since is None:
+            self.seconds, self.moved = used, now
+        if stopped and now - self.stopped_at > STOPPED:
+            return f"its process {self.pid} has been stopped for {STOPPED:.0f} seconds"
+        if BUSY.since is not None and now - max(self.moved, BUSY.since) > HUNG:
+            return f"its process {self.pid} has done nothing for {HUNG:.0f} seconds"
+        return ""
 
 
 def terminal_settings() -> Any:
@@ -170,13 +263,22 @@ def gather(orders: dict[str, Any], plan: Plan, complain: Complain) -> Team:
         if torchrun_size() > 1:
             store, rank, size = next(dist.rendezvous("env://"))
         else:
-            store, rank = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False), 0
-            Crew(size, store.port, complain)
+            meeting = meeting_place()
+            store, rank = dist.FileStore(str(meeting), size), 0
+            Crew(size, meeting, complain)
         store.set(ORDERS, json.dumps(orders))
         return connect(store, rank, size, plan)
     except (RuntimeError, OSError) as error:
         what, why = f"{size} processes could not be brought together", str(error).splitlines()[0]
         raise Dsv2Error(what, why=why, fix="fewer --gpus") from None
+
+
+def meeting_place() -> Path:
+    """A file in a temporary folder that only this user can enter, gone with this process. Raises OSError."""
+    stack = contextlib.ExitStack()
+    folder = stack.enter_context(unfinished(Path(tempfile.gettempdir()) / "dsv2-team", folder=True))
+    atexit.register(stack.close)
+    return folder / "store"
 
 
 def dismiss() -> None:

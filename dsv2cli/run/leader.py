@@ -28,6 +28,7 @@ from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.step import Watch, unwatched
 from dsv2cli.model.transformer import DeepseekV2
+from dsv2cli.run import launch
 from dsv2cli.run.runner import PlainRunner, decode_among_all
 
 NAMING = 3.0  # seconds for the watcher to name the dead rank first
@@ -106,9 +107,17 @@ def whole() -> Iterator[None]:
     Raises Dsv2Error where another rank is gone; whoever watches over the ranks has some seconds to name it
     first.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    with launch.BUSY.now():
+        if threading.current_thread() is not threading.main_thread():
+            yield
+        else:
+            with interrupted_afterwards():
+                yield
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C waits until what is in here is done. Raises as whole does."""
     held: list[tuple[int, FrameType | None]] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
     try:

@@ -38,13 +38,15 @@ class Silence:
 
 def work() -> None:
     """The whole life of a rank. Raises Dsv2Error where it can not load its part."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if launch.LAUNCHED in os.environ:
         end_with(int(os.environ[launch.LAUNCHED]))
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # at once, whatever library it waits in
+        signal.signal(number, signal.SIG_DFL)
+    rank, size = launch.rank_and_size()
+    store: dist.Store
     if launch.LAUNCHED in os.environ:
-        port = int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], port, size, is_master=False)
+        store = dist.FileStore(os.environ[launch.MEETING], size)
     else:
         store, rank, size = next(dist.rendezvous("env://"))
     orders = json.loads(store.get(launch.ORDERS))

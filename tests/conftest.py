@@ -75,7 +75,8 @@ def smallest_config() -> dict[str, Any]:
     }
 
 
-PROMPT = r">.*\x1b\[\?25h"  # the prompt is drawn and the cursor shown again
+# A new prompt, not one drawn again: it turns bracketed paste on, is drawn, and shows the cursor.
+PROMPT = r"\x1b\[\?2004h.*?>.*?\x1b\[\?25h"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -170,7 +171,8 @@ def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
     yield start
     end([psutil.Process(terminal.pid) for terminal in started if terminal.isalive()])
     for terminal in started:
-        terminal.close()
+        with contextlib.suppress(pexpect.ExceptionPexpect):  # where it was ended here, nobody is left to ask
+            terminal.close()
 
 
 def load(folder: Path, device: torch.device = CPU, *arguments: Any, **options: Any) -> PlainRunner:

@@ -81,13 +81,15 @@ def forked(arguments: tuple[str, ...], environment: dict[str, str]) -> Callable[
             for number, handler in (
                 (signal.SIGINT, signal.default_int_handler),
                 (signal.SIGTERM, signal.SIG_DFL),
+                (signal.SIGHUP, signal.SIG_DFL),
                 (signal.SIGPIPE, signal.SIG_IGN),
                 (signal.SIGXFSZ, signal.SIG_IGN),
             ):
                 signal.signal(number, handler)
             sys.stdin, sys.stdout, sys.stderr = opened()
             code = program(arguments, environment)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         finally:
             os._exit(code)
 
@@ -153,10 +155,22 @@ def streams(*files: IO[bytes]) -> Iterator[None]:
             os.close(old)
 
 
-def opened() -> tuple[IO[str], IO[str], IO[str]]:
-    """File descriptors 0, 1 and 2 as the interpreter opens them when it starts."""
-    return (
-        open(0, encoding="utf-8", closefd=False),
-        open(1, "w", encoding="utf-8", buffering=1 if os.isatty(1) else -1, closefd=False),
-        open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False),
-    )
+def opened() -> list[IO[str] | None]:
+    """File descriptors 0, 1 and 2 as the interpreter opens them when it starts; a closed one is None."""
+    ways: list[dict[str, Any]] = [
+        {"mode": "r"},
+        {"mode": "w", "buffering": 1 if is_open(1) and os.isatty(1) else -1},
+        {"mode": "w", "buffering": 1, "errors": "backslashreplace"},
+    ]
+    return [
+        open(number, encoding="utf-8", closefd=False, **way) if is_open(number) else None
+        for number, way in enumerate(ways)
+    ]
+
+
+def is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True

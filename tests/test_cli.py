@@ -36,7 +36,11 @@ def fails(done, code, *words):
         (("complete", "hi", "--model", V2), "", {}),
         (("complete", "hi", "--no-such-option"), "", {}),
         (("complete",), b"\xff", {}),
-        (("complete", "hi"), "", {"RANK": "no number"}),
+        (
+            ("complete", "hi"),
+            "",
+            {"DSV2_LAUNCHED": "no number", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+        ),
     ],
     ids=["text", "json", "failure", "wrong usage", "bytes", "a bug"],
 )

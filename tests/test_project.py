@@ -20,16 +20,16 @@ from dsv2cli.cli.completion import completion_script
 
 # A file imports only from files named before it.
 ORDER = """
-errors formats memory places device team
+errors outside formats memory places device team
 kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
 model.config model.share model.size model.rope model.cache model.step model.layers model.transformer
-checkpoint.hub checkpoint.tokenizer checkpoint.safetensors checkpoint.blueprint checkpoint.names
-checkpoint.load checkpoint.pack checkpoint.placement
+checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.safetensors
+checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack checkpoint.placement
 run.wish run.plan run.launch run.runner run.cpu run.gpu run.leader run.open run.worker
 engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store
 engine.benchmark engine.needle
-cli.ui cli.options cli.config cli.flow cli.asking cli.lines cli.complete cli.commands cli.prompt cli.chat
+cli.ui cli.config cli.options cli.flow cli.asking cli.lines cli.complete cli.commands cli.prompt cli.chat
 cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.manual cli.app __main__
 """.split()
 FILES = {

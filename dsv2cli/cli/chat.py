@@ -145,8 +145,9 @@ def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
             try:
                 if line.startswith("/"):
                     message = commands.carry_out(talk, line.strip())
+                    if message is not None:  # one that was typed is kept already
+                        talk.save(pending=talk.attached + message)
                 if message is not None:
-                    talk.save(pending=talk.attached + message)  # before anything can go wrong
                     answer(talk, talk.attached + message, on_overflow, keep_going=True)
             except Dsv2Error as error:
                 ui.show_error(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -72,7 +72,8 @@ class Suggestions(Completer):
             yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
 
 
-def keys() -> KeyBindings:
+def keys(keep: Callable[[str], None]) -> KeyBindings:
+    """`keep` is given what is sent, before the screen shows that it was."""
     bindings = KeyBindings()
 
     @bindings.add("enter", filter=~is_searching)  # in a search it takes what was found
@@ -81,6 +82,7 @@ def keys() -> KeyBindings:
         if text.lstrip().startswith(QUOTES) and text.count(QUOTES) % 2:
             event.current_buffer.insert_text("\n")
         else:
+            keep(text)
             event.current_buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
@@ -94,13 +96,26 @@ def keys() -> KeyBindings:
     return bindings
 
 
+def sent(text: str) -> str:
+    """What was typed, without the quotes that make several lines one message; nothing for blanks alone."""
+    stripped = text.strip()
+    if stripped.startswith(QUOTES) and stripped.endswith(QUOTES) and len(stripped) >= 2 * len(QUOTES):
+        stripped = text = stripped[len(QUOTES) : -len(QUOTES)].strip("\n")
+    return mended(text) if stripped else ""
+
+
 def typed(talk: Talk, keep_history: bool) -> Iterator[str]:
-    """Messages and commands typed at a prompt, until Ctrl-D."""
+    """Messages and commands typed at a prompt, until Ctrl-D. What is sent is on disk before it is seen so."""
+
+    def keep(text: str) -> None:
+        if (message := sent(text)) and not message.startswith("/"):
+            talk.save(pending=talk.attached + message)
+
     # The prompt is drawn on stderr, so that `dsv2 chat > answers.txt` holds answers only.
     prompt: PromptSession[str] = PromptSession(
         "> ",
         multiline=True,
-        key_bindings=keys(),
+        key_bindings=keys(keep),
         prompt_continuation="  ",
         output=create_output(stdout=sys.stderr),
         history=History(str(places.data_folder() / "history")) if keep_history else None,
@@ -119,11 +134,8 @@ def typed(talk: Talk, keep_history: bool) -> Iterator[str]:
             continue
         except EOFError:
             return
-        stripped = text.strip()
-        if stripped.startswith(QUOTES) and stripped.endswith(QUOTES) and len(stripped) >= 2 * len(QUOTES):
-            stripped = text = stripped[len(QUOTES) : -len(QUOTES)].strip("\n")
-        if stripped:
-            yield mended(text)
+        if message := sent(text):
+            yield message
 
 
 def ask_overflow(limit: int) -> Overflow:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsv2cli.errors import UsageError
 
+MOST = 4096  # memories
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "G": 10**9}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -43,7 +44,7 @@ def parse_gpus(text: str) -> list[Memory]:
     for entry in text.split(","):
         match = re.fullmatch(r"(?:\s*(\d+)\s*[x×*])?(.*)", entry)
         count, size = (int(match[1] or 1), parse_size(match[2], "GB")) if match else (0, None)
-        if not count or not size:
+        if not 0 < count <= MOST or not size or size > 2**60:
             fix = "--gpus 8x80GB, or --gpus 80GB,2x24GB"
             raise UsageError(f"--gpus {text} is not a list of memories", fix=fix)
         found.append(Memory("GPU", size, count))

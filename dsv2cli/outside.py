@@ -10,17 +10,20 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import unquote
 
 from dsv2cli.errors import Dsv2Error, UsageError
 
 LARGEST = 256 * 2**20  # bytes of a file that is read whole
+LARGEST_LINE = 64 * 2**20  # bytes of one that is read by lines
+TOO_LONG = b"\xff a line that is too long"
 DEEPEST = 64  # lists and objects within one another
 AGAIN = "download the file again"
 KINDS = {  # what may stand in a file's place
@@ -63,6 +66,8 @@ def pasted_path(text: str) -> Path:
 
 def reason(error: BaseException) -> str:
     """Why reading failed, in one line."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
     return " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())[:300]
 
 
@@ -100,10 +105,32 @@ def read_bytes(path: Path, most: int = LARGEST, pipes: bool = False) -> bytes:
     # Between the look and this a FIFO may have taken its place: it must not make us wait.
     waits = 0 if pipes else os.O_NONBLOCK
     with os.fdopen(os.open(path, os.O_RDONLY | waits | os.O_CLOEXEC), "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
-    return data
+        return read_within(file, most)
+
+
+def read_within(file: BinaryIO, most: int = LARGEST) -> bytes:
+    """All that an open file or pipe gives. Raises OSError where that is more than `most` bytes."""
+    blocks, size = [], 0
+    while block := file.read(2**20):
+        blocks.append(block)
+        size += len(block)
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes")
+    return b"".join(blocks)
+
+
+def lines_within(file: BinaryIO, most: int = LARGEST_LINE) -> Iterator[bytes]:
+    """The lines of an open file or pipe as they come; TOO_LONG in the place of one with more than `most`
+    bytes.
+
+    Raises OSError.
+    """
+    while line := file.readline(most + 1):
+        if len(line) > most:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(most)
+            line = TOO_LONG
+        yield line
 
 
 def read_text(path: Path, most: int = LARGEST) -> str:
@@ -113,6 +140,8 @@ def read_text(path: Path, most: int = LARGEST) -> str:
 
 def as_text(data: bytes) -> str:
     """UTF-8 to text, without the byte order mark that may stand before it. Raises ValueError."""
+    if data is TOO_LONG:
+        raise ValueError(f"it has more than {LARGEST_LINE:,} bytes")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("it is UTF-16, and must be UTF-8")
     try:
@@ -155,6 +184,9 @@ def parse_json(data: bytes | str, mend: bool = False) -> Any:
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except NoNumber as error:
+        name = re.search(rf'"([^"\\]{{1,80}})"\s*:[\s\[]*{re.escape(error.text)}', text)
+        raise ValueError(f"{error} ({name[1]})" if name else str(error)) from None
     check_depth(value)
     if is_text(text) and ("\\u" not in text or all_text(value)):
         return value
@@ -163,22 +195,30 @@ def parse_json(data: bytes | str, mend: bool = False) -> Any:
     return all_mended(value)
 
 
+class NoNumber(ValueError):
+    """A number of JSON that is none or too large; `text` is how it is written."""
+
+    def __init__(self, text: str, what: str) -> None:
+        super().__init__(f"{text if len(text) < 40 else text[:24] + '...'} is {what}")
+        self.text = text
+
+
 def not_a_number(text: str) -> NoReturn:
-    """Raises ValueError."""
-    raise ValueError(f"{text} is no number")
+    """Raises NoNumber."""
+    raise NoNumber(text, "no number")
 
 
 def finite(text: str) -> float:
-    """Raises ValueError for one that is too large."""
+    """Raises NoNumber for one that is too large."""
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:40]} is too large a number")
+        raise NoNumber(text, "too large a number")
     return value
 
 
 def sixty_four_bits(text: str) -> int:
-    """Raises ValueError for one that has more."""
-    if len(text) > 20 or abs(int(text)) >= 2**64:
-        raise ValueError(f"{text[:24]}... is a number beyond 64 bits")
+    """Raises NoNumber for one that has more."""
+    if len(text) > 21 or abs(int(text)) >= 2**64:
+        raise NoNumber(text, "a number beyond 64 bits")
     return int(text)
 
 

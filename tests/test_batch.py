@@ -4,14 +4,18 @@ repeated.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
 from conftest import DATA
 from running import run_dsv2
 
+from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.batch import Job, run_batch, run_samples
 from dsv2cli.engine.generate import Request, Result, stream_text
@@ -187,6 +191,246 @@ def test_answers_to_other_prompts_are_not_written_over(tmp_path):
         (tmp_path / "out.jsonl").write_text(letter)
         assert batch(tmp_path, '{"id": "a", "prompt": "Once"}').returncode == 2
         assert (tmp_path / "out.jsonl").read_text() == letter
+
+
+def answers_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+PAIR = ('{"prompt": "Once"}', '{"prompt": "The"}')
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        (('{"prompt": "New"}', *PAIR), (), "line 1 was answered with another prompt"),
+        ((PAIR[1], PAIR[0]), (), "another prompt"),
+        ((PAIR[0], '{"prompt": "These"}'), (), "line 2 was answered with another prompt"),
+        ((PAIR[0], '{"prompt": "The", "temperature": 0.9}'), (), "another prompt"),
+        (PAIR[:1], (), "more answers than there are prompts"),
+        (PAIR, ("--temperature", "0.7"), "other options"),
+        (PAIR, ("-n", "4"), "other options"),
+        (PAIR, ("--seed", "5"), "other options"),
+        (PAIR, ("--stop", "x"), "other options"),
+        (PAIR, ("--logprobs", "1"), "other options"),
+        (PAIR, ("--ignore-eos",), "other options"),
+        (PAIR, ("--regex", "a+"), "other options"),
+        (PAIR, ("--model", "copy"), "another model"),
+        (PAIR, ("--dtype", "bfloat16"), "another model"),
+    ],
+)
+def test_answers_to_other_prompts_options_or_models_are_refused_and_kept(tmp_path, lines, options, words):
+    assert batch(tmp_path, *PAIR).returncode == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    if "copy" in options:
+        shutil.copytree(EMBEDDED, tmp_path / "copy")
+        settings = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+        (tmp_path / "copy" / "generation_config.json").write_text(json.dumps(settings, indent=3))
+        options = ("--model", str(tmp_path / "copy"))
+    done = batch(tmp_path, *lines, options=options)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert batch(tmp_path, *lines, options=(*options, "--restart")).returncode == 0
+    assert len(answers_of(tmp_path)) == len(lines) and (tmp_path / "out.jsonl.1").read_bytes() == before
+
+
+def test_more_prompts_and_no_chosen_seed_go_on_where_it_stopped(tmp_path):
+    unseeded = (
+        "complete",
+        "--batch",
+        str(tmp_path / "in.jsonl"),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+        "-n",
+        "2",
+    )
+    (tmp_path / "in.jsonl").write_text(PAIR[0] + "\n")
+    assert run_dsv2(*unseeded).returncode == 0
+    first = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "in.jsonl").write_text("\n".join(PAIR) + "\n")
+    assert run_dsv2(*unseeded).returncode == 0
+    assert (tmp_path / "out.jsonl").read_text().startswith(first) and len(answers_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "notes that somebody wrote\n",
+        "notes without a line's end",
+        '{"id": 1}\n',
+        '{"id": 1, "x": "cut o',
+        '{"id": 3, "line": 3, "text": "cut o',
+        '{"id": "1", "line": 1, ',
+        "\n\n",
+        "\x00" * 40,
+    ],
+)
+def test_what_was_in_the_output_is_never_destroyed(tmp_path, text):
+    (tmp_path / "out.jsonl").write_text(text)
+    done = batch(tmp_path, *PAIR)
+    assert done.returncode == 2 and "something else" in done.stderr
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("length", [1, 7, 12, 30, 200])
+def test_an_answer_that_a_kill_cut_off_is_made_again(tmp_path, length):
+    assert batch(tmp_path, *PAIR).returncode == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    first = whole.index(b"\n") + 1
+    (tmp_path / "out.jsonl").write_bytes(whole[: first + length])
+    assert batch(tmp_path, *PAIR).returncode == 0
+    assert [answer["text"] for answer in answers_of(tmp_path)] == [
+        json.loads(line)["text"] for line in whole.splitlines()
+    ]
+
+
+def test_a_second_run_is_told_that_the_output_is_being_written(start, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Once"}\n' * 3)
+    out = tmp_path / "out.jsonl"
+    with out.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = batch(tmp_path, *PAIR)
+    assert done.returncode == 2 and "Another run is writing" in done.stderr and out.read_bytes() == b""
+    assert batch(tmp_path, *PAIR).returncode == 0
+
+
+def test_prompts_from_a_pipe_are_answered_before_the_last_has_come(start, tmp_path):
+    process = start(
+        "complete", "--batch", "-", "--output", "-", "-n", "2", "--seed", "1", stdin=subprocess.PIPE
+    )
+    said = []
+    for text in ("Once", "The", "A"):
+        process.stdin.write(json.dumps({"prompt": text}) + "\n")
+        process.stdin.flush()
+        said.append(json.loads(process.stdout.readline()))
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0 and [answer["line"] for answer in said] == [1, 2, 3]
+    done = run_dsv2(
+        "complete",
+        "--jsonl",
+        "-n",
+        "2",
+        "--seed",
+        "1",
+        stdin="\n".join(json.dumps({"prompt": text}) for text in ("Once", "The", "A")),
+    )
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == [
+        answer["text"] for answer in said
+    ]
+
+
+def test_a_bad_line_from_a_pipe_ends_it_after_those_before_it(tmp_path):
+    stdin = "\n".join([*PAIR, '{"prompt": 5}', *PAIR])
+    done = run_dsv2("complete", "--batch", "-", "--output", "-", "-n", "2", "--seed", "1", stdin=stdin)
+    assert done.returncode == 2 and "line 3" in done.stderr
+    assert [json.loads(line)["line"] for line in done.stdout.splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_samples_that_are_interrupted_give_what_there_is(start, number):
+    process = start(
+        "complete", "Once", "--samples", "3", "--json", "-n", "4000", "--ignore-eos", "--seed", "1"
+    )
+    time.sleep(2.5)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == 3 and {answer["finish_reason"] for answer in answers} == {"interrupted"}
+    assert all(answer["prompt_ids"] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "tool", "content": "x"}, "message 1 has the role 'tool'"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "message 1 has parts that are no text"),
+        ({"role": "user", "content": None}, "message 1 has no text"),
+        ({"role": "user"}, "message 1 has no text"),
+        ("hello", "message 1 is no object"),
+    ],
+)
+def test_a_message_that_can_not_be_one_is_named_by_its_place(tmp_path, message, words):
+    (tmp_path / "m.json").write_text(json.dumps([{"role": "user", "content": "Hi"}, message]))
+    done = run_dsv2("complete", "--messages", str(tmp_path / "m.json"))
+    assert done.returncode in (1, 2) and words in done.stderr
+
+
+def test_messages_may_be_written_as_openai_has_them(tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps(
+            [
+                {
+                    "role": "developer",
+                    "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}],
+                },
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            ]
+        )
+    )
+    (tmp_path / "b.json").write_text(
+        json.dumps([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
+    )
+    one, other = (
+        json.loads(run_dsv2("complete", "--messages", str(tmp_path / name), "--json", "-n", "1").stdout)
+        for name in ("a.json", "b.json")
+    )
+    assert one["prompt_ids"] == other["prompt_ids"]
+
+
+def test_the_last_newline_of_a_pipe_is_no_part_of_the_prompt():
+    def ids(*arguments, stdin):
+        return json.loads(run_dsv2("complete", *arguments, "--json", "-n", "1", stdin=stdin).stdout)[
+            "prompt_ids"
+        ]
+
+    assert (
+        ids(stdin="Once\n")
+        == ids(stdin="Once")
+        == ids(stdin="Once\r\n")
+        != ids("--keep-newline", stdin="Once\n")
+    )
+    assert ids(stdin="Once\n\n") == ids("--keep-newline", stdin="Once\n")
+    assert ids("upon", stdin="Once\n") == ids("--keep-newline", stdin="Once\nupon")
+    assert ids("--chat", stdin="Hello\n") == ids("--chat", "Hello", stdin="")
+
+
+def test_an_answer_joins_its_prefix_by_one_blank():
+    def said(*arguments):
+        return run_dsv2(
+            "complete", "--chat", "Hello", *arguments, "-n", "6", "--temperature", "0", "--json"
+        ).stdout
+
+    plain = json.loads(said())
+    assert not plain["text"].startswith(" ")
+    word = plain["text"].split()[0]
+    for prefix in (word, word + " "):
+        joined = json.loads(said("--prefix", prefix))
+        assert joined["text"].split()[:4] == plain["text"].split()[:4] and "  " not in joined["text"]
+        text = run_dsv2(
+            "complete", "--chat", "Hello", "--prefix", prefix, "-n", "6", "--temperature", "0"
+        ).stdout
+        assert text == joined["text"]
+
+
+def test_a_stop_text_that_can_stop_nothing_is_refused(tmp_path):
+    done = run_dsv2("complete", "Once", "--stop", "")
+    assert done.returncode == 2 and "--stop is empty" in done.stderr
+    done = run_dsv2("complete", "--prompt-ids", "1,2", "--model", V2, "--stop", "x")
+    assert done.returncode == 2 and "needs a tokenizer" in done.stderr
+    done = run_dsv2("complete", "-5 degrees")
+    assert done.returncode == 2 and "-- '-5 degrees'" in done.stderr
+
+
+def test_a_schema_may_come_from_stdin_and_may_be_true():
+    done = run_dsv2(
+        "complete", "Once", "--json-schema", "-", "-n", "30", "--seed", "1", stdin='{"type": "boolean"}'
+    )
+    assert done.stdout.strip() in ("true", "false")
+    done = run_dsv2("complete", "Once", "--json-schema", "-", "-n", "3", "--seed", "1", stdin="true")
+    assert done.returncode == 0, done.stderr
+    done = run_dsv2("complete", "Once", "--json-schema", "-", "-n", "3", stdin="false")
+    assert done.returncode == 2 and "--json-schema" in done.stderr
 
 
 def test_a_message_goes_through_the_template(tmp_path, embedded_tokenizer):

@@ -188,12 +188,13 @@ def test_a_result_is_saved_and_compared(tmp_path):
     for run in saved["runs"]:
         for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
             run[name] = {
-                key: [v * 100 for v in value] if isinstance(value, list) else value * 100
+                key: [v / 100 for v in value] if isinstance(value, list) else value / 100
                 for key, value in run[name].items()
             }
     path.write_text(json.dumps(saved))
     done = run_dsv2("bench", *SHORT, "--compare", str(path))
-    assert done.returncode == 0 and "(slower)" in done.stdout and "(faster)" not in done.stdout
+    # However noisy this machine: a hundredth is further away than any spread.
+    assert done.returncode == 0 and "(faster)" in done.stdout and "(slower)" not in done.stdout
     path.write_text("{}")
     assert run_dsv2("bench", *SHORT, "--compare", str(path)).returncode == 2
 

@@ -651,3 +651,96 @@ def test_a_form_that_leads_nowhere_ends_with_an_error(embedded_tokenizer):
     way = grammar.begin()
     with pytest.raises(Dsv2Error, match="No token"):
         way.take(embedded_tokenizer.encode("x", add_bos=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("info", "--memory", "1e308"), "--memory"),
+        (("info", "--bandwidth", "inf"), "--bandwidth"),
+        (("info", "--gpus", "99999999999x1GB"), "--gpus"),
+        (("info", "--gpus", "2x99999999999999TB"), "--gpus"),
+        (("info", "/dev/zero"), "is no folder"),
+        (("bench", "--batch", "999999999999", "--prompt", "4", "--generate", "2"), "--batch"),
+        (("bench", "--prompt", "9-5+1"), "empty range"),
+        (("bench", "--prompt", "1-99999999999+1"), "--prompt"),
+        (("complete", "x", "--threads", "99999999999999999999"), "--threads"),
+        (("complete", "x", "--samples", "99999", "--json"), "--samples"),
+        (("complete", "x", "--max-memory", "cpu=1GB,cpu=2GB"), "twice"),
+        (("complete", "x", "--json-schema", "/dev/zero"), "/dev/zero"),
+    ],
+)
+def test_absurd_values_are_refused_at_once(arguments, words):
+    began = time.monotonic()
+    done = run_dsv2(*arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert time.monotonic() - began < 10 and len(done.stderr) < 1000
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ({"": "cpu", "model.layers.99": "disk"}, "model.layers.99"),
+        ({"model": "cpu", "lm_head": "disk", "x": "cpu"}, "'x'"),
+    ],
+)
+def test_a_placement_names_modules_that_are_there(tmp_path, places, words):
+    (tmp_path / "places.json").write_text(json.dumps(places))
+    done = run_dsv2("complete", "x", "-n", "1", "--placement", str(tmp_path / "places.json"))
+    assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("complete", "-n", "1"), ("complete", "--jsonl", "--on-bad-line", "skip")]
+)
+def test_a_stdin_that_never_ends_a_line_takes_no_memory(arguments, monkeypatch):
+    from dsv2cli import outside
+
+    monkeypatch.setattr(outside.lines_within, "__defaults__", (1000,))
+    monkeypatch.setattr(outside.read_within, "__defaults__", (100_000,))
+    done = run_dsv2(*arguments, stdin=b"a" * 2_000_000 + b'\n{"prompt": "Once", "max_new_tokens": 1}')
+    if "--jsonl" in arguments:
+        bad, good = map(json.loads, done.stdout.splitlines())
+        assert "bytes" in bad["error"] and good["text"]
+    else:
+        assert done.returncode == 2 and "more than 100,000 bytes" in done.stderr
+
+
+def test_a_text_that_can_not_fit_is_refused_before_it_is_looked_at(tmp_path):
+    text = "ab " * 2_000_000
+    began = time.monotonic()
+    for arguments in (("complete",), ("complete", "--chat")):
+        done = run_dsv2(*arguments, "-n", "1", stdin=text)
+        assert done.returncode == 2 and "6,000,000 characters" in done.stderr.replace(
+            "5,999,999", "6,000,000"
+        )
+    lines = "\n".join(json.dumps({"prompt": each}) for each in ("Once", text, "The"))
+    done = run_dsv2("complete", "--jsonl", "--on-bad-line", "skip", "-n", "1", stdin=lines)
+    assert ["error" in json.loads(line) for line in done.stdout.splitlines()] == [False, True, False]
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "é" * 150, "a/b", ".x", "a\nb"])
+def test_a_name_that_no_file_can_have_ends_no_talk(home, embedded, embedded_tokenizer, name):
+    with pytest.raises(Dsv2Error, match="can not name a session"):
+        store.path_of(name)
+
+
+@pytest.mark.parametrize("token", [4096, 200_000_000])
+def test_a_tokenizer_of_another_model_and_a_form_are_a_sentence(tmp_path, token):
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["zzzz"] = token
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = run_dsv2("complete", "Once", "--model", str(folder), "--regex", "[a-z]+", "-n", "2")
+    assert done.returncode == 1 and "another model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "schema", ['{"$ref": "#"}', '{"enum": ["' + "a" * 100_000 + '"]}', '{"type": "nonsense"}', "[", "5"]
+)
+def test_what_is_wrong_with_a_form_is_said_in_a_line(tmp_path, schema):
+    (tmp_path / "s.json").write_text(schema)
+    done = run_dsv2("complete", "Once", "--json-schema", str(tmp_path / "s.json"), "-n", "4", "--seed", "1")
+    assert "Traceback" not in done.stderr and len(done.stderr) < 700 and "<state>" not in done.stderr
+    assert done.returncode in (0, 1, 2)

@@ -33,7 +33,9 @@ def find_model(name: str | None, wanted: list[str] = WANTED_FILES) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UsageError(f"{name} is a file", why="a model is a folder", fix=f"--model {folder.parent}")
+        fix = str(folder.parent) if folder.is_file() else "check the path"
+        kind = "is a file" if folder.is_file() else "is no folder"
+        raise UsageError(f"{name} {kind}", why="a model is a folder", fix=fix)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise UsageError(
             f"There is no model at {name}",

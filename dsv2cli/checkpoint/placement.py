@@ -44,7 +44,10 @@ def parse_memory(text: str) -> dict[int | str, int]:
         if memory is None or not (device.isdecimal() or device == "cpu"):
             why, fix = f"{entry!r} is no device with a size", "--max-memory 0=75GB,1=75GB,cpu=200GB"
             raise UsageError(f"--max-memory {text} can not be used", why=why, fix=fix)
-        found[int(device) if device.isdecimal() else "cpu"] = memory
+        name = int(device) if device.isdecimal() else "cpu"
+        if name in found:
+            raise UsageError(f"--max-memory names {device} twice", fix="leave one of them out")
+        found[name] = memory
     return found
 
 
@@ -101,6 +104,10 @@ def read_places(path: Path, names: list[str]) -> Places:
     except (OSError, ValueError) as error:
         fix = 'a JSON object such as {"model": 0, "lm_head": "cpu"}'
         raise UsageError(f"{path} is no placement", why=reason(error), fix=fix) from None
+    modules = {name.rpartition(".")[0] for name in names} | {"", "model", "model.layers", *names}
+    if strange := sorted(content.keys() - modules):
+        fix = f"places are given to {names[0]}, {names[1]} and so on to {names[-1]}"
+        raise UsageError(f"{path}: there is no module {strange[0][:80]!r}", fix=fix)
     places = {}
     for name in names:
         try:

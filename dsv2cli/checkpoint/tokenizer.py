@@ -40,9 +40,11 @@ class Tokenizer:
     Raises Dsv2Error where a file is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises Dsv2Error for a tokenizer.json that is missing, damaged, or changes the text."""
-        self.folder, self.path = folder, folder / "tokenizer.json"
+    def __init__(self, folder: Path, context: int | None = None) -> None:
+        """`context` is the most tokens that the model holds. Raises Dsv2Error for a tokenizer.json that is
+        missing, damaged, or changes the text.
+        """
+        self.folder, self.path, self.context = folder, folder / "tokenizer.json", context
         if not os.path.lexists(self.path):
             raise Dsv2Error(
                 f"{folder} holds no tokenizer",
@@ -129,8 +131,8 @@ class Tokenizer:
             return done[0]
         if failed and isinstance(failed[0], KeyboardInterrupt | SystemExit):
             raise failed[0]
-        why = reason(failed[0]) if failed else f"it takes longer than {seconds:.0f} seconds"
-        raise Dsv2Error(f"{self.path} cannot be used", why=why, fix=AGAIN)
+        why = reason(failed[0]) if failed else f"it takes longer than {seconds:.0f} seconds for this text"
+        raise Dsv2Error(f"{self.path} cannot be used", why=why, fix=AGAIN if failed else "another text")
 
     def ids_of(self, text: str) -> list[int]:
         """Token ids of a text as it stands, in which special tokens are those. Raises UsageError for half
@@ -145,6 +147,17 @@ class Tokenizer:
             lambda: self.fast.encode_batch([text], add_special_tokens=False)[0].ids, len(text)
         )
         return ids
+
+    def refuse_too_long(self, text: str) -> None:
+        """Raises UsageError for a text that can not fit into the context even in the longest tokens there
+        are: it is not looked at for minutes first.
+        """
+        if self.context is None or len(text) < self.context:
+            return
+        longest = max(map(len, self.fast.get_vocab()))  # a letter there is a byte
+        if len(text) > longest * self.context:
+            why = f"the context of {self.context:,} tokens holds less, whatever it says"
+            raise UsageError(f"The text has {len(text):,} characters", why=why, fix="a shorter text")
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids; BOS comes first exactly once if `add_bos` and the checkpoint wants it. Special tokens
@@ -203,7 +216,10 @@ class Tokenizer:
         rendered = render(self.chat_template, safe, self.bos, self.eos)
         if texts and texts[-1].strip() not in rendered:
             raise Dsv2Error("The chat template leaves out the last message", fix=AGAIN)
-        return self.begun(self.ids_of_shielded(break_, rendered + start))
+        if start:  # after one blank, as an answer begins, and without the blank that its next word brings
+            between = "" if start[0].isspace() or rendered[-1:].isspace() else " "
+            rendered += between + start.removesuffix(" ")
+        return self.begun(self.ids_of_shielded(break_, rendered))
 
 
 class IncrementalDecoder:

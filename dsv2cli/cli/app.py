@@ -176,6 +176,10 @@ def run() -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except MemoryError as error:
+        why = str(error) or "this machine, or a limit on this process, has no more"
+        ui.show_error(Dsv2Error("There is not enough memory", why=why, fix="a smaller model or input"))
+        code = 1
     except ui.ReaderGone:
         code = 0
     finally:

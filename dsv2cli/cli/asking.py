@@ -59,6 +59,9 @@ class Prompt:
             "Goes on where it was stopped.",
         ),
     ] = None
+    keep_newline: Annotated[
+        bool, typer.Option("--keep-newline", help="The last line's end, if piped, is part of the prompt.")
+    ] = False
     jsonl: Annotated[
         bool,
         typer.Option(
@@ -115,6 +118,7 @@ class Asked:
     before: str = ""
     start: str = ""
     after: str = ""
+    blank: bool = False  # the answer's first blank is there already, or none is wanted
 
 
 def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked, Tokenizer | None]:
@@ -136,12 +140,15 @@ def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked
     if prompt.messages is not None:
         from dsv2cli.engine.store import parse_messages
 
-        ids = tokenizer.encode_chat(parse_messages(read_file(prompt.messages), str(prompt.messages)), start)
-        return Asked(ids, start=start), tokenizer
+        messages = parse_messages(read_file(prompt.messages), str(prompt.messages))
+        tokenizer.refuse_too_long("".join(message["content"] for message in messages))
+        ids = tokenizer.encode_chat(messages, start)
+        return Asked(ids, start=start, blank=not start or start.endswith(" ")), tokenizer
     text = text or ""
+    tokenizer.refuse_too_long(text)
     if prompt.chat or prompt.system is not None:
         ids = tokenizer.encode_chat(conversation(prompt.system, text), start)
-        return Asked(ids, before=text, start=start), tokenizer
+        return Asked(ids, before=text, start=start, blank=not start or start.endswith(" ")), tokenizer
     if not text + start:
         fix = 'dsv2 complete "Once upon a time"'
         raise UsageError("The prompt is empty", why="there is nothing to continue", fix=fix)
@@ -189,6 +196,7 @@ def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
     if not prefix + suffix:
         fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
         raise UsageError("There is nothing around the hole", fix=fix)
+    tokenizer.refuse_too_long(prefix + suffix)
     begin, hole, end = (tokenizer.fast.token_to_id(token) for token in FIM_TOKENS)
     if begin is None or hole is None or end is None:
         why, fix = f"its tokenizer has no {FIM_TOKENS[0]}", "a Coder-V2 base checkpoint"

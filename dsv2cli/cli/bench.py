@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
+MOST_AT_ONCE = 4096  # sequences of a batch
 MOST = 10_000  # numbers of a range
 BAR = 40  # characters of the longest bar
 COLUMNS = {  # of the table, with the number a run has there
@@ -135,6 +136,8 @@ def bench(measure: Measure, output: Output, wish: BatchWish) -> None:
     first token and between tokens.
     """
     works = measure.works()
+    if max(work.batch for work in works) > MOST_AT_ONCE:
+        raise UsageError(f"--batch {measure.batch} is too many", why=f"{MOST_AT_ONCE:,} are the most")
     then = None if output.compare is None else read_saved(output.compare)
     if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
@@ -205,6 +208,8 @@ def numbers(option: str, text: str, least: int) -> list[int]:
         if match is None or len(entry) >= 60 or value < least or (match[4] and endless):
             why = f"it is {RANGE_HELP}, from {least} on"
             raise UsageError(f"{option} {text} can not be used", why=why, fix=f"{option} 64,512")
+        if value > last:
+            raise UsageError(f"{option} {text} is an empty range", why=f"{value} is above {last}")
         while value <= last:
             if len(found) == MOST:
                 raise UsageError(f"{option} {text[:80]} is too long", why=f"{MOST:,} numbers are the most")

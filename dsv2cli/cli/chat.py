@@ -167,6 +167,7 @@ def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -
     from dsv2cli.cli.flow import terminal_flow
     from dsv2cli.engine.generate import Result
 
+    talk.session.tokenizer.refuse_too_long(text)
     make_room(talk, text, on_overflow)
     result, flow = Result(), terminal_flow(talk.plain)
     pieces = talk.session.reply(text, talk.request, result)

@@ -190,8 +190,9 @@ def set_(talk: Talk, rest: str) -> None:
                 f"/set {rest} makes no sense",
                 why=f"settings are {', '.join([*SETTINGS, 'seed', 'max_new_tokens'])}",
             )
-    except ValueError:
-        raise UsageError(f"{value!r} is no value for {name}", fix="/set temperature 0.3") from None
+    except (ValueError, OverflowError):
+        number = "0.3" if SETTINGS.get(name) is float else "40"
+        raise UsageError(f"{value[:80]!r} is no value for {name}", fix=f"/set {name} {number}") from None
     show(talk, "")
 
 
@@ -272,7 +273,10 @@ def save(talk: Talk, rest: str) -> None:
             )
         path = store.path_of(rest)
         if talk.name in places.session_names():
-            store.path_of(talk.name).rename(path)
+            try:
+                store.path_of(talk.name).rename(path)
+            except OSError as error:
+                raise Dsv2Error(f"{talk.name} could not be renamed", why=reason(error)) from None
         talk.name = rest
     talk.saving = True
     talk.save()

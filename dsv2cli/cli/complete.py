@@ -78,6 +78,12 @@ class Output:
     output: Annotated[
         Path | None, typer.Option(metavar="OUT.jsonl", help="Answers to --batch, a line each, in order.")
     ] = None
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Answer all of --batch anew; the file that is there gets another name."
+        ),
+    ] = False
     on_bad_line: Annotated[
         Literal["fail", "skip"],
         typer.Option(
@@ -105,7 +111,14 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
     """
     source = prompt.source()
     refuse_mixtures(source, prompt, sampling, output, wish)
-    text = ui.read_stdin() + (prompt.prompt or "") if source == "a text" else None
+    if output.restart and prompt.batch is None:
+        raise UsageError("--restart is for --batch", fix="leave it out")
+    text = None
+    if source == "a text":
+        text = "" if str(sampling.json_schema) == "-" else ui.read_stdin()
+        if not prompt.prompt and not prompt.keep_newline:
+            text = text.removesuffix("\n").removesuffix("\r")
+        text += prompt.prompt or ""
 
     from dsv2cli.run.open import find
 
@@ -120,6 +133,10 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
 
         asked, tokenizer = asking.ask(prompt, text, checkpoint)
         check_prompt(checkpoint.config, asked.ids)
+        if request.stop and tokenizer is None:
+            raise UsageError(
+                "--stop needs a tokenizer", why=f"{checkpoint.folder} has none", fix="leave it out"
+            )
     if sampling.regex is not None or schema is not None:
         from dsv2cli.engine.grammar import Grammar
 
@@ -132,7 +149,7 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
         return
     opened = opt.open_model(prompt.model, wish, found=checkpoint)
     if asked is None:
-        many(prompt.batch, opened, request, sampling.batch_size, output)
+        many(prompt.batch, opened, request, sampling, output)
     elif sampling.samples > 1:
         several(sampling.samples, asked, tokenizer, opened, request, output)
     else:
@@ -181,9 +198,11 @@ def one(
     if not output.as_json:
         ui.write((asked.before if output.echo else "") + asked.start)
     try:
+        started = not asked.blank
         for piece in stream_text(opened.runner, tokenizer, asked.ids, request, cache, result):
             if piece and not output.as_json:
-                ui.write(piece)
+                ui.write(piece if started else piece.removeprefix(" "))
+            started = started or bool(piece)
     except (KeyboardInterrupt, SystemExit) as error:
         ended = error.code if isinstance(error, SystemExit) else INTERRUPTED
     except Dsv2Error as error:
@@ -222,26 +241,39 @@ def several(
 
     jobs = [Job(asked.ids, replace(request, seed=request.seed + i)) for i in range(count)]
     cut_off, failed = False, ""
-    for job in run_samples(opened.runner, tokenizer, jobs):
-        cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
+    left, ended = list(jobs), None
+
+    def tell(job: Job) -> None:
         told = {"error": job.error} if job.error else {}
         ui.write_json(report(job.result, opened, job.request, asked, output.echo) | told)
+
+    try:
+        for job in run_samples(opened.runner, tokenizer, jobs):
+            cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
+            tell(left.pop(0))
+    except (KeyboardInterrupt, SystemExit) as error:
+        ended = error.code if isinstance(error, SystemExit) else INTERRUPTED
+    for job in left:  # what there is of them
+        job.result.prompt_ids, job.result.finish_reason = asked.ids, job.result.finish_reason or "interrupted"
+        tell(job)
+    if ended is not None:
+        raise SystemExit(ended)
     if failed:
         raise Dsv2Error(failed)
     if output.fail_on_length and cut_off:
         raise typer.Exit(CUT_OFF)
 
 
-def many(batch: Path | None, opened: Opened, request: Request, width: int, output: Output) -> None:
-    """A file of prompts to a file of answers, `width` at once, or stdin to stdout."""
+def many(batch: Path | None, opened: Opened, request: Request, sampling: Sampling, output: Output) -> None:
+    """A file of prompts to a file of answers, some at once, or stdin to stdout."""
     from dsv2cli.cli.lines import Lines
 
-    lines = Lines(opened, request, output.on_bad_line == "skip", report)
+    lines = Lines(opened, request, output.on_bad_line == "skip", report, sampling.seed is not None)
     if batch is None:
         lines.answer_stdin()
         return
     assert output.output is not None
-    written, errors = lines.answer_file(batch, output.output, width)
+    written, errors = lines.answer_file(batch, output.output, sampling.batch_size, output.restart)
     ui.note(f"{written} answers in {output.output}" + (f", {errors} of them errors" if errors else ""))
 
 
@@ -331,7 +363,9 @@ def report(
         {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
         for token in result.tokens
     ]
-    text = result.text if asked is None else asked.start + result.text
+    text = result.text
+    if asked is not None:
+        text = asked.start + (text.removeprefix(" ") if asked.blank else text)
     if asked is not None and echo:
         text = asked.before + text + asked.after
     return {

@@ -11,10 +11,12 @@ import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
+from dsv2cli.errors import UsageError
 from dsv2cli.formats import ITEM_BYTES, PACKED_BITS
 from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.outside import Number
 from dsv2cli.run.wish import DtypeOption, QuantizeOption, Wish
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GB = 10**9
+GIGABYTES = Number(0, 1e9)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class Room:
 
     def memories(self) -> list[Memory]:
         """Those to fit into: as given, or this machine's. Raises UsageError."""
+        for option, value in (("--memory", self.memory), ("--bandwidth", self.bandwidth)):
+            if value is not None and value not in GIGABYTES:
+                raise UsageError(f"{option} {value} makes no sense", why=f"it must be {GIGABYTES}")
         listed = parse_gpus(self.gpus) if self.gpus is not None else detected()
         return listed if self.memory is None else [Memory("memory", int(self.memory * GB))]
 

@@ -5,38 +5,51 @@ A file of answers goes on where an interrupted run stopped.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import itertools
 import json
 import os
+import queue
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.cli import ui
 from dsv2cli.engine.batch import Job, run_batch
 from dsv2cli.engine.generate import Request, check_prompt
 from dsv2cli.engine.sampling import RULES
 from dsv2cli.engine.store import checked
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import Number, mended, parse_json, path_of, read_bytes, reason
+from dsv2cli.outside import Number, lines_within, mended, parse_json, path_of, reason, require_file
 from dsv2cli.run.open import Opened
 
 PROMPTS = ("prompt", "prompt_ids", "messages")
-BEGINNING = b'{"id": '  # of every line of answers
-NUMBERS = {"seed": Number(0, 2**64, whole=True), "max_new_tokens": Number(1, 2**64, whole=True), **RULES}
+MARKS = (
+    "another prompt",
+    "other options",
+    "another model",
+)  # what the parts of an answer's fingerprint stand for, in this order
+WAITING = 1000  # lines of a pipe that are read before they are needed
+NUMBERS = {"seed": Number(0, 2**64 - 1, whole=True), "max_new_tokens": Number(1, 2**64, whole=True), **RULES}
 KNOWN = {"id", "stop", *PROMPTS, *NUMBERS}
 
 
 @dataclass
 class Line:
-    """One line of the input: its number, counted from 1, its id (the number, where it has none) and what it
-    asks for.
+    """One line of the input: its number, counted from 1, its id (the number, where it has none), what it asks
+    for, and what tells it from another.
     """
 
     number: int
     id: Any
     job: Job
+    digest: str
 
 
 def parse(text: bytes) -> dict[str, Any]:
@@ -56,20 +69,47 @@ class Lines:
     """How lines become jobs and jobs become lines. `report` makes the object of an answer."""
 
     def __init__(
-        self, opened: Opened, request: Request, skip_bad: bool, report: Callable[..., dict[str, Any]]
+        self,
+        opened: Opened,
+        request: Request,
+        skip_bad: bool,
+        report: Callable[..., dict[str, Any]],
+        seeded: bool = True,
     ) -> None:
-        """`request` is what a line asks for where it says nothing; `skip_bad`: a bad line is answered with
-        its error.
+        """`request` is what a line asks for where it says nothing, with a seed that somebody chose where
+        `seeded`; `skip_bad`: a bad line is answered with its error.
         """
         self.opened, self.request, self.skip_bad, self.report = opened, request, skip_bad, report
         self.tokenizer = opened.tokenizer_if_any()
+        self.seeded = seeded
+        self.bad: UsageError | None = None  # the bad line that ended a run, after those before it
 
-    def read(self, lines: Iterable[bytes], name: str) -> Iterator[Line]:
-        """A Line for each that is not blank.
+    def marks(self) -> list[str]:
+        """What tells this run's options and model from others, each a few letters. Raises Dsv2Error."""
+        grammar = None if self.request.grammar is None else self.request.grammar.text
+        options = replace(self.request, grammar=None, seed=self.request.seed if self.seeded else 0)
+        kind = [self.opened.plan.format, self.opened.plan.dtype, self.opened.plan.packing]
+        try:
+            model = edges(self.opened.folder)
+        except OSError as error:
+            raise Dsv2Error(f"{self.opened.folder} cannot be read", why=reason(error)) from None
+        ends = sorted(options.eos_ids)
+        return [
+            short(repr((replace(options, eos_ids=frozenset()), ends, grammar))),
+            short(repr((kind, model))),
+        ]
+
+    def read(self, lines: Iterable[bytes | None], name: str) -> Iterator[Line | None]:
+        """A Line for each that is not blank, and None for None: nothing has come yet.
 
         One that can not be run carries its error, or raises it as UsageError.
         """
-        for number, text in enumerate(lines, 1):
+        number = 0
+        for text in lines:
+            if text is None:
+                yield None
+                continue
+            number += 1
             if not text.strip():
                 continue
             content: Any = None
@@ -81,7 +121,8 @@ class Lines:
                     fix = "mend it, or --on-bad-line skip"
                     raise UsageError(f"{name}, line {number}: {error.what}", why=error.why, fix=fix) from None
                 job = Job([], self.request, error=error.sentence)
-            yield Line(number, content.get("id", number) if isinstance(content, dict) else number, job)
+            line_id = content.get("id", number) if isinstance(content, dict) else number
+            yield Line(number, line_id, job, short(text.strip().decode("utf-8", "backslashreplace")))
 
     def job(self, content: dict[str, Any], number: int) -> Job:
         """The command line's request with the line's own values on top; its seed is the run's plus the line's
@@ -101,14 +142,16 @@ class Lines:
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
             raise Dsv2Error("stop is neither a text nor a list of texts")
+        if stop and (self.tokenizer is None or not all(stop)):
+            raise Dsv2Error("stop can not be used", why="it needs a tokenizer, and texts that are not empty")
         sampling = replace(request.sampling, **{key: content[key] for key in RULES if key in content})
         return Job(ids, replace(request, sampling=sampling, seed=seed, max_new_tokens=most, stop=tuple(stop)))
 
     def prompt_ids(self, content: dict[str, Any]) -> list[int]:
         """Of the one prompt that a line has. Raises Dsv2Error."""
-        given = [key for key in PROMPTS if content.get(key)]
-        if len(given) != 1:
-            what = "it has several prompts" if given else "it has no prompt"
+        given = [key for key in PROMPTS if content.get(key) is not None]
+        if len(given) != 1 or not content[given[0]]:
+            what = "it has several prompts" if len(given) > 1 else "it has no prompt"
             raise Dsv2Error(what, why=f"give one of {', '.join(PROMPTS)}")
         key, prompt = given[0], content[given[0]]
         if key == "prompt_ids":
@@ -117,9 +160,12 @@ class Lines:
             return prompt
         tokenizer = self.tokenizer or self.opened.tokenizer()  # says what is missing
         if key == "messages":
-            return tokenizer.encode_chat(checked(prompt, "messages"))
+            messages = checked(prompt, "messages")
+            tokenizer.refuse_too_long("".join(message["content"] for message in messages))
+            return tokenizer.encode_chat(messages)
         if not isinstance(prompt, str):
             raise Dsv2Error("prompt is not a text")
+        tokenizer.refuse_too_long(prompt)
         return tokenizer.encode(prompt)
 
     def answer(self, line: Line, job: Job) -> dict[str, Any]:
@@ -132,55 +178,87 @@ class Lines:
     def answer_stdin(self) -> None:
         """Each line answered on stdout before the next is read, so that a program may wait for its answer."""
         for line in self.read(ui.stdin_bytes(), "stdin"):
+            assert line is not None
             for job in run_batch(self.opened.runner, self.tokenizer, [line.job], 1):
                 ui.write_json(self.answer(line, job))
 
-    def answer_file(self, path: Path, out: Path, width: int) -> tuple[int, int]:
-        """Answer what is not answered yet; gives how many lines were written now, and how many of them are
-        errors.
+    def answer_file(self, path: Path, out: Path, width: int, restart: bool = False) -> tuple[int, int]:
+        """Answer what is not answered yet, or all where `restart` says so; gives how many lines were written
+        now, and how many of them are errors.
 
         Answers stand in the order of the prompts, one line each, and reach the file as soon as all before
-        them are done. Raises UsageError where a file is not what it should be, Dsv2Error for a full disk.
+        them are done. Raises UsageError where a file is not what it should be, or answers stand there to
+        other prompts, and Dsv2Error for a full disk.
         """
         out = destination(out)
+        running: list[Line] = []
+        source, total = self.source(path, running)
+        marks = self.marks()
+        if restart:
+            put_away(out)
         try:
-            source = lines_of(path)
-            # All lines are read before the first is run: what is wrong is said before an hour's work, not
-            # after.
-            total = sum(1 for _ in self.read(source(), str(path)))
-        except OSError as error:
-            raise UsageError(f"{path} can not be read", why=reason(error)) from None
-        done = finished(out) if out.is_file() else []
-        lines = self.read(source(), str(path))
-        skip_answered(lines, done, out)
-        try:
-            with ui.counting("answering", total) as tick, out.open("ab") as file:
-                for _ in done:
-                    tick()
-                return self.write(lines, file, width, tick)
+            with locked(out) as file, ui.counting("answering", total) as tick:
+                lines = self.read(source, str(path))
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    done = Done(out)
+                    lines = done.skipped(lines, marks)
+                    for _ in done.answers:
+                        tick()
+                counts = self.write(lines, running, file, width, marks, tick)
         except BrokenPipeError:
             raise ui.ReaderGone from None
         except OSError as error:
-            why, fix = error.strerror or str(error), "make room, then run the same command again"
+            why, fix = reason(error), "make room, then run the same command again"
             raise Dsv2Error(f"{out} could not be written", why=why, fix=fix) from None
+        if self.bad is not None:
+            raise self.bad
+        return counts
+
+    def source(self, path: Path, running: list[Line]) -> tuple[Iterable[bytes | None], int]:
+        """The lines of a file, all of which are looked at first, and how many there are; or of a pipe, as
+        they come, where None says that none has come and those `running` may go on.
+
+        Raises UsageError.
+        """
+        if str(path) != "-":
+            path = path_of(path)
+        try:
+            if str(path) == "-":
+                return as_they_come(ui.stdin_bytes(), running), 0
+            if not stat.S_ISREG(require_file(path, pipes=True).st_mode):
+                return as_they_come(lines_of(path), running), 0
+            # What is wrong is said before an hour's work, not after.
+            return lines_of(path), sum(1 for _ in self.read(lines_of(path), str(path)))
+        except OSError as error:
+            raise UsageError(f"{path} can not be read", why=reason(error)) from None
 
     def write(
-        self, lines: Iterator[Line], file: Any, width: int, tick: Callable[[], None]
+        self,
+        lines: Iterator[Line | None],
+        running: list[Line],
+        file: Any,
+        width: int,
+        marks: list[str],
+        tick: Callable[[], None],
     ) -> tuple[int, int]:
         """Run lines, `width` at once, and write their answers in order; gives how many, and how many errors.
 
-        Raises OSError.
+        `running` are those that are not answered yet. Raises OSError.
         """
         written = errors = 0
-        running: list[Line] = []
 
-        def jobs() -> Iterator[Job]:
-            for line in lines:
-                running.append(line)
-                yield line.job
+        def jobs() -> Iterator[Job | None]:
+            try:
+                for line in lines:
+                    if line is not None:
+                        running.append(line)
+                    yield None if line is None else line.job
+            except UsageError as error:
+                self.bad = error
 
         for job in run_batch(self.opened.runner, self.tokenizer, jobs(), width):
-            answer = self.answer(running.pop(0), job)
+            line = running.pop(0)
+            answer = self.answer(line, job) | {"fingerprint": "-".join([line.digest, *marks])}
             file.write(mended(json.dumps(answer, ensure_ascii=False, allow_nan=False)).encode() + b"\n")
             file.flush()
             written, errors = written + 1, errors + bool(job.error)
@@ -190,24 +268,44 @@ class Lines:
         return written, errors
 
 
-def lines_of(path: Path) -> Callable[[], Iterable[bytes]]:
-    """What gives the lines of a file, each time it is called; of a pipe, and of stdin for `-`, they are kept.
+def short(text: str) -> str:
+    """Some letters that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
-    Raises OSError where they can not be read.
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Raises OSError."""
+    with path.open("rb") as file:
+        yield from lines_within(file)
+
+
+def as_they_come(lines: Iterable[bytes], running: list[Line]) -> Iterator[bytes | None]:
+    """Lines of a pipe, read ahead by a thread; None where none is there and others are `running`.
+
+    Raises what reading raises.
     """
-    if str(path) == "-":
-        kept = list(ui.stdin_bytes())
-        return lambda: kept
-    path = path_of(path)
-    if not path.is_file():
-        piped = read_bytes(path, pipes=True).splitlines(keepends=True)
-        return lambda: piped
+    box: queue.Queue[bytes | Exception | None] = queue.Queue(WAITING)
 
-    def lines() -> Iterator[bytes]:
-        with path.open("rb") as file:
-            yield from file
+    def read() -> None:
+        try:
+            for line in lines:
+                box.put(line)
+            box.put(None)
+        except (OSError, Dsv2Error) as error:
+            box.put(error)
 
-    return lines
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            item = box.get(block=not running)
+        except queue.Empty:
+            yield None
+            continue
+        if item is None:
+            return
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
 def destination(out: Path) -> Path:
@@ -223,32 +321,86 @@ def destination(out: Path) -> Path:
     return out
 
 
-def finished(out: Path) -> list[Any]:
-    """The ids answered in an earlier run; a last line that was cut off is taken away, so that its prompt runs
-    again.
+def put_away(out: Path) -> None:
+    """Give a file of earlier answers another name. Raises Dsv2Error."""
+    if out.is_file():
+        number = next(n for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
+        try:
+            out.rename(f"{out}.{number}")
+        except OSError as error:
+            raise Dsv2Error(f"{out} could not be renamed", why=reason(error)) from None
+        ui.note(f"earlier answers are in {out}.{number}")
 
-    Raises UsageError for a file of something else.
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[Any]:
+    """A file of answers to append to, which no other run writes meanwhile. Raises OSError, and UsageError
+    where one does.
     """
-    data = out.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    cut_off = data[len(whole) :]
-    try:
-        ids = [parse_json(line)["id"] for line in whole.splitlines()]
-        if cut_off[: len(BEGINNING)] != BEGINNING[: len(cut_off)]:
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        why = "its lines are not answers of dsv2"
-        raise UsageError(f"{out} holds something else", why=why, fix="another --output") from None
-    os.truncate(out, len(whole))
-    return ids
+    with out.open("ab") as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fix = "wait for it, or another --output"
+                raise UsageError(f"Another run is writing to {out}", fix=fix) from None
+        yield file
 
 
-def skip_answered(lines: Iterator[Line], done: list[Any], out: Path) -> None:
-    """Pass over the lines whose ids are `done`. Raises UsageError where others stand in their places."""
-    for answered in done:
-        line = next(lines, None)
-        if line is None or line.id != answered:
-            where = "it has more answers than there are prompts"
-            if line is not None:
-                where = f"its answer {answered!r} stands where line {line.number} has id {line.id!r}"
-            raise UsageError(f"{out} belongs to other prompts", why=where, fix="another --output")
+class Done:
+    """What an earlier run has written to a file of answers."""
+
+    def __init__(self, out: Path) -> None:
+        """Raises UsageError for a file of something else, OSError."""
+        self.out = out
+        data = out.read_bytes()
+        self.whole = data[: data.rfind(b"\n") + 1]
+        self.rest = data[len(self.whole) :]  # a line that was cut off
+        try:
+            read = [parse_json(line) for line in self.whole.splitlines()]
+            self.answers = [(answer["id"], answer["fingerprint"].split("-")) for answer in read]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self.something_else() from None
+
+    def something_else(self) -> UsageError:
+        """What to say of a file that is not ours."""
+        why, fix = "its lines are not answers of this version of dsv2", "another --output, or --restart"
+        return UsageError(f"{self.out} holds something else", why=why, fix=fix)
+
+    def skipped(self, lines: Iterator[Line | None], marks: list[str]) -> Iterator[Line | None]:
+        """The lines that are not answered yet. A last answer that was cut off is taken away where it is the
+        beginning of the next line's.
+
+        Raises UsageError where answers stand to other lines, or came from other options or another model.
+        """
+        coming = (line for line in lines if line is not None)
+        for answered, marked in self.answers:
+            line = next(coming, None)
+            if line is None:
+                raise self.other("it has more answers than there are prompts")
+            now = [line.digest, *marks]
+            changed = [name for name, was, what in zip(MARKS, marked, now, strict=False) if was != what]
+            if line.id != answered or len(marked) != len(now):
+                raise self.other(
+                    f"its answer {answered!r} stands where line {line.number} has id {line.id!r}"
+                )
+            if changed:
+                raise self.other(f"line {line.number} was answered with {changed[0]}")
+        if self.rest:
+            following = next(coming, None)
+            start = (
+                b""
+                if following is None
+                else json.dumps({"id": following.id, "line": following.number}).encode()
+            )
+            if following is None or self.rest[: len(start) - 1] != start[:-1][: len(self.rest)]:
+                raise self.something_else()
+            os.truncate(self.out, len(self.whole))
+            return itertools.chain([following], lines)
+        return lines
+
+    def other(self, why: str) -> UsageError:
+        """What to say of answers to other prompts."""
+        return UsageError(
+            f"{self.out} belongs to other prompts", why=why, fix="another --output, or --restart"
+        )

@@ -12,12 +12,14 @@ import functools
 import gc
 import inspect
 import secrets
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer import BadParameter
+from typer._click.exceptions import NoSuchOption  # not among what typer exports
 from typer.core import TyperCommand
 
 from dsv2cli.cli import ui
@@ -79,6 +81,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As the library does. Raises UsageError for a wrong value that was not on the command line."""
+        given = args[-1:]
         try:
             return super().parse_args(ctx, args)
         except BadParameter as error:
@@ -86,6 +89,11 @@ class Command(TyperCommand):
             if where is None:
                 raise
             raise UsageError(f"{where}: {error.message}") from None
+        except NoSuchOption as error:
+            if any(each.param_type_name == "argument" for each in self.params):
+                text = shlex.join(given)
+                error.message += f" (a text that begins with a dash stands behind --: -- {text})"
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run it. Where a UsageError begins with an option that nobody typed, it is named by its origin."""
@@ -210,6 +218,8 @@ class Sampling:
         from dsv2cli.engine.generate import Request
         from dsv2cli.engine.sampling import SamplingParams
 
+        if self.stop and not all(self.stop):
+            raise UsageError("--stop is empty", why="every text begins with nothing", fix="leave it out")
         chosen = {each.name: getattr(self, each.name) for each in fields(SamplingParams)}
         return Request(
             SamplingParams.from_generation_config(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import as_text, mended
+from dsv2cli.outside import as_text, lines_within, mended, read_within
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -253,7 +253,7 @@ def stdin_bytes() -> Iterable[bytes]:
         return
     try:
         first = True
-        for line in sys.stdin.buffer:
+        for line in lines_within(sys.stdin.buffer):
             yield line.removeprefix(b"\xef\xbb\xbf") if first else line
             first = False
     except OSError as error:
@@ -265,7 +265,7 @@ def read_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
-        return text_of_stdin(sys.stdin.buffer.read())
+        return text_of_stdin(read_within(sys.stdin.buffer))
     except OSError as error:
         raise UsageError("stdin can not be read", why=error.strerror or str(error)) from None
 

@@ -20,6 +20,7 @@ from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.run.runner import Runner
 
+END = object()
 AHEAD = 8  # prompts a row that may finish before the oldest one
 
 
@@ -96,16 +97,21 @@ def run_samples(runner: Runner, tokenizer: Tokenizer | None, jobs: list[Job]) ->
 
 
 @torch.inference_mode()
-def run_batch(runner: Runner, tokenizer: Tokenizer | None, jobs: Iterable[Job], width: int) -> Iterator[Job]:
-    """Finished jobs in the order of `jobs`, `width` of them decoded at once. Each job keeps its own seed."""
+def run_batch(
+    runner: Runner, tokenizer: Tokenizer | None, jobs: Iterable[Job | None], width: int
+) -> Iterator[Job]:
+    """Finished jobs in the order of `jobs`, `width` of them decoded at once. Each job keeps its own seed.
+
+    None among the jobs says that the next is not there yet, and those that run may go on.
+    """
     rows = Rows(runner, tokenizer, runner.new_cache(width))
     waiting, begun = iter(jobs), list[Job]()  # begun: those not yet given back, oldest first
     more = True
     while more or begun:
         while more and len(begun) < AHEAD * width and (i := rows.idle()) is not None:
-            job = next(waiting, None)
-            if job is None:
-                more = False
+            job = next(waiting, END)
+            more = job is not END
+            if not isinstance(job, Job):
                 break
             begun.append(job)
             if not job.error:

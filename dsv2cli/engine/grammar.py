@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import AGAIN, parse_json, reason
 
 # Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in
 # blanks.
@@ -52,6 +53,7 @@ class Grammar:
         self.option = "--regex" if schema is None else "--json-schema"
         try:
             if schema is not None:
+                schema = {True: "{}"}.get(parse_json(schema), schema) if schema.strip() == "true" else schema
                 self.text = LLMatcher.grammar_from_json_schema(
                     schema, defaults={"whitespace_pattern": WHITESPACE}
                 )
@@ -59,10 +61,14 @@ class Grammar:
                 self.text = LLMatcher.grammar_from_regex(regex or "")
         except ValueError as error:
             raise self.senseless(str(error)) from None
+        largest = max(tokenizer.fast.get_vocab().values())
+        if largest >= vocab_size:
+            why = f"it has the id {largest:,}, the model {vocab_size:,} ids"
+            raise Dsv2Error(f"{tokenizer.path} belongs to another model", why=why, fix=AGAIN)
         self.tokenizer = LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=sorted(eos_ids))
         self.matcher = LLMatcher(self.tokenizer, self.text, log_level=0)
         if self.matcher.is_error():
-            raise self.senseless(self.matcher.get_error())
+            raise self.senseless(cause(self.matcher))
         if start and not self.matcher.consume_tokens(tokenizer.encode(start, add_bos=False)):
             raise UsageError(
                 "The prefix breaks the form of the answer",
@@ -70,10 +76,16 @@ class Grammar:
             )
 
     def senseless(self, why: str) -> UsageError:
-        return UsageError(f"{self.option} can not be used", why=" ".join(why.split()))
+        return UsageError(f"{self.option} can not be used", why=reason(ValueError(why)))
 
     def begin(self) -> Constraint:
         return Constraint(self.matcher.deep_copy(), self.ends)
+
+
+def cause(matcher: Any) -> str:
+    """What a matcher says went wrong, without the state that it writes around it."""
+    said = str(matcher.get_error()).partition("<state>")[0].strip()
+    return "" if said.isidentifier() else said  # one word is a name of the library's own
 
 
 class Constraint:
@@ -109,6 +121,6 @@ class Constraint:
     def dead_end(self) -> Dsv2Error:
         return Dsv2Error(
             "No token of this model can go on in the form asked for",
-            why=self.matcher.get_error() or "the form leads nowhere, or the vocabulary lacks a character",
+            why=cause(self.matcher) or "the form leads nowhere, or the vocabulary lacks a character",
             fix="another --json-schema or --regex",
         )

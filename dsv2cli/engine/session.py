@@ -33,6 +33,7 @@ class Session:
         However it ends, messages and cache agree: a partial answer is kept as a turn, an answer without a
         word is not, and then the user's message is taken back as well.
         """
+        self.tokenizer.refuse_too_long(text)
         prompt_ids = self.tokenizer.encode_chat([*self.messages, {"role": "user", "content": text}])
         check_prompt(self.runner.config, prompt_ids)
         self.messages.append({"role": "user", "content": text})

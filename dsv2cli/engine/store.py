@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dsv2cli import places
+from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
@@ -24,8 +25,8 @@ from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.outside import mended, parse_json, read_bytes, reason, require_file
 
 FORMAT = "dsv2 conversation 1"
+LONGEST_NAME = 200  # bytes: file systems hold 255, and temporary names are longer
 ROLES = ("system", "user", "assistant")
-EDGE = 2**16  # bytes of each end of a weights file that tell it from another
 
 
 @dataclass
@@ -40,10 +41,10 @@ class Conversation:
 
 def path_of(name: str) -> Path:
     """Raises UsageError for a name that is no plain file name."""
-    if not re.fullmatch(r"\w[\w .-]*", name):
+    if not re.fullmatch(r"\w[\w .-]*", name) or len(name.encode()) > LONGEST_NAME:
         raise UsageError(
-            f"{name!r} can not name a session",
-            why="letters, digits, spaces, dots and dashes can",
+            f"{name[:80]!r} can not name a session",
+            why=f"letters, digits, spaces, dots and dashes can, up to {LONGEST_NAME} bytes of them",
             fix="/save my-talk",
         )
     return places.sessions() / f"{name}.json"
@@ -151,17 +152,35 @@ def parse_messages(text: str, source: str = "The line") -> list[Message]:
 
 
 def checked(messages: Any, source: str) -> list[Message]:
-    """An optional system message, then turns of user and assistant. Raises Dsv2Error for anything else."""
-    good = isinstance(messages, list) and all(
-        isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not good:
-        raise Dsv2Error(
-            f"{source} is not a conversation",
-            why='messages are {"role": system|user|assistant, "content": text}',
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    """An optional system message, then turns of user and assistant, in the format of OpenAI's: a content may
+    be a list of parts of text, and a developer is who writes the system message.
+
+    Raises Dsv2Error for anything else, by the message's place.
+    """
+    if not isinstance(messages, list):
+        raise no_conversation(source, "it is no list")
+    out = []
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise no_conversation(source, f"message {place} is no object")
+        role = {"developer": "system"}.get(str(message.get("role")), message.get("role"))
+        if role not in ROLES:
+            raise no_conversation(source, f"message {place} has the role {str(role)[:40]!r}")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+            raise no_conversation(source, f"message {place} has parts that are no text")
+        texts = [part.get("text") for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise no_conversation(source, f"message {place} has no text")
+        out.append({"role": role, "content": "".join(map(str, texts))})
+    return out
+
+
+def no_conversation(source: str, why: str) -> Dsv2Error:
+    """What to say of messages that are none."""
+    fix = 'messages are {"role": system|user|assistant, "content": text}'
+    return Dsv2Error(f"{source} is not a conversation", why=why, fix=fix)
 
 
 def as_json(content: Any) -> str:
@@ -176,29 +195,13 @@ def identity(checkpoint: Path, session: Session) -> str:
     """Tells one model in one number format from another without reading it whole: whoever changes a file
     changes its times. Raises Dsv2Error where it can not be looked at.
     """
+    weights = [each for each in session.runner.model.modules() if isinstance(each, Quantized)]
+    codes = sorted({f"{each.bits}:{each.group}" for each in weights})
     try:
-        return times_and_edges(checkpoint, session)
+        files = edges(checkpoint, times=True)
     except OSError as error:
         raise Dsv2Error(f"{checkpoint} cannot be read", why=reason(error)) from None
-
-
-def times_and_edges(checkpoint: Path, session: Session) -> str:
-    """identity, which raises OSError."""
-    codes = sorted(
-        {f"{w.bits}:{w.group}" for w in session.runner.model.modules() if isinstance(w, Quantized)}
-    )
-    digest = hashlib.sha256(f"{session.runner.dtype} {codes}".encode())
-    for file in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
-        about = require_file(file)
-        size = about.st_size
-        with file.open("rb") as opened:
-            times = f"{about.st_mtime_ns} {about.st_ctime_ns}"
-            digest.update(
-                f"{file.name} {size} {times} ".encode("utf-8", "surrogateescape") + opened.read(EDGE)
-            )
-            opened.seek(max(0, size - EDGE))
-            digest.update(opened.read(EDGE))
-    return digest.hexdigest()
+    return hashlib.sha256(f"{session.runner.dtype} {codes} {files}".encode()).hexdigest()
 
 
 def save_cache(path: Path, session: Session, model: str) -> None:

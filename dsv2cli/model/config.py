@@ -176,6 +176,9 @@ class DeepseekV2Config:
         values["torch_dtype"] = str(values.get("torch_dtype") or cls.torch_dtype).removeprefix("torch.")
         values["topk_method"] = str(values.get("topk_method") or "greedy").replace("gready", "greedy")
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        both = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
+        if len(both) > 1 and both[0] != both[1]:
+            raise not_implemented(source, "rope_parameters", both[1], "rope_scaling says something else")
         if isinstance(rope, dict):
             thetas = (raw.get("rope_theta"), rope.get("rope_theta"), cls.rope_theta)
             values["rope_theta"] = next(theta for theta in thetas if theta is not None)
@@ -195,6 +198,8 @@ def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
         raise not_implemented(source, "rope_scaling", rope, "it must be an object")
     known = set(SCALING) & rope.keys()
     kind = rope.get("type") or rope.get("rope_type")
+    if rope.get("rope_type") not in (None, kind):
+        raise not_implemented(source, "rope_scaling.rope_type", rope["rope_type"], f"its type is {kind}")
     if kind is None and known:
         raise not_implemented(source, "rope_scaling.type", kind, "what its other numbers mean depends on it")
     if kind in (None, "default", "none"):

@@ -80,7 +80,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """Raises Dsv2Error where there is none."""
-        return Tokenizer(self.folder)
+        return Tokenizer(self.folder, self.config.max_position_embeddings)
 
     def tokenizer_if_any(self) -> Tokenizer | None:
         """With token ids a checkpoint may do without."""

@@ -112,7 +112,7 @@ def test_without_the_library_it_says_what_to_install(embedded_tokenizer, monkeyp
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(Dsv2Error) as caught:
         held(embedded_tokenizer, regex="a")
-    assert "dsv2cli[grammar]" in caught.value.fix
+    assert "llguidance" in caught.value.fix
 
 
 @pytest.fixture(scope="module")

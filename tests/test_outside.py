@@ -88,6 +88,9 @@ def test_json_may_begin_with_a_byte_order_mark_and_hold_all_of_unicode():
         ({"eos_token_id": "1"}, "eos_token_id"),
         ({"bos_token_id": [0, None]}, "bos_token_id"),
         ({"rope_scaling": {"factor": 40}}, "rope_scaling.type"),
+        ({"rope_scaling": 0}, "rope_scaling"),
+        ({"rope_scaling": False}, "rope_scaling"),
+        ({"rope_scaling": None, "rope_parameters": []}, "rope_parameters"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "yarn", "factor": "40"}}, "rope_scaling.factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 0}}, "rope_scaling.beta_fast"),
@@ -388,6 +391,13 @@ def test_a_tokenizer_that_changes_the_text_is_refused(talker, values):
         Tokenizer(edited(talker, **values))
     assert "tokenizer.json" in caught.value.what
     assert any(finding.state == "bad" for finding in look_at(str(talker)))
+
+
+def test_two_tokens_of_one_id_are_refused(talker):
+    model = json.loads((talker / "tokenizer.json").read_text())["model"]
+    model["vocab"]["zzzz"] = 7
+    with pytest.raises(Dsv2Error, match="one id to two tokens"):
+        Tokenizer(edited(talker, model=model))
 
 
 def test_what_cuts_pads_or_drops_at_random_is_switched_off(talker, embedded_tokenizer):

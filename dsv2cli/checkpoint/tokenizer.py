@@ -84,6 +84,10 @@ class Tokenizer:
         marks = [token.content for token in added if token.special or MARK.fullmatch(token.content)]
         longest_first = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
         self.marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        vocabulary = self.fast.get_vocab()
+        if len(set(vocabulary.values())) != len(vocabulary):
+            raise Dsv2Error(f"{self.path} gives one id to two tokens", fix=AGAIN)
+        self.longest = max(map(len, vocabulary))  # bytes of a token: a letter there is one
         for text in (PROBE, PROBE.strip()):
             if (again := self.decode(self.ids_of(text))) != text:
                 why = f"{text!r} comes back as {again!r}"
@@ -154,8 +158,7 @@ class Tokenizer:
         """
         if self.context is None or len(text) < self.context:
             return
-        longest = max(map(len, self.fast.get_vocab()))  # a letter there is a byte
-        if len(text) > longest * self.context:
+        if len(text) > self.longest * self.context:
             why = f"the context of {self.context:,} tokens holds less, whatever it says"
             raise UsageError(f"The text has {len(text):,} characters", why=why, fix="a shorter text")
 

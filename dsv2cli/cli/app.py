@@ -73,6 +73,9 @@ class Program(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = Commands()  # type: ignore[assignment]
+        for parameter in self.params:  # no DSV2_VERSION, which many a build script sets
+            parameter.allow_from_autoenv = False  # type: ignore[attr-defined]
+            parameter.show_envvar = False  # type: ignore[attr-defined]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each name with its first line."""

@@ -34,12 +34,10 @@ class Sampling(opt.Sampling):
         int, typer.Option(min=1, help="Continuations of one prompt, read once; seeds count up. Needs --json.")
     ] = 1
     regex: Annotated[
-        str | None,
-        typer.Option(help="Hold the answer to a regular expression, whole. Needs dsv2cli[grammar]."),
+        str | None, typer.Option(help="Hold the answer to a regular expression, whole. Needs llguidance.")
     ] = None
     json_schema: Annotated[
-        Path | None,
-        typer.Option(help="Hold the answer to the JSON schema in a file. Needs dsv2cli[grammar]."),
+        Path | None, typer.Option(help="Hold the answer to the JSON schema in a file. Needs llguidance.")
     ] = None
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = (
         False

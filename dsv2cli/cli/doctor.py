@@ -182,7 +182,7 @@ def triton_kernels(gpu: bool) -> Finding:
 
 
 def extras() -> Iterator[Finding]:
-    for module, use, fix in (("llguidance", "--json-schema and --regex", 'pip install "dsv2cli[grammar]"'),):
+    for module, use, fix in (("llguidance", "--json-schema and --regex", 'pip install "llguidance>=1.7"'),):
         if importlib.util.find_spec(module) is None:
             yield Finding(module, "note", f"not installed: no {use}", fix)
         else:

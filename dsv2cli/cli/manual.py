@@ -38,8 +38,13 @@ TOPICS = {
         "file that says <CURSOR>, with the checkpoints that were trained for it (Coder-V2's base "
         "models); others are refused for want of the tokens.",
         "A line of --batch holds prompt, prompt_ids or messages, and may have an id, seed, stop, "
-        "max_new_tokens and sampling of its own. Answers stand in the order of the prompts, a line each. "
-        "After an interruption the same command goes on where it was: no line is lost or repeated.",
+        "max_new_tokens and sampling of its own. Answers stand in the order of the prompts, a line each: its "
+        "id, line, the fields of --json, an error where there is one, and a fingerprint of the line, the "
+        "options and the model. After an interruption the same command goes on where it was: no line is lost "
+        "or repeated, and answers to other prompts, with other options or by another model are refused, "
+        "unless --restart. IN.jsonl may be a pipe or -, and OUT.jsonl too: lines are answered as they come.",
+        "What --json prints is strict JSON in UTF-8. A text that a message spells like a special token stays "
+        "text; a prompt of complete may spell them. The end of the last line of piped text is no part of it.",
         "Ranges of bench and niah are a number, a list (64,512), or a range (512-2048+512, 64-4096*2).",
     ),
     "WEIGHTS": (
@@ -85,6 +90,7 @@ EXIT_CODES = {
     ),
     "3": "with --fail-on-length only: the answer ended at the token limit",
     "130": "interrupted by Ctrl-C; what had been generated is printed",
+    "143": "ended by SIGTERM, 129 by a terminal that was closed; what had been generated is printed",
 }
 ENVIRONMENT = {
     "DSV2_COMMAND_OPTION": (
@@ -101,6 +107,23 @@ ENVIRONMENT = {
 def manual(context: typer.Context) -> None:
     """Print the manual page: dsv2 manual | man -l -"""
     ui.emit(page(context.find_root().command))
+
+
+FILES = {
+    "~/.config/dsv2/config.toml": "the configuration",
+    "~/.local/share/dsv2/sessions/NAME.json": "a conversation, and beside it NAME.safetensors, its cache",
+    "~/.local/share/dsv2/history": "what was typed at prompts",
+    "~/.cache/dsv2/kernels": "compiled kernels, each with its SHA-256",
+}
+EXAMPLES = {
+    'dsv2 chat --system "You are a careful proof-reader."': "a conversation with the small model inside",
+    "dsv2 complete --chat < question.txt": "one answer",
+    "dsv2 complete --batch in.jsonl --output out.jsonl -m DIR": "many, going on where it was stopped",
+    "dsv2 quantize DIR OUT --to int4": "a checkpoint in a quarter of its size",
+    "dsv2 doctor DIR --hash": "whether its files are what was published",
+}
+KINDS = {"<str>": "TEXT", "<path>": "FILE", "<list[str]>": "TEXT", "<int>": "N", "<int range>": "N"}
+KINDS |= {"<float>": "NUMBER", "<float range>": "NUMBER"}
 
 
 def roff(text: str) -> str:
@@ -129,8 +152,19 @@ def options(command: Any, name: str) -> str:
         if (below := getattr(parameter, "rich_help_panel", None)) and below != heading:
             heading = below
             out.append(f".SS {roff(below)}\n")
-        out.append(entry(*record))
+        head, text = record
+        for name, shown in KINDS.items():
+            head = head.replace(name, shown)
+        if parameter.param_type_name == "argument":
+            head = synopsis(parameter)
+        out.append(entry(head, text))
     return "".join(out)
+
+
+def synopsis(argument: Any) -> str:
+    """How an argument stands in a command line: in brackets where it may be left out."""
+    name: str = (argument.metavar or argument.name).strip("[]")
+    return name.upper() if argument.required else f"[{name.upper()}]"
 
 
 def page(group: Any) -> str:
@@ -140,12 +174,16 @@ def page(group: Any) -> str:
         f'.TH DSV2 1 "" "dsv2 {version}" "User Commands"\n',
         f".SH NAME\ndsv2 \\- {roff(group.help)}\n.SH SYNOPSIS\n",
     ]
-    out += [f".B dsv2 {name}\n[\\fIoptions\\fR]\n.br\n" for name in group.commands]
+    for name, command in group.commands.items():
+        words = [synopsis(each) for each in command.params if each.param_type_name == "argument"]
+        words = ["[\\fIoptions\\fR]", *map(roff, words)]
+        out.append(f".B dsv2 {name}\n{' '.join(words)}\n.br\n")
     out.append(f".SH DESCRIPTION\n{paragraphs([DESCRIPTION])}")
     for name, command in group.commands.items():
         out.append(f".SH {name.upper()}\n{paragraphs((command.help or '').split(chr(10) * 2))}")
         out.append(options(command, name))
     out += [f".SH {title}\n{paragraphs(list(texts))}" for title, texts in TOPICS.items()]
-    for title, entries in (("EXIT STATUS", EXIT_CODES), ("ENVIRONMENT", ENVIRONMENT)):
+    lists = {"EXIT STATUS": EXIT_CODES, "ENVIRONMENT": ENVIRONMENT, "FILES": FILES, "EXAMPLES": EXAMPLES}
+    for title, entries in lists.items():
         out.append(f".SH {title}\n" + "".join(entry(head, text) for head, text in entries.items()))
     return "".join(out)

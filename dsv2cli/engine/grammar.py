@@ -39,9 +39,7 @@ class Grammar:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError:
             raise Dsv2Error(
-                "Held answers need llguidance",
-                why="it is not installed",
-                fix='pip install "dsv2cli[grammar]"',
+                "Held answers need llguidance", why="it is not installed", fix='pip install "llguidance>=1.7"'
             ) from None
         if not eos_ids:
             raise UsageError(

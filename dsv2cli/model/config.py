@@ -175,13 +175,9 @@ class DeepseekV2Config:
             values["torch_dtype"] = raw["dtype"]
         values["torch_dtype"] = str(values.get("torch_dtype") or cls.torch_dtype).removeprefix("torch.")
         values["topk_method"] = str(values.get("topk_method") or "greedy").replace("gready", "greedy")
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        both = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name)]
-        if len(both) > 1 and both[0] != both[1]:
-            raise not_implemented(source, "rope_parameters", both[1], "rope_scaling says something else")
-        if isinstance(rope, dict):
-            thetas = (raw.get("rope_theta"), rope.get("rope_theta"), cls.rope_theta)
-            values["rope_theta"] = next(theta for theta in thetas if theta is not None)
+        rope = rope_of(raw, source)
+        thetas = (raw.get("rope_theta"), rope.get("rope_theta"), cls.rope_theta)
+        values["rope_theta"] = next(theta for theta in thetas if theta is not None)
         values["rope_scaling"] = parse_rope_scaling(rope, source)
         values["packed"] = parse_packed(raw.get("quantization_config"), source)
         config = cls(**values)
@@ -189,13 +185,24 @@ class DeepseekV2Config:
         return config
 
 
-def parse_rope_scaling(rope: Any, source: str) -> RopeScaling:
+def rope_of(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """`rope_scaling` of the release or `rope_parameters` of transformers 5; both name the same numbers.
 
-    Raises Dsv2Error.
+    Raises Dsv2Error for what is no object, or for two that differ.
     """
-    if not isinstance(rope, dict):
-        raise not_implemented(source, "rope_scaling", rope, "it must be an object")
+    found: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = raw.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise not_implemented(source, name, value, "it must be an object")
+        if value and found and value != found:
+            raise not_implemented(source, name, value, "rope_scaling says something else")
+        found = found or value or {}
+    return found
+
+
+def parse_rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling:
+    """What rope_of gives, checked. Raises Dsv2Error."""
     known = set(SCALING) & rope.keys()
     kind = rope.get("type") or rope.get("rope_type")
     if rope.get("rope_type") not in (None, kind):

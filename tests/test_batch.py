@@ -289,8 +289,10 @@ def test_a_second_run_is_told_that_the_output_is_being_written(start, tmp_path):
     out = tmp_path / "out.jsonl"
     with out.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        done = batch(tmp_path, *PAIR)
-    assert done.returncode == 2 and "Another run is writing" in done.stderr and out.read_bytes() == b""
+        for options in ((), ("--restart",)):
+            done = batch(tmp_path, *PAIR, options=options)
+            assert done.returncode == 2 and "Another run is writing" in done.stderr
+    assert out.read_bytes() == b""
     assert batch(tmp_path, *PAIR).returncode == 0
 
 

@@ -322,11 +322,12 @@ def destination(out: Path) -> Path:
 
 
 def put_away(out: Path) -> None:
-    """Give a file of earlier answers another name. Raises Dsv2Error."""
+    """Give a file of earlier answers another name. Raises Dsv2Error, and UsageError where a run writes it."""
     if out.is_file():
         number = next(n for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
         try:
-            out.rename(f"{out}.{number}")
+            with locked(out):
+                out.rename(f"{out}.{number}")
         except OSError as error:
             raise Dsv2Error(f"{out} could not be renamed", why=reason(error)) from None
         ui.note(f"earlier answers are in {out}.{number}")

@@ -138,10 +138,6 @@ class Remarks(Output):
         except (ReaderGone, Dsv2Error):
             self.file = None
 
-    def fileno(self) -> int:
-        """Raises OSError where stderr was closed."""
-        return super().fileno()
-
 
 def guard_streams() -> None:
     """Put Output and Remarks in the places of stdout and stderr; take the numbers of closed ones, so that no

@@ -81,22 +81,25 @@ def defaults(table: dict[str, Any], command: Any, where: str) -> dict[str, Any]:
             raise UsageError(f"{config_path()}: {where} has no option {key!r}", fix=fix)
         parameter = known[option]
         several = bool(getattr(parameter, "multiple", False))
-        if (wanted := unfit(value, bool(getattr(parameter, "is_flag", False)), several)) is not None:
+        kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+        if (wanted := unfit(value, kind, several)) is not None:
             what = f"{config_path()}: {where} {key} = {str(value)[:80]!r} makes no sense"
             raise UsageError(what, why=f"it must be {wanted}")
         values[str(parameter.name)] = [value] if several and isinstance(value, str) else value
     return values
 
 
-def unfit(value: Any, flag: bool, several: bool) -> str | None:
-    """What a value of the file must be for its option, where it is of another kind."""
-    if flag:
+def unfit(value: Any, kind: Any, several: bool) -> str | None:
+    """What a value of the file must be for its option of a `kind`, where it is of another."""
+    if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     if several:
         texts = value if isinstance(value, list) else [value]
         return None if all(isinstance(text, str) for text in texts) else "a text or a list of texts"
     if isinstance(value, int) and not isinstance(value, bool):
         return None if abs(value) < 2**63 else "a number within 64 bits"
+    if kind is int and isinstance(value, float):
+        return "a whole number"
     return None if isinstance(value, str | float) else "a text or a number"
 
 

@@ -349,6 +349,7 @@ def test_samples_that_are_interrupted_give_what_there_is(start, number):
         ({"role": "user", "content": [{"type": "image_url"}]}, "message 1 has parts that are no text"),
         ({"role": "user", "content": None}, "message 1 has no text"),
         ({"role": "user"}, "message 1 has no text"),
+        ({"role": "user", "content": []}, "message 1 has no text"),
         ("hello", "message 1 is no object"),
     ],
 )

@@ -171,7 +171,7 @@ def checked(messages: Any, source: str) -> list[Message]:
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             raise no_conversation(source, f"message {place} has parts that are no text")
         texts = [part.get("text") for part in parts]
-        if not all(isinstance(text, str) for text in texts):
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise no_conversation(source, f"message {place} has no text")
         out.append({"role": role, "content": "".join(map(str, texts))})
     return out

@@ -68,7 +68,12 @@ def reason(error: BaseException) -> str:
     """Why reading failed, in one line."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
-    return " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())[:300]
+    return one_line(getattr(error, "strerror", None) or str(error) or repr(error))
+
+
+def one_line(text: str) -> str:
+    """Words of somebody else, as they can stand behind "why:"."""
+    return " ".join(text.split())[:300]
 
 
 def require_file(path: Path, pipes: bool = False) -> os.stat_result:
@@ -133,9 +138,17 @@ def lines_within(file: BinaryIO, most: int = LARGEST_LINE) -> Iterator[bytes]:
         yield line
 
 
-def read_text(path: Path, most: int = LARGEST) -> str:
-    """A regular file as text. Raises OSError, and ValueError for other bytes than text."""
-    return as_text(read_bytes(path, most))
+def read_text(path: Path, most: int = LARGEST, pipes: bool = False) -> str:
+    """read_bytes as text. Raises as it does, and ValueError for other bytes than text."""
+    return as_text(read_bytes(path, most, pipes))
+
+
+def text_of(path: Path) -> str:
+    """A file of a checkpoint as text. Raises Dsv2Error naming it."""
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise Dsv2Error(f"{path} cannot be read", why=reason(error), fix=AGAIN) from None
 
 
 def as_text(data: bytes) -> str:

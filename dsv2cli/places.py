@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -84,6 +85,17 @@ def unfinished(beside: Path, folder: bool = False) -> Iterator[Path]:
         finally:
             if path.exists():
                 remove(path)
+
+
+def temporary_folder(name: str, inside: Path | None = None) -> Path:
+    """A private folder below `inside`, or where the system keeps temporary files, gone with this process.
+
+    Raises OSError.
+    """
+    stack = contextlib.ExitStack()
+    folder = stack.enter_context(unfinished((inside or Path(tempfile.gettempdir())) / name, folder=True))
+    atexit.register(stack.close)
+    return folder
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def test_a_thousand_prompts_with_two_kills_give_a_thousand_answers_in_order(star
     assert again.returncode == 0 and lines() == count
 
 
-def batch(tmp_path, *lines, options=()):
+def batch(tmp_path, *lines, options=(), seed=("--seed", "0")):
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     return run_dsv2(
         "complete",
@@ -132,8 +132,7 @@ def batch(tmp_path, *lines, options=()):
         str(tmp_path / "out.jsonl"),
         "-n",
         "3",
-        "--seed",
-        "0",
+        *seed,
         *options,
     )
 
@@ -235,20 +234,9 @@ def test_answers_to_other_prompts_options_or_models_are_refused_and_kept(tmp_pat
 
 
 def test_more_prompts_and_no_chosen_seed_go_on_where_it_stopped(tmp_path):
-    unseeded = (
-        "complete",
-        "--batch",
-        str(tmp_path / "in.jsonl"),
-        "--output",
-        str(tmp_path / "out.jsonl"),
-        "-n",
-        "2",
-    )
-    (tmp_path / "in.jsonl").write_text(PAIR[0] + "\n")
-    assert run_dsv2(*unseeded).returncode == 0
+    assert batch(tmp_path, PAIR[0], seed=()).returncode == 0
     first = (tmp_path / "out.jsonl").read_text()
-    (tmp_path / "in.jsonl").write_text("\n".join(PAIR) + "\n")
-    assert run_dsv2(*unseeded).returncode == 0
+    assert batch(tmp_path, *PAIR, seed=()).returncode == 0
     assert (tmp_path / "out.jsonl").read_text().startswith(first) and len(answers_of(tmp_path)) == 2
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.outside import AGAIN, read_text, reason, require_file
+from dsv2cli.outside import AGAIN, reason, require_file, text_of
 
 SUMS = "SHA256SUMS"
 EDGE = 2**16  # bytes of each end of a file that tell it from another
@@ -44,14 +44,6 @@ def published(folder: Path) -> dict[Path, str]:
     return known
 
 
-def text_of(path: Path) -> str:
-    """A small text file. Raises Dsv2Error."""
-    try:
-        return read_text(path)
-    except (OSError, ValueError) as error:
-        raise Dsv2Error(f"{path} cannot be read", why=reason(error), fix=AGAIN) from None
-
-
 def refuse_other(path: Path, wanted: str) -> None:
     """Raises Dsv2Error unless a file has the SHA-256, or git's SHA-1, that was published."""
     try:
@@ -66,8 +58,16 @@ def refuse_other(path: Path, wanted: str) -> None:
 
 def edges(folder: Path, times: bool = False) -> str:
     """Tells one checkpoint from another without reading it whole: names, sizes and both ends of its files,
-    and where `times` says so when they were changed. Raises OSError.
+    and where `times` says so when they were changed. Raises Dsv2Error.
     """
+    try:
+        return read_edges(folder, times)
+    except OSError as error:
+        raise Dsv2Error(f"{folder} cannot be read", why=reason(error)) from None
+
+
+def read_edges(folder: Path, times: bool) -> str:
+    """edges, which raises OSError."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         about = require_file(file)

@@ -48,8 +48,8 @@ def find_model(name: str | None, wanted: list[str] = WANTED_FILES) -> Path:
 
 def find_config(name: str | None) -> Path:
     """As find_model, but `name` may be a config file, and of a repository only config.json is fetched."""
-    if name is not None and path_of(name).is_file():
-        return path_of(name)
+    if name is not None and (path := path_of(name)).is_file():
+        return path
     return find_model(name, ["config.json"])
 
 

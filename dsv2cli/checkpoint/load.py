@@ -18,10 +18,11 @@ from dsv2cli.checkpoint.blueprint import allocate, blueprint, no_room, state_of
 from dsv2cli.checkpoint.names import (
     Packing,
     destinations,
-    match,
+    fitting,
     own_codes,
     packed_tensors,
     packings,
+    paired,
     tensors_of,
 )
 from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, map_file, truncated, typed
@@ -74,9 +75,9 @@ def load_model(
         return read_packed(folder, config, device, dtype, progress)
     stored = tensors_of(folder, config)
     model = blueprint(config, dtype, team, format, only_experts=experts_on_gpu is not None)
-    match(model, stored, folder)  # before any memory is taken
+    fitted = fitting(model, stored, folder)  # before any memory is taken
     give_memory(model, device, experts_on_gpu)
-    read_all(match(model, stored, folder), progress, kernels)
+    read_all(paired(model, fitted), progress, kernels)
     refuse_bad_numbers(model, folder)
     return model.eval().requires_grad_(False)
 

@@ -102,7 +102,25 @@ def match(
     model: DeepseekV2, stored: dict[str, Stored], folder: Path
 ) -> list[tuple[Stored, Tensor | Packing]]:
     """Pair each stored tensor with its place. Raises Dsv2Error for the first that does not fit."""
-    places: dict[str, Tensor | Packing] = {**destinations(model), **packings(model)}
+    return paired(model, fitting(model, stored, folder))
+
+
+def paired(model: DeepseekV2, fitted: dict[str, Stored]) -> list[tuple[Stored, Tensor | Packing]]:
+    """What `fitting` gives, with its places in the memory that the model has now."""
+    places = places_of(model)
+    return [(tensor, places[name]) for name, tensor in fitted.items()]
+
+
+def places_of(model: DeepseekV2) -> dict[str, Tensor | Packing]:
+    """Where each tensor of a checkpoint belongs or is quantised to, by its name there."""
+    return {**destinations(model), **packings(model)}
+
+
+def fitting(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> dict[str, Stored]:
+    """What this rank reads of the stored tensors, by its names here, each checked against the model, which
+    needs no memory for that. Raises Dsv2Error for the first that does not fit.
+    """
+    places = places_of(model)
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED)}
     if model.config.tie_word_embeddings:  # it is the embedding, whether stored again or not
         stored.pop("lm_head.weight", None)
@@ -113,7 +131,7 @@ def match(
     refuse_strangers(stored, places.keys(), folder)
     for name, tensor in stored.items():
         check(tensor, places[name], DTYPES)
-    return [(tensor, places[name]) for name, tensor in stored.items()]
+    return stored
 
 
 def own_parts(model: DeepseekV2, stored: dict[str, Stored], folder: Path) -> dict[str, Stored]:

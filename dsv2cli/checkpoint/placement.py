@@ -7,10 +7,7 @@ dropped again.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from dsv2cli.memory import parse_size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
 from dsv2cli.outside import parse_json, read_bytes, reason
-from dsv2cli.places import unfinished
+from dsv2cli.places import temporary_folder
 
 # Modules that are in one place, and brought in with all they hold.
 WHOLE = ["Layer", "Embedding", "Head", "RMSNorm"]
@@ -140,12 +137,12 @@ def load_placed(
     What is on disk is written below `scratch` first, a layer at a time. Raises Dsv2Error as load_model, and
     for a full disk.
     """
-    stored = tensors_of(folder, config)
-    model = blueprint(config, dtype, format=format)
     if config.packed is not None:
         packed_tensors(config, folder)
         why = "its files are mapped as they lie, and the system pages them in"
         raise UsageError(f"{folder} is packed", why=why, fix="leave --placement out")
+    stored = tensors_of(folder, config)
+    model = blueprint(config, dtype, format=format)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
         offload = Offload(scratch) if "disk" in places.values() else None
@@ -165,11 +162,8 @@ class Offload:
 
     def __init__(self, scratch: Path | None) -> None:
         """Below `scratch`, or where the system keeps temporary files. Raises OSError."""
-        stack = contextlib.ExitStack()
-        beside = (scratch or Path(tempfile.gettempdir())) / "dsv2-offload"
-        self.folder = stack.enter_context(unfinished(beside, folder=True))
+        self.folder = temporary_folder("dsv2-offload", scratch)
         self.index: dict[str, Any] = {}  # accelerate's own words about each file
-        atexit.register(stack.close)
 
     def write(self, name: str, module: torch.nn.Module) -> None:
         """A module's tensors to disk; it has none afterwards. Raises OSError."""

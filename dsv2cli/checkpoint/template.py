@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.outside import AGAIN, read_json, read_text, reason
+from dsv2cli.outside import AGAIN, read_json, reason, text_of
 
 SECONDS = 5
 SPARE = 512 * 2**20  # bytes that a template may take
@@ -40,10 +40,7 @@ def find_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
-        try:
-            return read_text(file)
-        except (OSError, ValueError) as error:
-            raise Dsv2Error(f"{file} cannot be read", why=reason(error), fix=AGAIN) from None
+        return text_of(file)
     source = folder / "chat_template.json"
     template = read_json(source, dict).get("chat_template")
     if template is None:

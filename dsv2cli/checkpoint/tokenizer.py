@@ -85,8 +85,10 @@ class Tokenizer:
         longest_first = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
         self.marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         vocabulary = self.fast.get_vocab()
-        if len(set(vocabulary.values())) != len(vocabulary):
+        ids = set(vocabulary.values())
+        if len(ids) != len(vocabulary):
             raise Dsv2Error(f"{self.path} gives one id to two tokens", fix=AGAIN)
+        self.largest_id = max(ids)
         self.longest = max(map(len, vocabulary))  # bytes of a token: a letter there is one
         for text in (PROBE, PROBE.strip()):
             if (again := self.decode(self.ids_of(text))) != text:
@@ -152,15 +154,14 @@ class Tokenizer:
         )
         return ids
 
-    def refuse_too_long(self, text: str) -> None:
-        """Raises UsageError for a text that can not fit into the context even in the longest tokens there
-        are: it is not looked at for minutes first.
+    def refuse_too_long(self, *texts: str) -> None:
+        """Raises UsageError for texts that can not fit into the context even in the longest tokens there are:
+        they are not looked at for minutes first.
         """
-        if self.context is None or len(text) < self.context:
-            return
-        if len(text) > self.longest * self.context:
+        length = sum(map(len, texts))
+        if self.context is not None and length > self.longest * self.context:
             why = f"the context of {self.context:,} tokens holds less, whatever it says"
-            raise UsageError(f"The text has {len(text):,} characters", why=why, fix="a shorter text")
+            raise UsageError(f"The text has {length:,} characters", why=why, fix="a shorter text")
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids; BOS comes first exactly once if `add_bos` and the checkpoint wants it. Special tokens

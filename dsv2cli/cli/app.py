@@ -169,8 +169,8 @@ def run() -> None:
             sys.exit(0)
         completion_init()
         if COMPLETION in os.environ:  # it may be asked by something that is no shell
-            os.environ |= {"COMP_WORDS": os.environ.get("COMP_WORDS", "")}
-            os.environ |= {"_TYPER_COMPLETE_ARGS": os.environ.get("_TYPER_COMPLETE_ARGS", "")}
+            os.environ.setdefault("COMP_WORDS", "")
+            os.environ.setdefault("_TYPER_COMPLETE_ARGS", "")
             if not os.environ.get("COMP_CWORD", "").isdecimal():
                 os.environ["COMP_CWORD"] = "0"
         code = typer.main.get_command(app)(prog_name="dsv2")

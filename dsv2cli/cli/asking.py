@@ -11,7 +11,7 @@ import typer
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
-from dsv2cli.outside import as_text, path_of, read_bytes, reason
+from dsv2cli.outside import path_of, read_text, reason
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
@@ -118,7 +118,12 @@ class Asked:
     before: str = ""
     start: str = ""
     after: str = ""
-    blank: bool = False  # the answer's first blank is there already, or none is wanted
+    chat: bool = False  # it is answered as a message, not continued as a text
+
+    @property
+    def blank(self) -> bool:
+        """Whether the answer's first blank is there already, or none is wanted."""
+        return self.chat and (not self.start or self.start.endswith(" "))
 
 
 def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked, Tokenizer | None]:
@@ -141,14 +146,14 @@ def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked
         from dsv2cli.engine.store import parse_messages
 
         messages = parse_messages(read_file(prompt.messages), str(prompt.messages))
-        tokenizer.refuse_too_long("".join(message["content"] for message in messages))
+        tokenizer.refuse_too_long(*(message["content"] for message in messages))
         ids = tokenizer.encode_chat(messages, start)
-        return Asked(ids, start=start, blank=not start or start.endswith(" ")), tokenizer
+        return Asked(ids, start=start, chat=True), tokenizer
     text = text or ""
     tokenizer.refuse_too_long(text)
     if prompt.chat or prompt.system is not None:
         ids = tokenizer.encode_chat(conversation(prompt.system, text), start)
-        return Asked(ids, before=text, start=start, blank=not start or start.endswith(" ")), tokenizer
+        return Asked(ids, before=text, start=start, chat=True), tokenizer
     if not text + start:
         fix = 'dsv2 complete "Once upon a time"'
         raise UsageError("The prompt is empty", why="there is nothing to continue", fix=fix)
@@ -171,7 +176,7 @@ def read_file(path: Path) -> str:
     if str(path) == "-":
         return ui.read_stdin()
     try:
-        return as_text(read_bytes(path_of(path), pipes=True))
+        return read_text(path_of(path), pipes=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can not be read", why=reason(error)) from None
 
@@ -196,7 +201,7 @@ def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
     if not prefix + suffix:
         fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
         raise UsageError("There is nothing around the hole", fix=fix)
-    tokenizer.refuse_too_long(prefix + suffix)
+    tokenizer.refuse_too_long(prefix, suffix)
     begin, hole, end = (tokenizer.fast.token_to_id(token) for token in FIM_TOKENS)
     if begin is None or hole is None or end is None:
         why, fix = f"its tokenizer has no {FIM_TOKENS[0]}", "a Coder-V2 base checkpoint"

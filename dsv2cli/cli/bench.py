@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
-MOST_AT_ONCE = 4096  # sequences of a batch
 MOST = 10_000  # numbers of a range
 BAR = 40  # characters of the longest bar
 COLUMNS = {  # of the table, with the number a run has there
@@ -136,8 +135,7 @@ def bench(measure: Measure, output: Output, wish: BatchWish) -> None:
     first token and between tokens.
     """
     works = measure.works()
-    if max(work.batch for work in works) > MOST_AT_ONCE:
-        raise UsageError(f"--batch {measure.batch} is too many", why=f"{MOST_AT_ONCE:,} are the most")
+    opt.refuse_too_many("--batch", measure.batch, max(work.batch for work in works))
     then = None if output.compare is None else read_saved(output.compare)
     if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")

@@ -13,7 +13,7 @@ from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import as_text, path_of, read_bytes, reason
+from dsv2cli.outside import path_of, read_text, reason
 from dsv2cli.run.wish import Wish
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def read_system(path: Path, system: str | None) -> str:
     if system is not None:
         raise UsageError("Both --system and --system-file are given", fix="leave one of them out")
     try:
-        return as_text(read_bytes(path_of(path), pipes=True)).strip()
+        return read_text(path_of(path), pipes=True).strip()
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} can not be read", why=reason(error), fix="--system-file PATH") from None
 

@@ -124,8 +124,8 @@ def find(name: str) -> Path:
         return latest
     if name in known:
         return store.path_of(name)
-    if pasted_path(name).is_file():
-        return pasted_path(name)
+    if (path := pasted_path(name)).is_file():
+        return path
     if name == "last":
         raise UsageError("There is no saved session that can be read", fix="/sessions lists what there is")
     near = difflib.get_close_matches(name, known, 1)

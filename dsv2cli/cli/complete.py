@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dsv2cli.engine.generate import Request, Result
     from dsv2cli.run.open import Checkpoint, Opened
 
-MOST_AT_ONCE = 4096  # rows of one cache
 CUT_OFF = 3  # the exit code of --fail-on-length
 
 
@@ -167,8 +166,7 @@ def refuse_mixtures(
     if sampling.regex is not None and sampling.json_schema is not None:
         raise UsageError("Both --regex and --json-schema are given", fix="leave one of them out")
     for option, count in (("--samples", sampling.samples), ("--batch-size", sampling.batch_size)):
-        if count > MOST_AT_ONCE:
-            raise UsageError(f"{option} {count} is too many", why=f"{MOST_AT_ONCE:,} are the most")
+        opt.refuse_too_many(option, count, count)
     alone = (
         sampling.samples > 1 or sampling.speculate or output.dry_run or output.echo or output.fail_on_length
     )
@@ -188,7 +186,7 @@ def one(
     """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0, and
     Dsv2Error for an answer that could not be brought to its end.
     """
-    from dsv2cli.engine.generate import Result, stream_text
+    from dsv2cli.engine.generate import Result, stream_text, without_first_blank
 
     result, cache = Result(prompt_ids=asked.ids), opened.runner.new_cache()
     failure: Dsv2Error | None = None  # scores that are no numbers, or a form that leads nowhere
@@ -196,18 +194,18 @@ def one(
     if not output.as_json:
         ui.write((asked.before if output.echo else "") + asked.start)
     try:
-        started = not asked.blank
-        for piece in stream_text(opened.runner, tokenizer, asked.ids, request, cache, result):
+        shown = without_first_blank if asked.blank else iter
+        # No name holds the stream: where this is interrupted it ends at once, and says so in the result.
+        for piece in shown(stream_text(opened.runner, tokenizer, asked.ids, request, cache, result)):
             if piece and not output.as_json:
-                ui.write(piece if started else piece.removeprefix(" "))
-            started = started or bool(piece)
+                ui.write(piece)
     except (KeyboardInterrupt, SystemExit) as error:
-        ended = error.code if isinstance(error, SystemExit) else INTERRUPTED
+        ended = exit_code(error)
     except Dsv2Error as error:
         failure = error
     if output.as_json:
-        told = {"error": failure.sentence} if failure is not None else {}
-        ui.write_json(report(result, opened, request, asked, output.echo) | told)
+        told = "" if failure is None else failure.sentence
+        ui.write_json(report(result, opened, request, asked, output.echo, told))
     elif tokenizer is None:
         ui.write(",".join(str(token_id) for token_id in result.token_ids) + "\n")
     else:
@@ -219,6 +217,11 @@ def one(
         raise SystemExit(ended)
     if output.fail_on_length and result.finish_reason == "length":
         raise typer.Exit(CUT_OFF)
+
+
+def exit_code(ended: KeyboardInterrupt | SystemExit) -> Any:
+    """What a command ends with that was interrupted so."""
+    return ended.code if isinstance(ended, SystemExit) else INTERRUPTED
 
 
 def several(
@@ -242,15 +245,14 @@ def several(
     left, ended = list(jobs), None
 
     def tell(job: Job) -> None:
-        told = {"error": job.error} if job.error else {}
-        ui.write_json(report(job.result, opened, job.request, asked, output.echo) | told)
+        ui.write_json(report(job.result, opened, job.request, asked, output.echo, job.error))
 
     try:
         for job in run_samples(opened.runner, tokenizer, jobs):
             cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
             tell(left.pop(0))
     except (KeyboardInterrupt, SystemExit) as error:
-        ended = error.code if isinstance(error, SystemExit) else INTERRUPTED
+        ended = exit_code(error)
     for job in left:  # what there is of them
         job.result.prompt_ids, job.result.finish_reason = asked.ids, job.result.finish_reason or "interrupted"
         tell(job)
@@ -354,9 +356,16 @@ def plan_text(facts: dict[str, Any], context: int) -> str:
 
 
 def report(
-    result: Result, opened: Opened, request: Request, asked: asking.Asked | None = None, echo: bool = False
+    result: Result,
+    opened: Opened,
+    request: Request,
+    asked: asking.Asked | None = None,
+    echo: bool = False,
+    error: str = "",
 ) -> dict[str, Any]:
-    """The --json object. What is known of the words around the answer comes with `asked`."""
+    """The --json object. What is known of the words around the answer comes with `asked`; `error` is why it
+    could not be brought to its end.
+    """
     logprobs = [
         {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
         for token in result.tokens
@@ -385,4 +394,4 @@ def report(
         },
         "seed": request.seed,
         "model": opened.name,
-    }
+    } | ({"error": error} if error else {})

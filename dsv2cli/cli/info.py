@@ -78,11 +78,14 @@ class Room:
         float | None, typer.Option(min=0, help="GB/s of memory bandwidth: say the most tokens a second.")
     ] = None
 
-    def memories(self) -> list[Memory]:
-        """Those to fit into: as given, or this machine's. Raises UsageError."""
+    def __post_init__(self) -> None:
+        """Raises UsageError for numbers of GB that can be none."""
         for option, value in (("--memory", self.memory), ("--bandwidth", self.bandwidth)):
             if value is not None and value not in GIGABYTES:
                 raise UsageError(f"{option} {value} makes no sense", why=f"it must be {GIGABYTES}")
+
+    def memories(self) -> list[Memory]:
+        """Those to fit into: as given, or this machine's. Raises UsageError."""
         listed = parse_gpus(self.gpus) if self.gpus is not None else detected()
         return listed if self.memory is None else [Memory("memory", int(self.memory * GB))]
 

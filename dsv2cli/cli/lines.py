@@ -30,11 +30,8 @@ from dsv2cli.outside import Number, lines_within, mended, parse_json, path_of, r
 from dsv2cli.run.open import Opened
 
 PROMPTS = ("prompt", "prompt_ids", "messages")
-MARKS = (
-    "another prompt",
-    "other options",
-    "another model",
-)  # what the parts of an answer's fingerprint stand for, in this order
+# What the parts of an answer's fingerprint stand for, in this order.
+MARKS = ("another prompt", "other options", "another model")
 WAITING = 1000  # lines of a pipe that are read before they are needed
 NUMBERS = {"seed": Number(0, 2**64 - 1, whole=True), "max_new_tokens": Number(1, 2**64, whole=True), **RULES}
 KNOWN = {"id", "stop", *PROMPTS, *NUMBERS}
@@ -89,15 +86,8 @@ class Lines:
         grammar = None if self.request.grammar is None else self.request.grammar.text
         options = replace(self.request, grammar=None, seed=self.request.seed if self.seeded else 0)
         kind = [self.opened.plan.format, self.opened.plan.dtype, self.opened.plan.packing]
-        try:
-            model = edges(self.opened.folder)
-        except OSError as error:
-            raise Dsv2Error(f"{self.opened.folder} cannot be read", why=reason(error)) from None
-        ends = sorted(options.eos_ids)
-        return [
-            short(repr((replace(options, eos_ids=frozenset()), ends, grammar))),
-            short(repr((kind, model))),
-        ]
+        ends, options = sorted(options.eos_ids), replace(options, eos_ids=frozenset())
+        return [short(repr((options, ends, grammar))), short(repr((kind, edges(self.opened.folder))))]
 
     def read(self, lines: Iterable[bytes | None], name: str) -> Iterator[Line | None]:
         """A Line for each that is not blank, and None for None: nothing has come yet.
@@ -161,7 +151,7 @@ class Lines:
         tokenizer = self.tokenizer or self.opened.tokenizer()  # says what is missing
         if key == "messages":
             messages = checked(prompt, "messages")
-            tokenizer.refuse_too_long("".join(message["content"] for message in messages))
+            tokenizer.refuse_too_long(*(message["content"] for message in messages))
             return tokenizer.encode_chat(messages)
         if not isinstance(prompt, str):
             raise Dsv2Error("prompt is not a text")
@@ -172,7 +162,7 @@ class Lines:
         """The object of a finished job."""
         said = {"error": job.error}
         if not job.error or job.result.finish_reason:
-            said = self.report(job.result, self.opened, job.request) | (said if job.error else {})
+            said = self.report(job.result, self.opened, job.request, error=job.error)
         return {"id": line.id, "line": line.number, **said}
 
     def answer_stdin(self) -> None:
@@ -389,12 +379,10 @@ class Done:
                 raise self.other(f"line {line.number} was answered with {changed[0]}")
         if self.rest:
             following = next(coming, None)
-            start = (
-                b""
-                if following is None
-                else json.dumps({"id": following.id, "line": following.number}).encode()
-            )
-            if following is None or self.rest[: len(start) - 1] != start[:-1][: len(self.rest)]:
+            if following is None:
+                raise self.something_else()
+            start = json.dumps({"id": following.id, "line": following.number}).encode().removesuffix(b"}")
+            if self.rest[: len(start)] != start[: len(self.rest)]:
                 raise self.something_else()
             os.truncate(self.out, len(self.whole))
             return itertools.chain([following], lines)

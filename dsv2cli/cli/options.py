@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dsv2cli.engine.generate import Request, Result
     from dsv2cli.run.open import Checkpoint, Opened
 
+MOST_AT_ONCE = 4096  # sequences in one cache
 CURSOR = "<CURSOR>"  # where a file is to be filled in
 TO_RUN, SAMPLING, OUTPUT = "What to run", "Sampling", "Output"  # headings; Wish has the last one
 Overflow = Literal[
@@ -251,16 +252,19 @@ def collect_garbage_from_here() -> None:
     gc.enable()
 
 
+def refuse_too_many(option: str, given: object, count: int) -> None:
+    """Raises UsageError where an option, `given` so, asks for more sequences at once than there may be."""
+    if count > MOST_AT_ONCE:
+        raise UsageError(f"{option} {given} is too many", why=f"{MOST_AT_ONCE:,} are the most")
+
+
 def parse_ids(text: str) -> list[int]:
     """`1,2,3` to token ids. Raises UsageError for anything else."""
     words = text.replace(",", " ").split()
-    try:
-        if not all(word.isdecimal() and len(word) < 20 for word in words):
-            raise ValueError
-        return [int(word) for word in words]
-    except ValueError:
+    if not all(word.isdecimal() and len(word) < 20 for word in words):
         fix = '--prompt-ids "1,2,3"'
-        raise UsageError(f"--prompt-ids {text!r} is not a list of numbers", fix=fix) from None
+        raise UsageError(f"--prompt-ids {text!r} is not a list of numbers", fix=fix)
+    return [int(word) for word in words]
 
 
 def stats_line(result: Result) -> str:

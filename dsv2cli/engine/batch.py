@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine import sampling
 from dsv2cli.engine.generate import Answer, Request, Result, Token, pick, prefill
 from dsv2cli.engine.grammar import Constraint
-from dsv2cli.engine.sampling import NO_TOKEN, no_numbers, sample_rows
+from dsv2cli.engine.sampling import NO_TOKEN, no_numbers, sample_rows, seeded
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.run.runner import Runner
@@ -148,7 +147,7 @@ class Rows:
         job.result.prompt_ids, job.result.prefill_seconds = job.prompt_ids, prefill_seconds
         room = self.runner.config.max_position_embeddings - len(job.prompt_ids)
         left = min(room, job.request.max_new_tokens or room)
-        generator = sampling.generator(self.runner.device, job.request.seed)
+        generator = seeded(self.runner.device, job.request.seed)
         answer = Answer(self.tokenizer, job.request, job.result)
         row = Row(
             job,

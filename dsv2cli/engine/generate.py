@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
-from dsv2cli.engine import sampling
 from dsv2cli.engine.grammar import Constraint, Grammar
-from dsv2cli.engine.sampling import NO_TOKEN, SamplingParams, no_numbers, sample, sample_rows
+from dsv2cli.engine.sampling import NO_TOKEN, SamplingParams, no_numbers, sample, sample_rows, seeded
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
@@ -199,7 +198,7 @@ def generate_batch(
     `decodes_ahead` may have put it there.
     """
     logits = prefill(runner, prompts, cache) if logits is None else logits
-    generators = [sampling.generator(runner.device, request.seed + row) for row in range(len(prompts))]
+    generators = [seeded(runner.device, request.seed + row) for row in range(len(prompts))]
     room = runner.config.max_position_embeddings - max(cache.lengths)
     limit = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
     if runner.decodes_ahead and request.plain:
@@ -277,7 +276,7 @@ def speculate(
     logits [1, vocab] are those of the last prompt token.
     """
     (prompt,) = prompts
-    generator = sampling.generator(runner.device, request.seed)
+    generator = seeded(runner.device, request.seed)
     history, constraint = list(prompt), request.constraint()
     room = runner.config.max_position_embeddings - cache.lengths[0]
     left = room if request.max_new_tokens is None else min(room, request.max_new_tokens)
@@ -362,6 +361,16 @@ class Answer:
         rest = self.stops.add(self.decoder.finish() if self.decoder is not None else "") + self.stops.finish()
         self.result.text += rest
         return rest
+
+
+def without_first_blank(pieces: Iterator[str]) -> Iterator[str]:
+    """The same text but for one blank that it may begin with: after "Assistant:" the model's first token
+    brings one that is not part of the answer.
+    """
+    started = False
+    for piece in pieces:
+        yield piece if started else piece.removeprefix(" ")
+        started = started or bool(piece)
 
 
 def stream_text(

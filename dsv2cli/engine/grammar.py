@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import AGAIN, parse_json, reason
+from dsv2cli.outside import AGAIN, one_line
 
 # Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in
 # blanks.
@@ -51,7 +51,7 @@ class Grammar:
         self.option = "--regex" if schema is None else "--json-schema"
         try:
             if schema is not None:
-                schema = {True: "{}"}.get(parse_json(schema), schema) if schema.strip() == "true" else schema
+                schema = "{}" if schema.strip() == "true" else schema  # the same, and the library takes it
                 self.text = LLMatcher.grammar_from_json_schema(
                     schema, defaults={"whitespace_pattern": WHITESPACE}
                 )
@@ -59,9 +59,8 @@ class Grammar:
                 self.text = LLMatcher.grammar_from_regex(regex or "")
         except ValueError as error:
             raise self.senseless(str(error)) from None
-        largest = max(tokenizer.fast.get_vocab().values())
-        if largest >= vocab_size:
-            why = f"it has the id {largest:,}, the model {vocab_size:,} ids"
+        if tokenizer.largest_id >= vocab_size:
+            why = f"it has the id {tokenizer.largest_id:,}, the model {vocab_size:,} ids"
             raise Dsv2Error(f"{tokenizer.path} belongs to another model", why=why, fix=AGAIN)
         self.tokenizer = LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=sorted(eos_ids))
         self.matcher = LLMatcher(self.tokenizer, self.text, log_level=0)
@@ -74,7 +73,7 @@ class Grammar:
             )
 
     def senseless(self, why: str) -> UsageError:
-        return UsageError(f"{self.option} can not be used", why=reason(ValueError(why)))
+        return UsageError(f"{self.option} can not be used", why=one_line(why))
 
     def begin(self) -> Constraint:
         return Constraint(self.matcher.deep_copy(), self.ends)

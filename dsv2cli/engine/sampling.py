@@ -48,23 +48,22 @@ class SamplingParams:
 
         Raises Dsv2Error naming `source` for a senseless value in it, UsageError for one of the user's.
         """
-        own = {name: settings[name] for name in RULES if settings.get(name) is not None}
+        given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+        own = {n: settings[n] for n in RULES if n not in given and settings.get(n) is not None}
         for name, value in own.items():
             if value not in RULES[name]:
                 fix = f"mend it, or give --{name.replace('_', '-')}"
                 what = f"{source}: {name} = {str(value)[:80]!r} makes no sense"
-                if overrides.get(name) is None:
-                    raise Dsv2Error(what, why=f"it must be {RULES[name]}", fix=fix)
+                raise Dsv2Error(what, why=f"it must be {RULES[name]}", fix=fix)
         if settings.get("do_sample") not in (None, True, False):
             raise Dsv2Error(f"{source}: do_sample = {str(settings['do_sample'])[:80]!r} is not true or false")
-        params = cls(**{name: value for name, value in own.items() if overrides.get(name) is None})
+        params = cls(**own)
         if settings.get("do_sample") is False:
             params = replace(params, temperature=0.0)
-        given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
         return replace(params, **given)
 
 
-def generator(device: torch.device, seed: int) -> torch.Generator:
+def seeded(device: torch.device, seed: int) -> torch.Generator:
     """Random numbers that follow from a seed, of which 64 bits count."""
     return torch.Generator(device).manual_seed(seed % 2**64)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
-from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text
+from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text, without_first_blank
 from dsv2cli.errors import UsageError
 from dsv2cli.run.runner import Runner
 
@@ -39,12 +39,9 @@ class Session:
         self.messages.append({"role": "user", "content": text})
         self.cache.truncate(common_prefix(self.cached_ids, prompt_ids[:-1]))
         try:
-            # The template ends in "Assistant:", so the model's first token brings a space that is not part of
-            # the answer.
-            started = False
-            for piece in stream_text(self.runner, self.tokenizer, prompt_ids, request, self.cache, result):
-                yield piece if started else piece.removeprefix(" ")
-                started = started or bool(piece)
+            yield from without_first_blank(
+                stream_text(self.runner, self.tokenizer, prompt_ids, request, self.cache, result)
+            )
         finally:
             self.cached_ids = (prompt_ids + result.token_ids)[: self.cache.lengths[0]]
             answer = result.text.removeprefix(" ")

@@ -118,7 +118,7 @@ def load(path: Path) -> Conversation:
         messages = checked(content, str(path))
         if not messages:
             raise Dsv2Error(f"{path} is not a saved conversation", why="it is an empty list")
-        pending = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else ""
+        pending = messages.pop()["content"] if messages[-1]["role"] == "user" else ""
         return Conversation({"main": messages}, pending=pending)
     if (
         not isinstance(content, dict)
@@ -197,10 +197,7 @@ def identity(checkpoint: Path, session: Session) -> str:
     """
     weights = [each for each in session.runner.model.modules() if isinstance(each, Quantized)]
     codes = sorted({f"{each.bits}:{each.group}" for each in weights})
-    try:
-        files = edges(checkpoint, times=True)
-    except OSError as error:
-        raise Dsv2Error(f"{checkpoint} cannot be read", why=reason(error)) from None
+    files = edges(checkpoint, times=True)
     return hashlib.sha256(f"{session.runner.dtype} {codes} {files}".encode()).hexdigest()
 
 

@@ -5,7 +5,6 @@ Where there is no compiler, or it fails, the plain torch path runs, and `load` s
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import enum
 import functools
@@ -15,7 +14,6 @@ import platform
 import shutil
 import stat
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, Quantized
-from dsv2cli.places import compiled_kernels, private_folder, remove, unfinished
+from dsv2cli.places import compiled_kernels, private_folder, remove, temporary_folder, unfinished
 
 SOURCES = Path(__file__).with_name("cpu")  # api.cpp there includes all the others
 TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable": []}
@@ -222,9 +220,7 @@ def safe_folder() -> Path:
             return folder
     except (OSError, Dsv2Error):
         pass  # no home, or none that can be written
-    temporary = Path(tempfile.mkdtemp(prefix="dsv2-kernels-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return temporary
+    return temporary_folder("dsv2-kernels")
 
 
 def is_ours(path: Path) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.places import unfinished
+from dsv2cli.places import temporary_folder
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -151,13 +151,13 @@ class Crew:
     def watch(self) -> None:
         """Until the end: whether every process lives, and does something where it should."""
         pulses = [Pulse(process.pid) for process in self.processes]
-        while not self.closing:
+        for turn in itertools.count():
             for rank, (process, pulse) in enumerate(zip(self.processes, pulses, strict=True), 1):
                 if self.closing:
                     return
                 if process.poll() is not None:
                     self.fail(f"Rank {rank} of the model ended", self.how_it_ended(process))
-                if how := pulse.look():
+                if turn % 10 == 0 and (how := pulse.look()):  # once a second is often enough
                     self.fail(f"Rank {rank} of the model does not answer", how)
             time.sleep(0.1)
 
@@ -263,7 +263,7 @@ def gather(orders: dict[str, Any], plan: Plan, complain: Complain) -> Team:
         if torchrun_size() > 1:
             store, rank, size = next(dist.rendezvous("env://"))
         else:
-            meeting = meeting_place()
+            meeting = temporary_folder("dsv2-team") / "store"
             store, rank = dist.FileStore(str(meeting), size), 0
             Crew(size, meeting, complain)
         store.set(ORDERS, json.dumps(orders))
@@ -271,14 +271,6 @@ def gather(orders: dict[str, Any], plan: Plan, complain: Complain) -> Team:
     except (RuntimeError, OSError) as error:
         what, why = f"{size} processes could not be brought together", str(error).splitlines()[0]
         raise Dsv2Error(what, why=why, fix="fewer --gpus") from None
-
-
-def meeting_place() -> Path:
-    """A file in a temporary folder that only this user can enter, gone with this process. Raises OSError."""
-    stack = contextlib.ExitStack()
-    folder = stack.enter_context(unfinished(Path(tempfile.gettempdir()) / "dsv2-team", folder=True))
-    atexit.register(stack.close)
-    return folder / "store"
 
 
 def dismiss() -> None:

@@ -178,6 +178,14 @@ def mended(text: str) -> str:
     return text if is_text(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def json_text(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
+    """Strict JSON, as all of this program's: no half characters, and no number that JSON does not have.
+
+    Raises ValueError for such a number.
+    """
+    return mended(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False, indent=indent))
+
+
 def parse_json(data: bytes | str, mend: bool = False) -> Any:
     """JSON in UTF-8; `mend` puts U+FFFD in the place of halves of characters.
 

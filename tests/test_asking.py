@@ -17,9 +17,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli.asking import FIM_TOKENS
 from dsv2cli.engine.batch import Job, run_batch, run_samples
-from dsv2cli.engine.generate import Request, Result, stream_text
+from dsv2cli.engine.generate import stream_text
 from dsv2cli.engine.grammar import Grammar
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.errors import Dsv2Error, UsageError
 
 EOS = frozenset({4095})

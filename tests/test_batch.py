@@ -18,8 +18,8 @@ from running import run_dsv2
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.batch import Job, run_batch, run_samples
-from dsv2cli.engine.generate import Request, Result, stream_text
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.generate import stream_text
+from dsv2cli.engine.request import Request, Result, SamplingParams
 
 V2 = str(DATA / "golden" / "v2")
 GREEDY = SamplingParams(temperature=0.0)

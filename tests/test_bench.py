@@ -149,6 +149,21 @@ def test_a_plot_in_the_terminal_and_as_a_picture(tmp_path):
     assert picture.startswith("<svg") and "█" in picture and "url(http" not in picture
 
 
+def test_each_bar_is_named_wholly():
+    done = run_dsv2("bench", "--prompt", "4", "--generate", "2,3", "--depth", "0,1", "-r", "1", "--plot")
+    for name in ("prompt 4, 2 new", "prompt 4, 3 new, depth 1"):
+        assert sum(line.startswith(f"dsv2, {name} ") for line in done.stdout.splitlines()) == 2, done.stdout
+
+
+@pytest.mark.parametrize("form", ["csv", "markdown"])
+def test_what_stands_in_no_row_is_refused(form, tmp_path):
+    saved = str(tmp_path / "a.json")
+    assert run_dsv2("bench", *SHORT, "--save", saved).returncode == 0
+    for words in (("--profile",), ("--compare", saved), ("--plot",)):
+        done = run_dsv2("bench", *SHORT, "--format", form, *words)
+        assert (done.returncode, done.stdout) == (2, "") and words[0] in done.stderr
+
+
 def timing(rates):
     out = Timing("dsv2", Work(8, 3))
     for rate in rates:

@@ -27,7 +27,7 @@ from dsv2cli.engine import store
 from dsv2cli.engine.grammar import Grammar
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.kernels import native
+from dsv2cli.kernels import build, native
 from dsv2cli.run import launch
 
 V2 = str(DATA / "golden" / "v2")
@@ -359,19 +359,19 @@ def kernels_folder(tmp_path, monkeypatch):
     for file in kept.glob("native-*"):
         shutil.copy2(file, folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
+    build.library.cache_clear()
     yield folder
-    native.load.cache_clear()
+    build.library.cache_clear()
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 def test_a_compiled_kernel_that_is_not_ours_or_not_whole_is_compiled_anew(kernels_folder, monkeypatch):
     """What the compiler makes takes seconds; here it makes a copy of what it made before."""
     made, _ = native.load("native")
     assert made is not None
-    library = max(kernels_folder.glob("*.so"), key=native.is_whole)
+    library = max(kernels_folder.glob("*.so"), key=build.is_whole)
     whole, calls = library.read_bytes(), []
-    assert stat.S_IMODE(kernels_folder.stat().st_mode) == 0o700 and native.is_whole(library)
+    assert stat.S_IMODE(kernels_folder.stat().st_mode) == 0o700 and build.is_whole(library)
 
     def compile_again(program, flags, built):
         calls.append(built)
@@ -380,7 +380,7 @@ def test_a_compiled_kernel_that_is_not_ours_or_not_whole_is_compiled_anew(kernel
         built.unlink(missing_ok=True)
         built.write_bytes(whole)
         built.chmod(0o700)
-        shutil.copy(kept, native.hash_file(built))
+        shutil.copy(kept, build.hash_file(built))
 
     def another(data):
         """Not into the file that is loaded here."""
@@ -388,14 +388,14 @@ def test_a_compiled_kernel_that_is_not_ours_or_not_whole_is_compiled_anew(kernel
         library.write_bytes(data)
         library.chmod(0o700)
 
-    kept = shutil.copy(native.hash_file(library), kernels_folder.parent / "kept")
-    monkeypatch.setattr(native, "build", compile_again)
+    kept = shutil.copy(build.hash_file(library), kernels_folder.parent / "kept")
+    monkeypatch.setattr(build, "build", compile_again)
     ways = [
         lambda: another(b""),
         lambda: another(whole[: len(whole) // 2]),
         lambda: another(whole[:-1] + bytes([whole[-1] ^ 1])),
-        lambda: native.hash_file(library).unlink(),
-        lambda: native.hash_file(library).write_text("0" * 64),
+        lambda: build.hash_file(library).unlink(),
+        lambda: build.hash_file(library).write_text("0" * 64),
         lambda: library.chmod(0o777),
         lambda: (library.unlink(), library.mkdir()),
         lambda: (library.unlink(), library.symlink_to("/bin/true")),
@@ -404,13 +404,13 @@ def test_a_compiled_kernel_that_is_not_ours_or_not_whole_is_compiled_anew(kernel
     ]
     for number, damage in enumerate(ways, 1):
         damage()
-        assert not native.is_whole(library)
-        native.load.cache_clear()
-        assert native.load("native")[0] is not None and len(calls) == number and native.is_whole(library)
+        assert not build.is_whole(library)
+        build.library.cache_clear()
+        assert native.load("native")[0] is not None and len(calls) == number and build.is_whole(library)
     kernels_folder.chmod(0o777)
-    assert native.safe_folder() == kernels_folder and stat.S_IMODE(kernels_folder.stat().st_mode) == 0o700
-    monkeypatch.setattr(native.os, "geteuid", lambda: 12345)  # then nothing there is this user's
-    assert not native.is_whole(library) and native.safe_folder() != kernels_folder
+    assert build.safe_folder() == kernels_folder and stat.S_IMODE(kernels_folder.stat().st_mode) == 0o700
+    monkeypatch.setattr(build.os, "geteuid", lambda: 12345)  # then nothing there is this user's
+    assert not build.is_whole(library) and build.safe_folder() != kernels_folder
 
 
 def test_what_we_keep_is_private_whatever_the_umask(home):
@@ -491,8 +491,7 @@ def mended(text):
 
 @pytest.mark.parametrize("damage", range(10))
 def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded_tokenizer, damage):
-    from dsv2cli.engine.generate import Request, Result
-    from dsv2cli.engine.sampling import SamplingParams
+    from dsv2cli.engine.request import Request, Result, SamplingParams
 
     def talk():
         return Session(embedded, embedded_tokenizer, "Be kind.")

@@ -25,11 +25,11 @@ from dsv2cli.cli.chat import answer
 from dsv2cli.cli.flow import Flow
 from dsv2cli.cli.prompt import History, Suggestions
 from dsv2cli.engine import store
-from dsv2cli.engine.generate import Request, Result
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import SUMMARISE, Session
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.run.open import Opened, look_around
+from dsv2cli.run.machine import look_around
+from dsv2cli.run.open import Opened
 from dsv2cli.run.plan import make_plan
 from dsv2cli.run.wish import Wish
 

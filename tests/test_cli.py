@@ -14,6 +14,7 @@ import pytest
 from conftest import DATA, PROMPT
 from running import run_dsv2, run_process
 
+from dsv2cli.cli.fields import COMPLETE, FIELDS
 from dsv2cli.cli.ui import harmless
 
 V2 = str(DATA / "golden" / "v2")
@@ -347,3 +348,50 @@ def test_plain_shows_markdown_as_it_is_written(in_terminal):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def paths(value, before=""):
+    """The names of all fields, those within others with a dot, of lists their first."""
+    if isinstance(value, list):
+        return paths(value[0], before) if value else set()
+    if not isinstance(value, dict):
+        return set()
+    inner = [paths(each, f"{before}{name}.") for name, each in value.items()]
+    return {before + name for name in value}.union(*inner)
+
+
+def printed(command, folder):
+    """One object as a command prints it, with all that it may hold."""
+    brief = ("--temperature", "0", "-n", "3")
+    if command == "complete --batch":
+        (folder / "in.jsonl").write_text('{"prompt": "Hello", "id": "a"}\n')
+        out = str(folder / "out.jsonl")
+        run_dsv2("complete", "--batch", str(folder / "in.jsonl"), "--output", out, *brief)
+        return (folder / "out.jsonl").read_text()
+    saved = str(folder / "saved.json")
+    words = {
+        "complete --json": ("--logprobs", "2", *brief, "Hello"),
+        "complete --dry-run --json": ("Hello",),
+        "chat --json": brief,
+        "info --json": ("--bandwidth", "100", "--gpus", "2"),
+        "doctor --json": (),
+        "bench --json": ("--prompt", "4", "--generate", "2", "-r", "1", "--profile", "--save", saved),
+        "niah --json": ("--lengths", "128", "--depths", "50"),
+    }[command]
+    if command.startswith("bench"):
+        run_dsv2(*command.split(), *words)
+        words += ("--compare", saved)
+    return run_dsv2(*command.split(), *words, stdin='[{"role": "user", "content": "Hello"}]').stdout
+
+
+@pytest.mark.parametrize("command", FIELDS)
+def test_the_manual_says_what_every_field_of_json_means(command, tmp_path):
+    """Each that is printed is named, or lies within one that is; each that is named is printed."""
+    known = set(FIELDS[command]) - {"..."} | (set(COMPLETE) if "..." in FIELDS[command] else set())
+    shown = paths(json.loads(printed(command, tmp_path)))
+    # What the manual says "and so on" about, and what stands there only where something went wrong.
+    loose = {"info --json": FIELDS["info --json"]["layers"]}.get(command, "")
+    unknown = {path for path in shown if not any(f"{path}.".startswith(f"{name}.") for name in known)}
+    parents = {name.rpartition(".")[0] for name in known}
+    assert {path for path in unknown - parents if path not in loose} == set()
+    assert known - shown - {"error"} == set()

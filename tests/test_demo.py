@@ -17,8 +17,8 @@ from dsv2cli.checkpoint.blueprint import empty_model
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import Request, Result, stream_text
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.generate import stream_text
+from dsv2cli.engine.request import Request, Result, SamplingParams
 from training import chats, train
 from training.chats import make_chat
 from training.corpus import render, rule_made

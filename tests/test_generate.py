@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv2cli.engine.generate import Request, Result, StopStrings, check_prompt, generate_batch, stream_text
-from dsv2cli.engine.sampling import SamplingParams, sample
+from dsv2cli.engine.generate import StopStrings, generate_batch, stream_text
+from dsv2cli.engine.request import Request, Result, SamplingParams, check_prompt
+from dsv2cli.engine.sampling import sample
 from dsv2cli.errors import UsageError
 
 NOTHING_SEEN = torch.tensor([], dtype=torch.long)

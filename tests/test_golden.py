@@ -8,8 +8,8 @@ from conftest import CPU, golden_folders
 from safetensors.torch import load_file
 
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.engine.generate import Request, generate_batch
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.generate import generate_batch
+from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.model.step import Step
 from dsv2cli.run.runner import ATTENTION_PATHS, PlainRunner
 

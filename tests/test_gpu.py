@@ -22,8 +22,9 @@ import gpu_table
 
 from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import Request, generate_batch, prefill, speculate
-from dsv2cli.engine.sampling import SamplingParams, distribution, sample_rows
+from dsv2cli.engine.generate import generate_batch, prefill, speculate
+from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.engine.sampling import distribution, sample_rows
 from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
 from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm

@@ -12,8 +12,8 @@ from conftest import CPU, DATA, SHARED
 from dsv2cli.checkpoint.blueprint import empty_model
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.benchmark import transformers_twin
-from dsv2cli.engine.generate import Request, generate_batch, prefill
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.generate import generate_batch, prefill
+from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing

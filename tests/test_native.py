@@ -12,7 +12,7 @@ from dsv2cli.checkpoint.blueprint import make_quantized
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.generate import prefill
 from dsv2cli.formats import GROUP
-from dsv2cli.kernels import native
+from dsv2cli.kernels import build, native
 from dsv2cli.kernels.quantized import Quantized, pack_reference, round_activations
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.plan import cpp_refusal
@@ -20,8 +20,8 @@ from dsv2cli.run.runner import PlainRunner
 
 CPU = torch.device("cpu")
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "data" / "golden").glob("*/config.json"))
-FLAGS = native.processor().split()
-TARGETS = [name for name in native.TARGETS if name != "avx2" or {"avx2", "fma", "f16c"} <= set(FLAGS)]
+FLAGS = build.processor().split()
+TARGETS = [name for name in build.TARGETS if name != "avx2" or {"avx2", "fma", "f16c"} <= set(FLAGS)]
 # Widths of V2 and V2-Lite, fewer rows; and odd ones.
 SHAPES = [(48, 2048), (33, 1408), (64, 5120), (40, 1536), (576, 512), (19, 50), (1, 7), (130, 96)]
 
@@ -148,22 +148,22 @@ def test_loading_quantises_every_large_weight():
 
 def test_what_is_compiled_is_kept_by_all_of_its_source(tmp_path):
     """A change in any one file, another flag or another processor asks for another library."""
-    sources = shutil.copytree(native.SOURCES, tmp_path / "cpu")
-    key = native.key_of(sources, ["-O3"], "avx2")
-    assert key == native.key_of(native.SOURCES, ["-O3"], "avx2")
+    sources = shutil.copytree(build.SOURCES, tmp_path / "cpu")
+    key = build.key_of(sources, ["-O3"], "avx2")
+    assert key == build.key_of(build.SOURCES, ["-O3"], "avx2")
     files = sorted(sources.iterdir())
     assert {"api.cpp", "vector.h", "mlp.h", "attention.h"} <= {path.name for path in files}
     for path in files:
         text = path.read_text()
         path.write_text(text + "\n")
-        assert native.key_of(sources, ["-O3"], "avx2") != key, path.name
+        assert build.key_of(sources, ["-O3"], "avx2") != key, path.name
         path.write_text(text)
-    assert native.key_of(sources, ["-O3"], "avx2") == key
-    assert native.key_of(sources, ["-O2"], "avx2") != key != native.key_of(sources, ["-O3"], "avx512")
+    assert build.key_of(sources, ["-O3"], "avx2") == key
+    assert build.key_of(sources, ["-O2"], "avx2") != key != build.key_of(sources, ["-O3"], "avx512")
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library, why = native.load.__wrapped__("portable")
+    library, why = build.library.__wrapped__("portable")
     assert library is None and "compiler" in why

@@ -18,6 +18,7 @@ from running import run_dsv2
 from safetensors.torch import load_file, save_file
 
 from dsv2cli import outside
+from dsv2cli.checkpoint.found import find
 from dsv2cli.checkpoint.hashes import write_sums
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.safetensors import read_header
@@ -25,7 +26,6 @@ from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.doctor import checkpoint as look_at
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.run.open import find
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 

@@ -21,16 +21,17 @@ from dsv2cli.cli.completion import completion_script
 # A file imports only from files named before it.
 ORDER = """
 errors outside formats memory places device team
-kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
+kernels.build kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
 model.config model.share model.size model.rope model.cache model.step model.layers model.transformer
-checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.safetensors
-checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack checkpoint.placement
-run.wish run.plan run.launch run.runner run.cpu run.gpu run.leader run.open run.worker
-engine.sampling engine.grammar engine.generate engine.batch engine.session engine.store
+checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.found
+checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
+checkpoint.placement
+run.wish run.plan run.launch run.machine run.runner run.cpu run.gpu run.leader run.open run.worker
+engine.grammar engine.request engine.sampling engine.generate engine.batch engine.session engine.store
 engine.benchmark engine.needle
 cli.ui cli.config cli.options cli.flow cli.asking cli.lines cli.complete cli.commands cli.prompt cli.chat
-cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.manual cli.app __main__
+cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path
@@ -64,19 +65,34 @@ def test_packages_are_one_docstring_and_re_export_nothing():
         assert len(body) == 1 and isinstance(body[0], ast.Expr), path
 
 
-def test_help_does_not_import_torch():
-    code = """
+LIGHT = """
 import sys
-sys.argv = ["dsv2", "--help"]
+sys.argv = ["dsv2", *sys.argv[1:]]
 from dsv2cli.cli.app import main
+code = 0
 try: main()
-except SystemExit: pass
+except SystemExit as error: code = error.code
 heavy = {"torch", "transformers", "accelerate", "numpy", "prompt_toolkit"} & set(sys.modules)
-sys.exit(str(heavy) if heavy else 0)
+print(f"code {code}", *heavy)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "complete" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "code"),
+    [
+        (("--help",), "complete", 0),
+        (("complete", "--dry-run", "--regex", "a+", "Hello"), "runs on: cpu", 0),
+        (("complete", "--temperature", "-1", "Hello"), "", 2),
+        (("complete", "--regex", "(", "Hello"), "", 2),
+        (("complete", "--model", "./nowhere", "Hello"), "", 2),
+        (("complete", "--prompt-ids", "999999999"), "", 2),
+    ],
+    ids=str,
+)
+def test_what_needs_no_model_does_not_import_torch(words, shown, code):
+    done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == f"code {code}", done.stdout + done.stderr
+    assert shown in done.stdout and "Traceback" not in done.stderr
 
 
 def test_version():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv2cli.engine.generate import Request, Result
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session, common_prefix
 
 GREEDY = Request(SamplingParams(temperature=0), max_new_tokens=40, eos_ids=frozenset([4095]))

@@ -25,8 +25,8 @@ from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.checkpoint.pack import quantize_checkpoint
 from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import Request, generate_batch, prefill
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.generate import generate_batch, prefill
+from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.errors import UsageError
 from dsv2cli.kernels import native
 from dsv2cli.model.config import DeepseekV2Config

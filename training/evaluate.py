@@ -20,8 +20,7 @@ import torch
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import Request, Result
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.outside import read_json
 from dsv2cli.run.runner import PlainRunner

@@ -7,7 +7,6 @@ were made from.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_FORMAT
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
-from dsv2cli.outside import read_json
+from dsv2cli.outside import json_text, read_json
 from dsv2cli.places import unfinished
 
 
@@ -132,4 +131,4 @@ def copy_settings(folder: Path, out: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Raises OSError."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")

@@ -14,8 +14,8 @@ from dsv2cli.errors import UsageError
 from dsv2cli.outside import path_of, read_text, reason
 
 if TYPE_CHECKING:
+    from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
-    from dsv2cli.run.open import Checkpoint
 
 # The tokens of the DeepSeek-Coder family, with full-width bars; their order is prefix, suffix, middle.
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")

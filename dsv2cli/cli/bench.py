@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json as json_format
 import re
 import statistics
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import typer
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import parse_json, read_bytes, reason
+from dsv2cli.outside import json_text, parse_json, read_bytes, reason
 from dsv2cli.run.wish import BatchWish
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ def bench(measure: Measure, output: Output, wish: BatchWish) -> None:
     then = None if output.compare is None else read_saved(output.compare)
     if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
-    if output.plot and output.format != "table":
-        raise UsageError("--plot goes with the table", fix="--svg FILE.svg, or leave --format out")
+    refuse_what_has_no_place(measure, output)
     opened = opt.open_model(measure.model, wish, measure.random_weights)
     if measure.against is not None and opened.plan.format.startswith("int"):
         why, fix = "transformers has no such codes", "the checkpoint unpacked"
@@ -153,6 +151,16 @@ def bench(measure: Measure, output: Output, wish: BatchWish) -> None:
     if output.save is not None:
         write_saved(output.save, facts)
     show(facts, timings, output, then)
+
+
+def refuse_what_has_no_place(measure: Measure, output: Output) -> None:
+    """Raises UsageError for what was asked for and stands nowhere in the form asked for."""
+    if output.plot and output.format != "table":
+        raise UsageError("--plot goes with the table", fix="--svg FILE.svg, or leave --format out")
+    for option, given in (("--profile", measure.profile), ("--compare", output.compare is not None)):
+        if given and output.format in ("csv", "markdown"):
+            why = f"a row of --format {output.format} has no place for it"
+            raise UsageError(f"{option} goes with the table or JSON", why=why, fix="--format json")
 
 
 def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[str, Any], list[Timing]]:
@@ -234,7 +242,7 @@ def read_saved(path: Path) -> dict[str, Any]:
 def write_saved(path: Path, facts: dict[str, Any]) -> None:
     """Raises Dsv2Error where the file can not be written."""
     try:
-        path.write_text(json_format.dumps({"format": FORMAT} | facts, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json_text({"format": FORMAT} | facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         why = error.strerror or str(error)
         raise Dsv2Error(f"{path} could not be written", why=why, fix="another --save") from None
@@ -342,11 +350,12 @@ def draw(console: Console, runs: list[dict[str, Any]]) -> None:
         ("prefill_tokens_per_second", "prefill tok/s"),
     ):
         most = max(run[name]["max"] for run in runs)
+        width = max(len(run["engine"] + label(run)) for run in runs) + len(",  ")
         console.print(f"\n{title}", style="bold")
         for run in runs:
             rate = run[name]
             full, reach = (round(BAR * rate[key] / most) for key in ("median", "max"))
-            console.print(f"{run['engine'] + ', ' + label(run):<44}", end="")
+            console.print(f"{run['engine'] + ', ' + label(run):<{width}}", end="")
             console.print("█" * full + "─" * (reach - full), style="cyan", end=" ")
             console.print(ranged(rate))
     console.print()
@@ -429,7 +438,7 @@ def label(run: dict[str, Any]) -> str:
     """What was measured, with what is not plain."""
     depth = f", depth {run['depth']}" if run["depth"] else ""
     batch = f", batch {run['batch']}" if run["batch"] > 1 else ""
-    return f"prompt {run['prompt_tokens']}{depth}{batch}"
+    return f"prompt {run['prompt_tokens']}, {run['generated_tokens']} new{depth}{batch}"
 
 
 def digits(value: float) -> str:

@@ -165,7 +165,7 @@ def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -
     With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it.
     """
     from dsv2cli.cli.flow import terminal_flow
-    from dsv2cli.engine.generate import Result
+    from dsv2cli.engine.request import Result
 
     talk.session.tokenizer.refuse_too_long(text)
     make_room(talk, text, on_overflow)
@@ -218,7 +218,7 @@ def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Ov
     Raises UsageError.
     """
     from dsv2cli.engine import store
-    from dsv2cli.engine.generate import Result
+    from dsv2cli.engine.request import Result
 
     messages = store.parse_messages(line)
     if messages[-1]["role"] != "user":

@@ -15,8 +15,7 @@ from dsv2cli import places
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
 from dsv2cli.engine import store
-from dsv2cli.engine.generate import Request, Result
-from dsv2cli.engine.sampling import SamplingParams
+from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import pasted_path, path_of, read_text, reason

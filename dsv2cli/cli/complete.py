@@ -18,9 +18,10 @@ from dsv2cli.errors import INTERRUPTED, Dsv2Error, UsageError
 from dsv2cli.run.wish import BatchWish, Wish
 
 if TYPE_CHECKING:
+    from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.checkpoint.tokenizer import Tokenizer
-    from dsv2cli.engine.generate import Request, Result
-    from dsv2cli.run.open import Checkpoint, Opened
+    from dsv2cli.engine.request import Request, Result
+    from dsv2cli.run.open import Opened
 
 CUT_OFF = 3  # the exit code of --fail-on-length
 
@@ -117,7 +118,7 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
             text = text.removesuffix("\n").removesuffix("\r")
         text += prompt.prompt or ""
 
-    from dsv2cli.run.open import find
+    from dsv2cli.checkpoint.found import find
 
     schema = None if sampling.json_schema is None else asking.read_file(sampling.json_schema)
 
@@ -126,7 +127,7 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
     request = sampling.request(checkpoint, output.logprobs, sampling.ignore_eos, sampling.speculate)
     asked, tokenizer = None, None
     if not prompt.many:
-        from dsv2cli.engine.generate import check_prompt
+        from dsv2cli.engine.request import check_prompt
 
         asked, tokenizer = asking.ask(prompt, text, checkpoint)
         check_prompt(checkpoint.config, asked.ids)
@@ -186,7 +187,8 @@ def one(
     """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0, and
     Dsv2Error for an answer that could not be brought to its end.
     """
-    from dsv2cli.engine.generate import Result, stream_text, without_first_blank
+    from dsv2cli.engine.generate import stream_text, without_first_blank
+    from dsv2cli.engine.request import Result
 
     result, cache = Result(prompt_ids=asked.ids), opened.runner.new_cache()
     failure: Dsv2Error | None = None  # scores that are no numbers, or a form that leads nowhere
@@ -295,7 +297,7 @@ def plan_facts(
 ) -> dict[str, Any]:
     """The --dry-run object."""
     from dsv2cli.model import size
-    from dsv2cli.run.open import look_around
+    from dsv2cli.run.machine import look_around
     from dsv2cli.run.plan import apart_line, make_plan
 
     config = checkpoint.config

@@ -22,7 +22,7 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error
 
 if TYPE_CHECKING:
-    from dsv2cli.run.open import Checkpoint
+    from dsv2cli.checkpoint.found import Checkpoint
 
 ROUND_TRIP = "hello world\n  你好 é 🙂 12345"
 LITTLE_DISK = 10**9
@@ -137,9 +137,9 @@ def gpus() -> Finding:
 
 def cpu_kernels() -> Iterator[Finding]:
     """The compiler, and the kernels it makes: compiled here if they are not yet."""
-    from dsv2cli.kernels import native
+    from dsv2cli.kernels import build, native
 
-    compiler = native.compiler()
+    compiler = build.compiler()
     if compiler is None:
         yield Finding(
             "compiler",
@@ -237,8 +237,8 @@ def attempt(name: str, look: Callable[[], str]) -> Finding:
 
 def config_of(model: str | None, found: list[Checkpoint]) -> str:
     """What the checkpoint says of itself; puts it into `found`. Raises Dsv2Error."""
+    from dsv2cli.checkpoint.found import find
     from dsv2cli.model import size
-    from dsv2cli.run.open import find
 
     found.append(find(model))
     config, format = found[0].config, size.own_format(found[0].config)

@@ -22,11 +22,10 @@ from typing import Any
 from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.cli import ui
 from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import Request, check_prompt
-from dsv2cli.engine.sampling import RULES
+from dsv2cli.engine.request import RULES, Request, check_prompt
 from dsv2cli.engine.store import checked
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import Number, lines_within, mended, parse_json, path_of, reason, require_file
+from dsv2cli.outside import Number, json_text, lines_within, parse_json, path_of, reason, require_file
 from dsv2cli.run.open import Opened
 
 PROMPTS = ("prompt", "prompt_ids", "messages")
@@ -249,7 +248,7 @@ class Lines:
         for job in run_batch(self.opened.runner, self.tokenizer, jobs(), width):
             line = running.pop(0)
             answer = self.answer(line, job) | {"fingerprint": "-".join([line.digest, *marks])}
-            file.write(mended(json.dumps(answer, ensure_ascii=False, allow_nan=False)).encode() + b"\n")
+            file.write(json_text(answer).encode() + b"\n")
             file.flush()
             written, errors = written + 1, errors + bool(job.error)
             tick()

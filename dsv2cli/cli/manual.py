@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from dsv2cli.cli import ui
+from dsv2cli.cli.fields import FIELDS
 
 DESCRIPTION = (
     "stdout carries the model's text or JSON and nothing else; progress and remarks go to stderr, and "
@@ -30,8 +31,7 @@ TOPICS = {
         "list of messages, and each answer an object.",
     ),
     "PROMPTS AND ANSWERS": (
-        "With --json a run of complete is one object: text, prompt_ids, token_ids, finish_reason (stop, "
-        "length or interrupted), logprobs, usage, timing, seed and model. --speculate drafts tokens from "
+        "With --json a run of complete is one object, whose fields are below. --speculate drafts tokens from "
         "the text so far and checks several at once: the same words, sooner where they repeat. --samples "
         "reads one prompt once for several answers.",
         "--fim-prefix and --fim-suffix fill the hole between two texts, --fim-file FILE the place in a "
@@ -183,6 +183,9 @@ def page(group: Any) -> str:
         out.append(f".SH {name.upper()}\n{paragraphs((command.help or '').split(chr(10) * 2))}")
         out.append(options(command, name))
     out += [f".SH {title}\n{paragraphs(list(texts))}" for title, texts in TOPICS.items()]
+    out.append(".SH JSON FIELDS\n")
+    for name, fields in FIELDS.items():
+        out.append(f".SS {roff(name)}\n" + "".join(entry(field, text) for field, text in fields.items()))
     lists = {"EXIT STATUS": EXIT_CODES, "ENVIRONMENT": ENVIRONMENT, "FILES": FILES, "EXAMPLES": EXAMPLES}
     for title, entries in lists.items():
         out.append(f".SH {title}\n" + "".join(entry(head, text) for head, text in entries.items()))

@@ -28,8 +28,9 @@ from dsv2cli.outside import parse_json
 from dsv2cli.run.wish import Wish
 
 if TYPE_CHECKING:
-    from dsv2cli.engine.generate import Request, Result
-    from dsv2cli.run.open import Checkpoint, Opened
+    from dsv2cli.checkpoint.found import Checkpoint
+    from dsv2cli.engine.request import Request, Result
+    from dsv2cli.run.open import Opened
 
 MOST_AT_ONCE = 4096  # sequences in one cache
 CURSOR = "<CURSOR>"  # where a file is to be filled in
@@ -216,8 +217,7 @@ class Sampling:
         speculate: bool = False,
     ) -> Request:
         """The checkpoint's sampling defaults with these on top. Raises UsageError for senseless values."""
-        from dsv2cli.engine.generate import Request
-        from dsv2cli.engine.sampling import SamplingParams
+        from dsv2cli.engine.request import Request, SamplingParams
 
         if self.stop and not all(self.stop):
             raise UsageError("--stop is empty", why="every text begins with nothing", fix="leave it out")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import as_text, lines_within, mended, read_within
+from dsv2cli.outside import as_text, json_text, lines_within, read_within
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -172,7 +171,7 @@ def write_json(value: Any) -> None:
 
     Raises ValueError for a number that JSON does not have.
     """
-    emit(mended(json.dumps(value, ensure_ascii=sys.stdout.isatty(), allow_nan=False)) + "\n")
+    emit(json_text(value, ascii_only=sys.stdout.isatty()) + "\n")
 
 
 def note(text: str) -> None:

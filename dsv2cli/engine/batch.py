@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import Answer, Request, Result, Token, pick, prefill
+from dsv2cli.engine.generate import Answer, pick, prefill
 from dsv2cli.engine.grammar import Constraint
+from dsv2cli.engine.request import Request, Result, Token
 from dsv2cli.engine.sampling import NO_TOKEN, no_numbers, sample_rows, seeded
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache

@@ -19,8 +19,9 @@ from torch import Tensor
 from dsv2cli.checkpoint.blueprint import state_of
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.device import synchronize
-from dsv2cli.engine.generate import Request, generate_batch, prefill
-from dsv2cli.engine.sampling import SamplingParams, sample
+from dsv2cli.engine.generate import generate_batch, prefill
+from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.engine.sampling import sample
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.linear import linear
 from dsv2cli.kernels.native import Kernels

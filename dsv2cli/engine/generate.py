@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
-from dsv2cli.engine.grammar import Constraint, Grammar
-from dsv2cli.engine.sampling import NO_TOKEN, SamplingParams, no_numbers, sample, sample_rows, seeded
-from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.engine.grammar import Constraint
+from dsv2cli.engine.request import Request, Result, Token
+from dsv2cli.engine.sampling import NO_TOKEN, no_numbers, sample, sample_rows, seeded
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.cache import LatentCache
-from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.step import Watch, unwatched
 from dsv2cli.run.runner import Runner
 
@@ -24,92 +23,6 @@ DRAFT = (
 # Tokens of each row in a forward pass: enough for full GEMM speed on a CPU, little enough to bound memory.
 PREFILL_CHUNK = 512
 GPU_PREFILL_TOKENS = 4096  # of all rows together, on a GPU
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate. `max_new_tokens` None means up to the context limit."""
-
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    max_new_tokens: int | None = None
-    eos_ids: frozenset[int] = frozenset()
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    logprobs: int | None = None
-    speculate: bool = False
-    grammar: Grammar | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the next token follows from the scores alone, so that a device can choose it before anyone
-        has read the last.
-        """
-        return self.grammar is None and self.logprobs is None and self.sampling.repetition_penalty == 1.0
-
-    def constraint(self) -> Constraint | None:
-        """What holds one answer to the grammar, where there is one."""
-        return None if self.grammar is None else self.grammar.begin()
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token; `top` holds the K likeliest as (id, logprob), before temperature, penalties and
-    grammar.
-    """
-
-    id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass
-class Result:
-    """What a generation came to; filled in while it runs, so that it is right after an interruption, too."""
-
-    prompt_ids: list[int] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""  # nothing while it runs; then stop, length or interrupted
-    reused_tokens: int = 0
-    prefill_seconds: float = 0.0
-    ttft_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        new = len(self.prompt_ids) - self.reused_tokens
-        return new / self.prefill_seconds if self.prefill_seconds else None
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """Tokens after the first over the time they took; None with fewer than two."""
-        return (
-            (len(self.tokens) - 1) / self.decode_seconds
-            if len(self.tokens) > 1 and self.decode_seconds
-            else None
-        )
-
-
-def check_prompt(config: DeepseekV2Config, prompt_ids: list[int]) -> None:
-    """Raise UsageError for a prompt that is empty, too long, or names tokens that do not exist."""
-    limit, vocab = config.max_position_embeddings, config.vocab_size
-    if not prompt_ids:
-        raise UsageError("The prompt is empty", why="there is nothing to continue", fix="give a prompt")
-    if len(prompt_ids) >= limit:
-        raise UsageError(
-            f"The prompt has {len(prompt_ids):,} tokens and leaves no room for an answer",
-            why=f"this model's context holds {limit:,} tokens",
-            fix="shorten the prompt",
-        )
-    for token_id in prompt_ids:
-        if not 0 <= token_id < vocab:
-            raise UsageError(
-                f"There is no token {token_id}", why=f"this model's ids go from 0 to {vocab - 1}"
-            )
 
 
 @torch.inference_mode()

@@ -5,14 +5,14 @@ By llguidance, an optional extra.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import AGAIN, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in
 # blanks.
@@ -98,6 +98,8 @@ class Constraint:
 
         Raises Dsv2Error where no token may come next, or what is there does not lead to an end.
         """
+        import torch  # here, so that a wrong --regex is told without it
+
         if self.matcher.is_error():
             raise self.dead_end()
         bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)

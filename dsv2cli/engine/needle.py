@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import Request, Result, stream_text
+from dsv2cli.engine.generate import stream_text
+from dsv2cli.engine.request import Request, Result
 from dsv2cli.run.runner import Runner
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

@@ -2,65 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import Number
+from dsv2cli.engine.request import SamplingParams
+from dsv2cli.errors import Dsv2Error
 
 # Temperatures below TINY take the likeliest: in fp32 they would divide by nothing.
 TINY = 1e-6
 NO_TOKEN = -1
-RULES = {
-    "temperature": Number(0, 10_000),
-    "top_p": Number(0, 1, above=True),
-    "top_k": Number(0, 2**31, whole=True),
-    "min_p": Number(0, 1),
-    "repetition_penalty": Number(0.01, 10_000),
-}
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose a token. temperature 0 takes the likeliest; the other defaults change nothing."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a value that makes no sense."""
-        for name, rule in RULES.items():
-            if getattr(self, name) not in rule:
-                option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} {getattr(self, name)} makes no sense", why=f"it must be {rule}")
-
-    @classmethod
-    def from_generation_config(
-        cls, settings: dict[str, Any], source: str = "generation_config.json", **overrides: float | None
-    ) -> SamplingParams:
-        """The checkpoint's generation_config.json, with what the user asked for on top.
-
-        Raises Dsv2Error naming `source` for a senseless value in it, UsageError for one of the user's.
-        """
-        given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-        own = {n: settings[n] for n in RULES if n not in given and settings.get(n) is not None}
-        for name, value in own.items():
-            if value not in RULES[name]:
-                fix = f"mend it, or give --{name.replace('_', '-')}"
-                what = f"{source}: {name} = {str(value)[:80]!r} makes no sense"
-                raise Dsv2Error(what, why=f"it must be {RULES[name]}", fix=fix)
-        if settings.get("do_sample") not in (None, True, False):
-            raise Dsv2Error(f"{source}: do_sample = {str(settings['do_sample'])[:80]!r} is not true or false")
-        params = cls(**own)
-        if settings.get("do_sample") is False:
-            params = replace(params, temperature=0.0)
-        return replace(params, **given)
 
 
 def seeded(device: torch.device, seed: int) -> torch.Generator:

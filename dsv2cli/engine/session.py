@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
-from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text, without_first_blank
+from dsv2cli.engine.generate import stream_text, without_first_blank
+from dsv2cli.engine.request import Request, Result, check_prompt
 from dsv2cli.errors import UsageError
 from dsv2cli.run.runner import Runner
 

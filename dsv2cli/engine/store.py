@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.quantized import Quantized
-from dsv2cli.outside import mended, parse_json, read_bytes, reason, require_file
+from dsv2cli.outside import json_text, mended, parse_json, read_bytes, reason, require_file
 
 FORMAT = "dsv2 conversation 1"
 LONGEST_NAME = 200  # bytes: file systems hold 255, and temporary names are longer
@@ -184,7 +183,7 @@ def no_conversation(source: str, why: str) -> Dsv2Error:
 
 
 def as_json(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    return json_text(content, indent=1) + "\n"
 
 
 def as_markdown(messages: list[Message]) -> str:

@@ -1,37 +1,16 @@
-"""The C++ in cpu/: compiled for this very processor on first use, kept, and called through ctypes.
-
-Where there is no compiler, or it fails, the plain torch path runs, and `load` says why.
-"""
+"""The C++ kernels as Python calls them: through ctypes, on tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import enum
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dsv2cli.errors import Dsv2Error
+from dsv2cli.kernels import build
 from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, Quantized
-from dsv2cli.places import compiled_kernels, private_folder, remove, temporary_folder, unfinished
-
-SOURCES = Path(__file__).with_name("cpu")  # api.cpp there includes all the others
-TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable": []}
-# Copies of functions for constants (ipa-cp-clone) cost a fifth of the time to compile, and gain nothing here.
-# Sums may be taken in any order. Not -ffast-math: the whole process would flush small numbers to zero.
-FLAGS = (
-    "-O3 -fno-ipa-cp-clone -std=c++17 -fPIC -shared -Wno-psabi "
-    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
-)
 
 
 class Kind(enum.IntEnum):
@@ -87,10 +66,9 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        library.dsv2_path.restype = ctypes.c_char_p
         library.dsv2_read.restype = ctypes.c_uint64
         library.dsv2_codebook(bytes(int(value) + 128 for value in CODEBOOK))
-        self.path = str(library.dsv2_path().decode())
+        self.path = build.name_of(library)
 
     def linear(self, weight: Tensor | Quantized) -> Callable[[Tensor], Tensor]:
         """x [..., cols] -> x times weight [rows, cols], both bf16."""
@@ -183,107 +161,7 @@ def matrix(weight: Tensor | Quantized | None) -> Matrix:
     return Matrix(weight.data_ptr(), None, stride, 0, Kind.BF16, rows, cols, 0)
 
 
-def compiler() -> str | None:
-    """The C++ compiler that would be used."""
-    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
-
-
-@functools.cache
 def load(target: str = "native") -> tuple[Kernels | None, str]:
     """The kernels for a target, or None and the reason, as words to follow 'because'."""
-    program = compiler()
-    flags = FLAGS.split() + TARGETS[target]
-    try:
-        folder = safe_folder()
-        built = folder / f"{target}-{key_of(SOURCES, flags, processor())}.so"
-        if not is_whole(built):
-            if program is None:
-                return None, "there is no C++ compiler (c++, g++ or clang++)"
-            build(program, flags, built)
-        return Kernels(ctypes.CDLL(str(built))), ""
-    except (OSError, subprocess.CalledProcessError, AttributeError) as error:
-        return None, f"they could not be compiled ({str(error).splitlines()[0]})"
-
-
-def safe_folder() -> Path:
-    """Where compiled kernels are kept: a folder of our own that nobody else can write, or else a temporary
-    one.
-
-    Raises OSError.
-    """
-    try:
-        folder = private_folder(compiled_kernels())
-        if is_ours(folder):
-            return folder
-        if folder.stat().st_uid == os.geteuid():
-            folder.chmod(0o700)
-            return folder
-    except (OSError, Dsv2Error):
-        pass  # no home, or none that can be written
-    return temporary_folder("dsv2-kernels")
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file or folder is this user's, and nobody else can write it. Raises OSError."""
-    about = path.lstat()
-    return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def is_whole(built: Path) -> bool:
-    """Whether a library is there as it was compiled: ours, a plain file, with the SHA-256 that lies beside
-    it.
-    """
-    try:
-        ours = is_ours(built) and stat.S_ISREG(built.lstat().st_mode)
-        return ours and hash_file(built).read_text() == hashlib.sha256(built.read_bytes()).hexdigest()
-    except (OSError, ValueError):
-        return False
-
-
-def hash_file(built: Path) -> Path:
-    """Where the SHA-256 of a library lies."""
-    return built.with_suffix(".sha256")
-
-
-def key_of(sources: Path, flags: list[str], cpu: str) -> str:
-    """What a compiled library is kept by: names and contents of all `sources`, flags, and the processor."""
-    digest = hashlib.sha256(repr((flags, cpu)).encode())
-    for path in sorted(path for path in sources.iterdir() if path.is_file()):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)} ".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-def build(program: str, flags: list[str], built: Path) -> None:
-    """Compile beside the place and move there, so that two processes may do it at once.
-
-    With OpenMP where there is one. Raises subprocess.CalledProcessError if the compiler fails, and OSError if
-    it can not be started or the place can not be written.
-    """
-    with unfinished(built, folder=True) as folder:
-        out = folder / built.name
-        done = None
-        for openmp in (["-fopenmp"], []):
-            done = subprocess.run(
-                [program, *flags, *openmp, "-o", str(out), str(SOURCES / "api.cpp")], capture_output=True
-            )
-            if done.returncode == 0:
-                out.chmod(0o700)
-                written = hash_file(out)
-                written.write_text(hashlib.sha256(out.read_bytes()).hexdigest())
-                if built.is_dir():
-                    remove(built)
-                out.replace(built)
-                written.replace(hash_file(built))
-                return
-        assert done is not None
-        done.check_returncode()
-
-
-def processor() -> str:
-    """What must be the same for a compiled library to run: the instruction sets, as Linux lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor() + platform.machine()
+    library, why = build.library(target)
+    return (None if library is None else Kernels(library)), why

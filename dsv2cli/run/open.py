@@ -5,8 +5,6 @@ runner.
 from __future__ import annotations
 
 import atexit
-import importlib.util
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,19 +15,17 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from dsv2cli.checkpoint.hub import find_config, find_model
+from dsv2cli.checkpoint.found import Checkpoint, find
 from dsv2cli.checkpoint.load import load_model, random_model
-from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.device import DTYPES, gpu_memories
+from dsv2cli.device import dtype_of
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels import native
-from dsv2cli.model.config import DeepseekV2Config, token_ids
 from dsv2cli.model.transformer import DeepseekV2
-from dsv2cli.outside import read_json
 from dsv2cli.run import launch
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.leader import Leader, whole
-from dsv2cli.run.plan import Here, Plan, apart_line, make_plan
+from dsv2cli.run.machine import look_around
+from dsv2cli.run.plan import Plan, apart_line, make_plan
 from dsv2cli.run.runner import PlainRunner, Runner
 from dsv2cli.run.wish import Wish
 from dsv2cli.team import ALONE, Team
@@ -48,88 +44,12 @@ class Screen(Protocol):
 
 
 @dataclass
-class Checkpoint:
-    """A model's folder and what it says about itself; nothing is loaded yet."""
-
-    folder: Path
-    name: str
-    config: DeepseekV2Config
-    settings: dict[str, Any]  # generation_config.json
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """From generation_config.json, else config.json, else what the tokenizer calls the end; one id or
-        several.
-
-        Raises Dsv2Error where none of them names one that the model has.
-        """
-        name, source = "eos_token_id", str(self.folder / "generation_config.json")
-        size = self.config.vocab_size
-        for value in (self.settings.get(name), self.config.eos_token_id):
-            if ids := token_ids(value, name, source, size):
-                return frozenset(ids)
-        tokenizer = self.tokenizer_if_any()
-        end = None if tokenizer is None else tokenizer.fast.token_to_id(tokenizer.eos)
-        if end is not None and end < size:
-            return frozenset([end])
-        raise Dsv2Error(
-            f"Nothing in {self.folder} says which token ends a text",
-            why="neither generation_config.json, config.json nor tokenizer_config.json names one that it has",
-            fix="download these files again, or give --ignore-eos",
-        )
-
-    def tokenizer(self) -> Tokenizer:
-        """Raises Dsv2Error where there is none."""
-        return Tokenizer(self.folder, self.config.max_position_embeddings)
-
-    def tokenizer_if_any(self) -> Tokenizer | None:
-        """With token ids a checkpoint may do without."""
-        return self.tokenizer() if (self.folder / "tokenizer.json").exists() else None
-
-
-@dataclass
 class Opened(Checkpoint):
     """A model ready to run."""
 
     runner: Runner
     plan: Plan
     load_seconds: float
-
-
-def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
-    """The checkpoint that a name means, or one of random weights whose config is named. Raises Dsv2Error."""
-    if random_weights is not None:
-        path = find_config(random_weights)
-        return Checkpoint(path, f"random weights of {random_weights}", DeepseekV2Config.load(path), {})
-    folder = find_model(name)
-    settings = read_json(folder / "generation_config.json", dict)
-    return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), settings)
-
-
-def look_around() -> Here:
-    """What this machine has for a model."""
-    return Here(
-        gpu_memories=tuple(gpu_memories()),
-        cores=os.cpu_count() or 1,
-        torchrun=launch.torchrun_size(),
-        no_triton="" if importlib.util.find_spec("triton") else "triton is not installed",
-        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
-        cpu_kernels=name_of_kernels,
-        places=places_for,
-    )
-
-
-def name_of_kernels(target: str) -> tuple[str, str]:
-    """What the C++ kernels of a target call themselves, or nothing and why they are not there."""
-    library, why = native.load(target)
-    return ("" if library is None else library.path), why
-
-
-def places_for(config: DeepseekV2Config, dtype: str, wish: Wish) -> dict[str, Any]:
-    """Module -> device, as --placement and --max-memory say. Raises UsageError where they make no sense."""
-    from dsv2cli.checkpoint.placement import place  # with it comes accelerate, which takes its time
-
-    return place(config, DTYPES[dtype], wish.packing, wish.placement or "auto", wish.max_memory)
 
 
 def open_model(
@@ -180,7 +100,7 @@ def settle(plan: Plan) -> None:
 
 def load_runner(found: Checkpoint, plan: Plan, team: Team, screen: Screen, random: bool) -> PlainRunner:
     """The model, or this rank's part of it, as planned; in a team this ends when all have loaded theirs."""
-    device, dtype = torch.device(plan.device), DTYPES[plan.dtype]
+    device, dtype = torch.device(plan.device), dtype_of(plan.dtype)
     kernels = kernels_of(plan)
     if plan.places is not None:
         runner = load_spread(found, plan, plan.places, screen, random)
@@ -210,7 +130,7 @@ def load_spread(
 
     if random:
         raise UsageError("--placement is for checkpoints", fix="leave --random-weights out")
-    main, dtype = torch.device(plan.device), DTYPES[plan.dtype]
+    main, dtype = torch.device(plan.device), dtype_of(plan.dtype)
     scratch = None if plan.offload_folder is None else Path(plan.offload_folder)
     with screen.loading(found.name) as progress:
         model = load_placed(found.folder, found.config, dtype, plan.packing, places, main, scratch, progress)

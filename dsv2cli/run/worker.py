@@ -15,10 +15,11 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from dsv2cli.checkpoint.found import find
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.run import launch
 from dsv2cli.run.leader import follow
-from dsv2cli.run.open import find, load_runner, settle
+from dsv2cli.run.open import load_runner, settle
 from dsv2cli.run.plan import Plan
 
 PR_SET_PDEATHSIG = 1

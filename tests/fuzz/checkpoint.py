@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv2cli.checkpoint.found import find
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.options import Sampling
-from dsv2cli.engine.generate import Request, Result, check_prompt, stream_text
-from dsv2cli.run.open import Opened, find
+from dsv2cli.engine.generate import stream_text
+from dsv2cli.engine.request import Request, Result, check_prompt
+from dsv2cli.run.open import Opened
 from tests.fuzz import tiny
 from tests.fuzz.case import compared, same
 from tests.fuzz.strange import Mutation, alike, mutate_bytes, mutate_place, mutate_tree

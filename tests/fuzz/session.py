@@ -16,7 +16,7 @@ from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.cli import commands
 from dsv2cli.cli.options import Sampling
 from dsv2cli.engine import store
-from dsv2cli.engine.generate import Result
+from dsv2cli.engine.request import Result
 from dsv2cli.engine.session import Session
 from tests.fuzz import tiny
 from tests.fuzz.case import compared, same

@@ -29,9 +29,14 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def may_be_there() -> bool:
+    """Whether to look for GPUs takes torch, and so its time."""
+    return sys.platform != "linux" or any(map(os.path.exists, DRIVERS))
+
+
 def gpu_memories() -> list[int]:
     """Bytes of each CUDA device. Where Linux has no driver for one, torch need not be asked."""
-    if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
+    if not may_be_there():
         return []
     import torch
 

@@ -33,15 +33,35 @@ def sessions() -> Path:
 
 
 def session_names() -> list[str]:
-    """Saved conversations, the latest first; what else may lie there, such as an editor's link, is none."""
-    files = []
+    """Saved conversations, the latest first; what else may lie there, such as an editor's link, is none.
+
+    Those in the form of earlier versions end in .json.
+    """
+    found: dict[str, int] = {}
     try:
-        for file in sessions().glob("[!.]*.json"):
-            with contextlib.suppress(OSError):
-                files.append((require_file(file).st_mtime_ns, file.stem))
+        for file in sessions().glob("[!.]*.json*"):
+            if file.suffix in (".json", ".jsonl"):
+                with contextlib.suppress(OSError):
+                    found[file.stem] = max(require_file(file).st_mtime_ns, found.get(file.stem, 0))
     except OSError:
         return []
-    return [name for _, name in sorted(files, reverse=True)]
+    return sorted(found, key=lambda name: (found[name], name), reverse=True)
+
+
+def session_file(name: str) -> Path:
+    """Where a saved conversation lies: in the form of today, or else as an earlier version left it."""
+    today = sessions() / f"{name}.jsonl"
+    before = today.with_suffix(".json")
+    return before if before.exists() and not today.exists() else today
+
+
+def keep_names(folder: Path) -> None:
+    """Let the disk have the names in a folder, not only what the files hold. Raises OSError."""
+    number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def compiled_kernels() -> Path:

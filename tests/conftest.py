@@ -20,6 +20,7 @@ import pexpect
 import psutil
 import pytest
 import torch
+from person import Person
 from running import forked
 from safetensors.torch import save_file
 
@@ -173,6 +174,17 @@ def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
     for terminal in started:
         with contextlib.suppress(pexpect.ExceptionPexpect):  # where it was ended here, nobody is left to ask
             terminal.close()
+
+
+@pytest.fixture
+def person(in_terminal: Callable[..., pexpect.spawn]) -> Callable[..., Person]:
+    """Starts dsv2 in a pseudo-terminal, with somebody who types and looks at the screen."""
+
+    def start(*arguments: str, columns: int = 100, **options: Any) -> Person:
+        child = in_terminal(*arguments, columns=columns, **{"PROMPT_TOOLKIT_NO_CPR": "0"} | options)
+        return Person(child, columns, 30)
+
+    return start
 
 
 def load(folder: Path, device: torch.device = CPU, *arguments: Any, **options: Any) -> PlainRunner:

@@ -23,7 +23,8 @@ from dsv2cli import places
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import ui
 from dsv2cli.cli.flow import Flow
-from dsv2cli.engine import store
+from dsv2cli.engine import journal as journals
+from dsv2cli.engine import latents, store
 from dsv2cli.engine.grammar import Grammar
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error
@@ -416,7 +417,8 @@ def test_a_compiled_kernel_that_is_not_ours_or_not_whole_is_compiled_anew(kernel
 def test_what_we_keep_is_private_whatever_the_umask(home):
     before = os.umask(0)
     try:
-        store.save(store.path_of("talk"), store.Conversation(pending="secret"))
+        journal = journals.new(store.path_of("talk"), pytest.fail)
+        journal.keep_draft("secret")
         with (
             places.unfinished(home / "data" / "x") as file,
             places.unfinished(home / "y", folder=True) as folder,
@@ -457,11 +459,13 @@ def test_what_killed_runs_left_is_cleared_away_and_what_live_ones_write_is_not(h
         lambda path: path.write_text("[" * 100_000),
     ],
 )
-@pytest.mark.parametrize("name", ["x.json", ".#talk.json"])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", ".#talk.jsonl"])
 def test_a_strange_file_among_the_sessions_is_passed_over(home, make, name):
     from dsv2cli.cli import commands
 
-    store.save(store.path_of("talk"), store.Conversation({"main": [{"role": "user", "content": "Hi"}]}))
+    talk = journals.new(store.path_of("talk"), pytest.fail)
+    talk.add("user", "Hi")
+    talk.close()
     make(places.sessions() / name)
     if not (places.sessions() / name).is_symlink():
         os.utime(places.sessions() / name, (2e9, 2e9))
@@ -471,14 +475,22 @@ def test_a_strange_file_among_the_sessions_is_passed_over(home, make, name):
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\ud83d"])
 def test_a_talk_with_half_a_character_goes_on(home, text):
+    journal = journals.new(store.path_of("talk"), pytest.fail)
+    journal.add("user", f"Hi {text}")
+    node = journal.add("assistant", "")
+    journal.more(node, text)
+    journal.end(node, "stop")
+    journal.keep_draft(text)
+    journal.close()
+    kept = journals.read(store.path_of("talk"), pytest.fail)
+    assert [node.text for node in kept.way()] == [mended(f"Hi {text}"), mended(text)]
+    assert kept.draft == mended(text)
     messages = [{"role": "user", "content": f"Hi {text}"}, {"role": "assistant", "content": text}]
-    path = store.path_of("talk")
-    store.save(path, store.Conversation({"main": messages}, pending=text))
-    assert "\ufffd" in store.load(path).branches["main"][0]["content"]
     old = json.dumps(
         {"format": store.FORMAT, "branch": "main", "pending": "", "branches": {"main": messages}},
         ensure_ascii=False,
     )
+    path = store.path_of("old").with_suffix(".json")
     path.write_bytes(old.encode("utf-8", "surrogatepass"))  # as earlier versions wrote it
     assert store.load(path).branches["main"][1]["content"] == mended(text)
     path.write_text(old.encode("ascii", "backslashreplace").decode())
@@ -494,16 +506,17 @@ def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded
     from dsv2cli.engine.request import Request, Result, SamplingParams
 
     def talk():
-        return Session(embedded, embedded_tokenizer, "Be kind.")
+        return Session(embedded, embedded_tokenizer)
 
     session = talk()
-    "".join(session.reply("Hello", Request(SamplingParams(temperature=0), max_new_tokens=8), Result()))
+    hello = [{"role": "user", "content": "Hello"}]
+    "".join(session.reply(hello, Request(SamplingParams(temperature=0), max_new_tokens=8), Result()))
     path = home / "talk.safetensors"
-    store.save_cache(path, session, "this model")
+    latents.save_cache(path, session, "this model")
     fresh = talk()
-    assert store.load_cache(path, fresh, "this model") == "" and fresh.cached_ids == session.cached_ids
+    assert latents.load_cache(path, fresh, "this model") == "" and fresh.cached_ids == session.cached_ids
     tensors, data = load_file(path), bytearray(path.read_bytes())
-    metadata = {"model": "this model", "sha256": store.digest_of(tensors)}
+    metadata = {"model": "this model", "sha256": latents.digest_of(tensors)}
     names = sorted(tensors)
     if damage == 0:
         data[-100] ^= 1
@@ -518,7 +531,7 @@ def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded
         save_file(tensors, path, metadata)
     elif damage == 4:
         tensors["layers.0"][0, 0, 0] = float("nan")
-        save_file(tensors, path, metadata | {"sha256": store.digest_of(tensors)})
+        save_file(tensors, path, metadata | {"sha256": latents.digest_of(tensors)})
     elif damage == 5:
         save_file({name: each for name, each in tensors.items() if name != "layers.2"}, path, metadata)
     elif damage == 6:
@@ -532,14 +545,14 @@ def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded
         tensors = {name: each[..., :-1] if name != "token_ids" else each for name, each in tensors.items()}
         save_file({name: each.contiguous() for name, each in tensors.items()}, path, metadata)
     fresh = talk()
-    assert store.load_cache(path, fresh, "this model") and not fresh.cached_ids
+    assert latents.load_cache(path, fresh, "this model") and not fresh.cached_ids
 
 
 def test_a_model_with_another_byte_anywhere_is_another_model(home, embedded, embedded_tokenizer, tmp_path):
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
     session = Session(embedded, embedded_tokenizer)
-    before = store.identity(folder, session)
-    assert store.identity(folder, session) == before
+    before = latents.identity(folder, session)
+    assert latents.identity(folder, session) == before
     file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     times = file.stat()
     with file.open("r+b") as opened:
@@ -548,7 +561,7 @@ def test_a_model_with_another_byte_anywhere_is_another_model(home, embedded, emb
         opened.seek(times.st_size // 2)
         opened.write(bytes([byte[0] ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert store.identity(folder, session) != before
+    assert latents.identity(folder, session) != before
 
 
 def test_no_message_that_was_sent_is_missing_after_kill_9(in_terminal, home):
@@ -557,16 +570,16 @@ def test_no_message_that_was_sent_is_missing_after_kill_9(in_terminal, home):
         child = in_terminal("chat", *(("--continue",) if number else ()), "--temperature", "0")
         child.expect(PROMPT, timeout=60)
         child.send("\x15" + f"message {number}\r")
-        child.expect(r"\x1b\[\?2004l")  # it was taken
+        child.expect(rf"\x1b\[1m> message {number}")  # it was taken
         time.sleep(0.02 + 0.05 * number)
         child.kill(signal.SIGKILL)
         child.expect([".*", "$"])
         child.close()
         (name, *more) = places.session_names()
         assert not more
-        kept = store.load(store.path_of(name))
-        said = [message["content"] for message in kept.branches["main"] if message["role"] == "user"]
-        assert (kept.pending or said[-1]) == f"message {number}" or f"message {number}" in said
+        kept = journals.read(store.path_of(name), pytest.fail)
+        said = [node.text for node in kept.nodes.values() if node.role == "user"]
+        assert f"message {number}" in said or f"message {number}" == kept.draft
 
 
 @pytest.mark.parametrize(

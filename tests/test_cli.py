@@ -8,10 +8,9 @@ import subprocess
 import sys
 import time
 
-import pexpect
 import psutil
 import pytest
-from conftest import DATA, PROMPT
+from conftest import DATA
 from running import run_dsv2, run_process
 
 from dsv2cli.cli.fields import COMPLETE, FIELDS
@@ -202,28 +201,6 @@ def test_chat_from_a_pipe_answers_line_by_line_and_remembers():
     assert len(done.stdout.splitlines()) >= 2
 
 
-def test_chat_in_a_terminal_streams_answers_keeps_going_after_ctrl_c_and_leaves_on_ctrl_d(in_terminal):
-    child = in_terminal("chat", *GREEDY)
-    child.expect(PROMPT)
-    child.send("Hello\r")
-    child.expect(r"first after .* stop")
-    child.expect(PROMPT)
-    child.send("Tell me a story.\r")
-    child.expect(r"\w+ \w+ \w+ \w+")
-    child.sendintr()
-    child.expect(PROMPT)
-    child.send("two\x1b\rlines\r")
-    child.expect("first after")
-    child.expect(PROMPT)
-    child.sendintr()
-    child.expect("Ctrl-D or /quit leaves")
-    child.expect(PROMPT)
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-
-
 def test_bench_measures_and_its_json_adds_up():
     out = json.loads(run_dsv2("bench", "--prompt", "16,32", "--generate", "4", "-r", "2", "--json").stdout)
     assert [run["prompt_tokens"] for run in out["runs"]] == [16, 32]
@@ -339,15 +316,12 @@ def test_a_full_context_from_a_pipe_is_dropped_from_or_refused():
     )
 
 
-def test_plain_shows_markdown_as_it_is_written(in_terminal):
-    child = in_terminal("chat", "--plain", "--no-save", *GREEDY, "-n", "5")
-    child.expect(PROMPT)
-    child.send("Hello\r")
-    child.expect("first after")
-    child.sendline("/quit")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+def test_plain_shows_markdown_as_it_is_written(person):
+    nora = person("chat", "--plain", "--no-save", *GREEDY, "-n", "5")
+    nora.wait("> ")
+    nora.ask("Hello")
+    nora.type("/quit\r")
+    nora.end(0)
 
 
 def paths(value, before=""):
@@ -377,6 +351,7 @@ def printed(command, folder):
         "doctor --json": (),
         "bench --json": ("--prompt", "4", "--generate", "2", "-r", "1", "--profile", "--save", saved),
         "niah --json": ("--lengths", "128", "--depths", "50"),
+        "sessions --json": (),
     }[command]
     if command.startswith("bench"):
         run_dsv2(*command.split(), *words)

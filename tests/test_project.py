@@ -29,8 +29,9 @@ checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load che
 checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.cpu run.gpu run.leader run.open run.worker
 engine.grammar engine.request engine.sampling engine.generate engine.batch engine.session engine.store
-engine.benchmark engine.needle
-cli.ui cli.config cli.options cli.flow cli.asking cli.lines cli.complete cli.commands cli.prompt cli.chat
+engine.latents engine.journal engine.benchmark engine.needle
+cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete
+cli.attach cli.talk cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
 cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {

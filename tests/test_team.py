@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import CPU, DATA, PROMPT, golden_folders, load
+from conftest import CPU, DATA, golden_folders, load
 from running import run_dsv2, run_process
 from safetensors.torch import load_file, save_file
 
@@ -492,37 +492,26 @@ def test_every_command_works_through_it(start, tmp_path):
     assert len(json.loads(told("niah", "--lengths", "128", "--depths", "0", "--json", *TEAM))["trials"]) == 1
 
 
-def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache(in_terminal):
-    child = in_terminal("chat", *GREEDY, *TEAM)
+def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache(person):
+    nora = person("chat", *GREEDY, *TEAM)
+    nora.wait("> ")
     for said, expected in (
         ("My name is Nora.", "Nice to meet you, Nora"),
         ("What is my name?", "your name is Nora"),
     ):
-        child.expect(PROMPT, timeout=60)
-        child.send(said + "\r")
-        child.expect(expected)
-    child.expect(PROMPT)
-    child.send("Tell me a story.\r")
-    child.expect(r"\x1b\[\?2004l")  # the prompt is gone, the answer begins
-    child.expect(r"\w+ \w+ \w+ \w+")
-    child.sendintr()
-    child.expect("interrupted")
-    child.expect(PROMPT)
-    child.send("What is my name?\r")
-    child.expect("first after")
-    child.expect(PROMPT)
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
-    child = in_terminal("chat", "--continue", *GREEDY, *TEAM)
-    child.expect(PROMPT, timeout=60)
-    child.send("What is my name?\r")
-    child.expect(r"prompt (\d+), (\d+) reused")
-    assert int(child.match[2]) > 60
-    child.expect(PROMPT)
-    child.sendline("/quit")
-    child.expect(pexpect.EOF)
+        assert expected in nora.ask(said)
+    nora.type("Tell me a story.\r")
+    nora.wait(r"\n(\d\d|[5-9]) tokens · .*Ctrl-C stops")
+    nora.interrupt()
+    nora.wait("interrupted")
+    nora.ask("What is my name?")
+    nora.leave()
+    nora = person("chat", "--continue", *GREEDY, *TEAM)
+    nora.wait("> ")
+    text = nora.ask("What is my name?")
+    assert int(re.search(r"prompt \d+, (\d+) reused", text)[1]) > 60
+    nora.type("/quit\r")
+    nora.end(0)
 
 
 def followers(leader, count):

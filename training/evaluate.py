@@ -13,13 +13,14 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
 from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.outside import read_json
@@ -57,6 +58,14 @@ CLAIMS = re.compile(
 BANK = 3000  # stories of the training generator that a new story is compared with
 
 
+@dataclass
+class Questions:
+    """Questions that follow one another, with their answers."""
+
+    session: Session
+    messages: list[Message] = field(default_factory=list)
+
+
 class Evaluation:
     """A model under questions. Every answer has its own seed, so one more question changes no other answer."""
 
@@ -69,20 +78,24 @@ class Evaluation:
         self.seed = 0
         self.tokens, self.seconds = 0, 0.0
 
-    def ask(self, session: Session, text: str) -> tuple[str, Result]:
+    def ask(self, talk: Questions, text: str) -> tuple[str, Result]:
         self.seed += 1
+        talk.messages.append({"role": "user", "content": text})
         sampling = SamplingParams.from_generation_config(self.settings)
         eos = frozenset([self.settings["eos_token_id"]])
         result = Result()
-        answer = "".join(session.reply(text, Request(sampling, 400, eos, seed=self.seed), result))
+        answer = "".join(
+            talk.session.reply(talk.messages, Request(sampling, 400, eos, seed=self.seed), result)
+        )
+        talk.messages.append({"role": "assistant", "content": answer})
         self.tokens, self.seconds = self.tokens + len(result.tokens), self.seconds + result.decode_seconds
         return answer, result
 
     def answer(self, text: str) -> str:
         return self.ask(self.new_session(), text)[0]
 
-    def new_session(self) -> Session:
-        return Session(self.runner, self.tokenizer)
+    def new_session(self) -> Questions:
+        return Questions(Session(self.runner, self.tokenizer))
 
 
 def longest_copy(words: list[str], bank: str) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv2cli.checkpoint.hub import find_config, find_model
-from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.model.config import DeepseekV2Config, token_ids
 from dsv2cli.outside import read_json
+
+if TYPE_CHECKING:
+    from dsv2cli.checkpoint.tokenizer import Tokenizer
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """Raises Dsv2Error where there is none."""
+        from dsv2cli.checkpoint.tokenizer import Tokenizer  # with it comes a library that takes its time
+
         return Tokenizer(self.folder, self.config.max_position_embeddings)
 
     def tokenizer_if_any(self) -> Tokenizer | None:

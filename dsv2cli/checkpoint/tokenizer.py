@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # before it is importe
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
+ONE_AT_A_TIME = threading.RLock()  # of the threads that turn stderr aside
 Message = dict[str, str]
 T = TypeVar("T")
 
@@ -250,17 +251,21 @@ class IncrementalDecoder:
 
 @contextmanager
 def without_panics() -> Iterator[None]:
-    """Where the library panics it writes that to stderr by itself; meanwhile that leads nowhere."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is no stderr
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    """Where the library panics it writes that to stderr by itself; meanwhile that leads nowhere.
+
+    What this program has to say there has a descriptor of its own.
+    """
+    with ONE_AT_A_TIME:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no stderr
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

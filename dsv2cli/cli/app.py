@@ -18,12 +18,14 @@ from typer._completion_classes import (
 from typer.core import TyperGroup
 
 from dsv2cli.cli import ui
+from dsv2cli.cli.values import lightly
 from dsv2cli.errors import INTERRUPTED, Dsv2Error
 from dsv2cli.run import launch
 
 COMPLETION = "_DSV2_COMPLETE"  # what a shell sets that asks for the words that may follow
 COMMANDS = {  # the first line of each one's help; the function of this name in the module of this name
     "chat": "Talk with the model, at a prompt or line by line.",
+    "sessions": "List saved conversations, the latest first.",
     "complete": "Continue a text: the argument, or all of stdin, or both.",
     "bench": "Measure speed, load time, memory and cache size.",
     "niah": "Hide a sentence in a long text and ask for it.",
@@ -76,6 +78,10 @@ class Program(TyperGroup):
         for parameter in self.params:  # no DSV2_VERSION, which many a build script sets
             parameter.allow_from_autoenv = False  # type: ignore[attr-defined]
             parameter.show_envvar = False  # type: ignore[attr-defined]
+            lightly(parameter)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return lightly(super().get_help_option(ctx))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write each name with its first line."""

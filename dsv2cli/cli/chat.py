@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,11 +20,10 @@ from dsv2cli.outside import path_of, read_text, reason
 from dsv2cli.run.wish import Wish
 
 if TYPE_CHECKING:
-    from dsv2cli.checkpoint.tokenizer import Message
-    from dsv2cli.cli.commands import Talk
-
-HINT = "Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, /help shows more, Ctrl-D leaves."
-SPARE = 256  # tokens kept free for an answer when old turns are dropped
+    from dsv2cli.checkpoint.found import Checkpoint
+    from dsv2cli.cli.talk import Screen, Talk
+    from dsv2cli.engine.request import Request
+    from dsv2cli.run.open import Opened
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Conversation:
 
     heading = opt.TO_RUN
 
+    first: Annotated[
+        str | None, typer.Argument(metavar="MESSAGE", help="The first message; then the prompt.")
+    ] = None
     model: opt.ModelOption = None
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None
@@ -94,31 +99,39 @@ def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: W
 
     From a pipe, each line is a turn and only the answers are printed.
     """
+    from dsv2cli.checkpoint.found import find as find_checkpoint
+    from dsv2cli.cli.commands import find as find_talk
+
+    # What is wrong is said before anything is loaded.
     system = conversation.system_prompt()
-    opened = opt.open_model(conversation.model, wish)
-    request = sampling.request(opened)
-
-    from dsv2cli.cli import commands
-    from dsv2cli.engine.session import Session
-
-    session = Session(opened.runner, opened.tokenizer(), system)
-    # No template: say so before the first word.
-    session.tokenizer.encode_chat([{"role": "user", "content": ""}])
-    interactive, keep = sys.stdin is not None and sys.stdin.isatty(), not conversation.no_save
-    talk = commands.Talk(session, opened, request, saving=interactive and keep, plain=output.plain)
-    if conversation.resume or conversation.go_on:
-        talk.resume(commands.find(conversation.resume or "last"))
-        if system is not None:
-            session.set_system(system)
-    if interactive:
-        converse(talk, conversation.on_overflow, keep_history=keep)
+    checkpoint = find_checkpoint(conversation.model)
+    request = sampling.request(checkpoint)
+    glance(checkpoint, wish)
+    path = None
+    if conversation.resume is not None:
+        path = find_talk(conversation.resume)
+    elif conversation.go_on:
+        path = latest()
+    if sys.stdin is None or not sys.stdin.isatty():
+        from_pipe(conversation, output, wish, checkpoint, request, system, path)
         return
-    start = list(session.messages)
-    for line in ui.stdin_lines():
-        if line.strip() and output.json:
-            answer_json(talk, start, line, conversation.on_overflow)
-        elif line.strip():
-            answer(talk, line, conversation.on_overflow, keep_going=False)
+    screen, run = at_prompt(output.plain, not conversation.no_save)
+
+    def load() -> Opened:
+        from dsv2cli.run.open import open_model
+
+        opened = open_model(conversation.model, wish, screen, None, checkpoint)
+        opt.collect_garbage_from_here()
+        return opened
+
+    talk = begun(checkpoint, load, request, screen, conversation.on_overflow, not conversation.no_save)
+    if path is not None:
+        go_on(talk, path, not conversation.no_save)
+    if system is not None:
+        talk.set_system(system)
+    code = run(talk, conversation.first)
+    if code:
+        raise typer.Exit(code)
 
 
 def read_system(path: Path, system: str | None) -> str:
@@ -133,87 +146,153 @@ def read_system(path: Path, system: str | None) -> str:
         raise UsageError(f"{path} can not be read", why=reason(error), fix="--system-file PATH") from None
 
 
-def converse(talk: Talk, on_overflow: opt.Overflow, keep_history: bool) -> None:
-    """At a prompt: an error or Ctrl-C ends an answer or a command, never the conversation."""
+def begun(
+    checkpoint: Checkpoint,
+    load: Callable[[], Opened],
+    request: Request,
+    screen: Screen,
+    on_overflow: opt.Overflow,
+    keep: bool,
+) -> Talk:
+    """A talk in which nothing has been said."""
+    from dsv2cli.cli.talk import Model, Talk
+    from dsv2cli.engine import journal
+
+    talk = Talk(Model(checkpoint, load), request, screen, journal.new(None, screen.show_error), on_overflow)
+    talk.at_first = request
+    talk.begin(keep)
+    return talk
+
+
+def glance(checkpoint: Checkpoint, wish: Wish) -> None:
+    """Raises UsageError for what was asked and is not there, as far as that is known without looking long."""
+    from dsv2cli import device
+
+    if wish != Wish() and not device.may_be_there():
+        from dsv2cli.run import machine
+        from dsv2cli.run.plan import make_plan
+
+        kernels_may_be_there = replace(machine.look_around(), cpu_kernels=lambda target: (target, ""))
+        if not wish.placed:
+            make_plan(checkpoint.config, wish, kernels_may_be_there)
+
+
+def latest() -> Path | None:
+    """The talk to go on with, where there is one."""
     from dsv2cli.cli import commands
-    from dsv2cli.cli.prompt import typed
 
-    ui.note(f"{talk.opened.name} · {HINT}")
-    try:
-        for line in typed(talk, keep_history):
-            message: str | None = line
-            try:
-                if line.startswith("/"):
-                    message = commands.carry_out(talk, line.strip())
-                    if message is not None:  # one that was typed is kept already
-                        talk.save(pending=talk.attached + message)
-                if message is not None:
-                    answer(talk, talk.attached + message, on_overflow, keep_going=True)
-            except Dsv2Error as error:
-                ui.show_error(error)
-            except KeyboardInterrupt:
-                ui.note("stopped")
-    except commands.Leave:
-        pass
-    finally:
-        talk.save_cache()
+    path = commands.latest(ui.note)
+    if path is None:
+        ui.note("there is no saved session yet: this is a new one")
+    return path
 
 
-def answer(talk: Talk, text: str, on_overflow: opt.Overflow, keep_going: bool) -> None:
-    """Stream one answer.
+def go_on(talk: Talk, path: Path, keep: bool) -> None:
+    """Resume a talk; one that is open elsewhere on a branch of its own, or only read, as the person says.
 
-    With `keep_going` Ctrl-C ends the answer only, and the conversation is saved around it.
+    Raises typer.Exit where it was only to be read, Locked where the person wants neither.
     """
-    from dsv2cli.cli.flow import terminal_flow
-    from dsv2cli.engine.request import Result
+    from dsv2cli.cli import commands
+    from dsv2cli.engine.journal import Locked
 
-    talk.session.tokenizer.refuse_too_long(text)
-    make_room(talk, text, on_overflow)
-    result, flow = Result(), terminal_flow(talk.plain)
-    pieces = talk.session.reply(text, talk.request, result)
     try:
-        for piece in pieces:
-            ui.emit(flow.feed(piece))
-    except KeyboardInterrupt:
-        if not keep_going:
+        talk.resume(path, keep)
+    except Locked as error:
+        ui.show_error(error)
+        sys.stderr.write("Go on here on a branch of it, or read it, or neither? [b/r/N] ")
+        sys.stderr.flush()
+        answer = sys.stdin.readline().strip().lower()[:1]
+        if answer == "b":
+            talk.resume(path, keep, shared=True)
+        elif answer == "r":
+            talk.resume(path, keep=False)
+            commands.history(talk, "")
+            raise typer.Exit from None
+        else:
             raise
-    finally:
-        pieces.close()  # type: ignore[attr-defined]
-        talk.save()
-    ui.emit(flow.end() + "\n")
-    talk.result, talk.attached = result, ""
-    if not keep_going:
-        return
-    if not result.text.strip():
-        ui.note("no answer; your message was taken back")
-    limit = talk.opened.runner.config.max_position_embeddings
-    if len(result.prompt_ids) + len(result.tokens) >= limit:
-        ui.note(f"the context of {limit:,} tokens is full")
-    ui.note(opt.stats_line(result))
 
 
-def make_room(talk: Talk, text: str, on_overflow: opt.Overflow) -> None:
-    """Where `text` leaves too little of the context for an answer, do what was chosen about the turns before
-    it.
+def at_prompt(plain: bool, keep: bool) -> tuple[Screen, Callable[[Talk, str | None], int]]:
+    """The screen of a terminal, and what runs a talk on it; line by line where it can not move its cursor."""
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown", "") or not sys.stderr.isatty():
+        from dsv2cli.cli.typewriter import Typewriter
+
+        typewriter = Typewriter()
+        return typewriter, typewriter.run
+    from dsv2cli.cli.prompt import Terminal
+
+    terminal = Terminal(plain, keep_history=keep)
+    return terminal, terminal.run
+
+
+def from_pipe(
+    conversation: Conversation,
+    output: Output,
+    wish: Wish,
+    checkpoint: Checkpoint,
+    request: Request,
+    system: str | None,
+    path: Path | None,
+) -> None:
+    """A line, a turn; or with --json a list of messages, and its answer. Raises typer.Exit where one of these
+    had none.
     """
-    session, limit = talk.session, talk.opened.runner.config.max_position_embeddings
-    spare = min(SPARE, limit // 4)
-    if not session.asked() or session.prompt_tokens(text) + spare < limit:
+    from dsv2cli.cli.typewriter import Typewriter
+
+    screen = Typewriter()
+    talk = begun(
+        checkpoint,
+        lambda: opt.open_model(conversation.model, wish, found=checkpoint),
+        request,
+        screen,
+        "stop" if conversation.on_overflow == "ask" else conversation.on_overflow,
+        keep=False,
+    )
+    if path is not None:
+        talk.resume(path, keep=False)
+        talk.cache_of = path.stem
+    if system is not None:
+        talk.set_system(system)
+    # No template, and no model: said before the first word.
+    talk.count([{"role": "user", "content": ""}])
+    talk.model.run()
+    talk.model.session(talk.stop)
+    lines = ui.stdin_lines()
+    if output.json:
+        answer_json(talk, lines)
         return
-    if on_overflow == "ask" and sys.stdin.isatty():
-        from dsv2cli.cli.prompt import ask_overflow
+    for line in itertools.chain([conversation.first] if conversation.first else [], lines):
+        if line.strip():
+            talk.say(line)
+            if talk.result is not None and talk.result.finish_reason == "interrupted":
+                raise KeyboardInterrupt
+            if talk.draft:  # no word of an answer, but its line
+                ui.emit("\n")
+                talk.draft = ""
 
-        on_overflow = ask_overflow(limit)
-    if on_overflow == "summarise":
-        ui.note(f"summary: {session.summarise(talk.request)}")
-    if on_overflow in ("drop", "summarise") and (dropped := session.make_room(text, spare)):
-        ui.note(f"the context is full: dropped the {dropped} oldest turns")
+
+def answer_json(talk: Talk, lines: Iterator[str]) -> None:
+    """Conversations in, the next message of the assistant out; a line that is none gets an object with its
+    error.
+
+    Raises typer.Exit with the code of the first error, at the end.
+    """
+    code = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            ui.write_json(next_message(talk, line))
+        except Dsv2Error as error:
+            ui.write_json({"line": number, "error": error.sentence})
+            code = code or error.exit_code
+    if code:
+        raise typer.Exit(code)
 
 
-def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Overflow) -> None:
-    """One conversation in, the next message of the assistant out.
-
-    `start` goes before one without a system prompt.
+def next_message(talk: Talk, line: str) -> dict[str, Any]:
+    """The answer to a JSON list of messages, which stand behind the talk so far where they begin with no
+    system prompt.
 
     Raises UsageError.
     """
@@ -223,16 +302,16 @@ def answer_json(talk: Talk, start: list[Message], line: str, on_overflow: opt.Ov
     messages = store.parse_messages(line)
     if messages[-1]["role"] != "user":
         raise UsageError("The last message is not the user's", why="there is nothing to answer")
-    talk.session.start_over(([] if messages[0]["role"] == "system" else start) + messages[:-1])
+    start = [] if messages[0]["role"] == "system" else talk.journal.messages()
     result = Result()
-    text = messages[-1]["content"]
-    make_room(talk, text, on_overflow)
-    answer = "".join(talk.session.reply(text, talk.request, result))
+    whole = talk.fitting([*start, *messages])
+    request = replace(talk.request, seed=talk.seed_of(sum(each["role"] == "assistant" for each in whole)))
+    session = talk.model.session(talk.stop)
+    talk.remember(session)
+    answer = "".join(session.reply(whole, request, result))
     usage = {
         "prompt_tokens": len(result.prompt_ids),
         "generated_tokens": len(result.tokens),
         "reused_tokens": result.reused_tokens,
     }
-    ui.write_json(
-        {"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage}
-    )
+    return {"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage}

@@ -57,6 +57,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "usage": "as of complete",
         "error": "why a line has no answer; then it stands alone, with line, its number",
     },
+    "sessions --json": {
+        "sessions": "for each: name, when, turns, model, bytes, and first, how it begins",
+        "folder": "where they are",
+    },
     "info --json": {
         "model": "its name",
         "dtype": "number format of what is not packed",

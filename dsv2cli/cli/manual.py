@@ -17,18 +17,33 @@ DESCRIPTION = (
 )
 TOPICS = {
     "CONVERSATIONS": (
-        'Enter sends, Alt-Enter starts a new line, and what is pasted, or stands between """ marks, is '
-        "one message. Ctrl-C stops an answer and keeps what was said, Ctrl-G opens your editor, Ctrl-R "
-        "searches what you typed, Ctrl-D leaves. /help lists the commands: /undo, /retry, /edit N and "
-        "/branch NAME go back and try another way, /file PATH puts a file before the next message. The "
-        "bar below the prompt shows how much of the context is used.",
-        "Conversations are saved as they go, in files that only you can read. --continue goes on with "
-        "the latest, --resume NAME with any, or with a JSON list of messages; the cache saved beside the "
-        "text makes that cost no prefill. A message that had no answer when the program was killed is "
-        "back at the prompt. When the context is full, dsv2 asks whether to drop the oldest turns, to "
-        "summarise them or to stop; --on-overflow answers beforehand.",
+        "Enter sends; Alt-Enter, Shift-Enter where the terminal tells it, Ctrl-J or a backslash at the "
+        'end begin a new line, and what is pasted, or stands between """ marks, is one message. The '
+        "prompt is there while the model is loaded and while it answers: what is sent then waits its "
+        "turn. Ctrl-C stops an answer and keeps what was said, a second one within a second leaves; "
+        "before the first word the message is back at the prompt. Ctrl-G opens your editor, Ctrl-R "
+        "searches what you typed, Ctrl-Z suspends, Ctrl-D leaves. A message that begins with a slash is "
+        "typed with two.",
+        "/help lists the commands. /undo and /redo, /retry N with /answers N, /edit N and /branch NAME go "
+        "back and try another way; nothing that was said is ever lost by it. /file PATH puts files before "
+        "the next message, with lines (a.py:10-40), patterns, folders (what git ignores is left out) or "
+        "what a command writes (!git diff); @path in a sentence does so, too. The bar above the prompt "
+        "shows how much of the context is used, the message and its files included.",
+        "A conversation is saved in a file that only you can read, and that only grows: a message before "
+        "the model is asked, an answer as it comes. --continue goes on with the latest, --resume NAME "
+        "with any, or with a JSON list of messages; the cache saved beside the text makes that cost no "
+        "prefill. A message that had no answer when the program was killed is back at the prompt. One "
+        "that is open in another terminal can be gone on with on a branch of its own, in the same file. "
+        "dsv2 sessions and /sessions list them, /find searches them, /rename, /save and /delete do what "
+        "they say.",
+        "When the context is full, dsv2 asks whether to leave out the oldest turns of what is sent, to "
+        "send a summary in their place, or to stop; --on-overflow answers beforehand. The record keeps "
+        "them all.",
+        "Every answer has random numbers of its own, all of them from the one seed: the same messages "
+        "with the same --seed give the same talk.",
         "From a pipe each line is a turn, and only the answers are printed; with --json each line is a "
-        "list of messages, and each answer an object.",
+        "list of messages, and each answer an object; a line that is none has an object with its error, "
+        "and the exit code is that of the first.",
     ),
     "PROMPTS AND ANSWERS": (
         "With --json a run of complete is one object, whose fields are below. --speculate drafts tokens from "
@@ -111,7 +126,7 @@ def manual(context: typer.Context) -> None:
 
 FILES = {
     "~/.config/dsv2/config.toml": "the configuration",
-    "~/.local/share/dsv2/sessions/NAME.json": "a conversation, and beside it NAME.safetensors, its cache",
+    "~/.local/share/dsv2/sessions/NAME.jsonl": "a conversation, and beside it NAME.safetensors, its cache",
     "~/.local/share/dsv2/history": "what was typed at prompts",
     "~/.cache/dsv2/kernels": "compiled kernels, each with its SHA-256",
 }

@@ -23,6 +23,7 @@ from typer._click.exceptions import NoSuchOption  # not among what typer exports
 from typer.core import TyperCommand
 
 from dsv2cli.cli import ui
+from dsv2cli.cli.values import lightly
 from dsv2cli.errors import UsageError
 from dsv2cli.outside import parse_json
 from dsv2cli.run.wish import Wish
@@ -80,6 +81,10 @@ class Command(TyperCommand):
         super().__init__(*arguments, **settings)
         for parameter in self.params:
             parameter.split_envvar_value = one_or_list  # type: ignore[method-assign,assignment]
+            lightly(parameter)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return lightly(super().get_help_option(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As the library does. Raises UsageError for a wrong value that was not on the command line."""

@@ -151,8 +151,18 @@ def guard_streams() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+            if kind is Remarks:
+                stream = own_stderr(stream)
         if not isinstance(stream, Output):
             setattr(sys, name, kind(stream))
+
+
+def own_stderr(stream: TextIO) -> TextIO:
+    """The same on a descriptor of its own: number 2 is turned aside where a library would write to it."""
+    try:
+        return open(os.dup(stream.fileno()), "w", buffering=1, encoding="utf-8", errors="replace")
+    except OSError:
+        return stream
 
 
 def write(text: str) -> None:
@@ -187,6 +197,11 @@ def show_error(error: Dsv2Error) -> None:
         if line:
             screen.print(f"{label}:", style="bold red" if label == "error" else "bold", end=" ")
             screen.print(" ".join(line.split("\n")))
+
+
+def last_words(error: Dsv2Error) -> None:
+    """An error after which the program ends at once."""
+    show_error(error)
 
 
 @contextmanager

@@ -25,13 +25,27 @@ PREFILL_CHUNK = 512
 GPU_PREFILL_TOKENS = 4096  # of all rows together, on a GPU
 
 
+Reading = Callable[[int, int], object]  # told how many tokens of a prompt have been read, of how many
+
+
+def unheard(done: int, total: int) -> None:
+    """Nobody wants to know."""
+
+
 @torch.inference_mode()
-def prefill(runner: Runner, prompts: list[list[int]], cache: LatentCache, watch: Watch = unwatched) -> Tensor:
+def prefill(
+    runner: Runner,
+    prompts: list[list[int]],
+    cache: LatentCache,
+    watch: Watch = unwatched,
+    reading: Reading = unheard,
+) -> Tensor:
     """Run the prompts' tokens into the cache, a chunk at a time; logits after each prompt's last one.
 
     [batch, vocab]
 
-    Prompts of different lengths are padded on the right; padding is never visible to a real token.
+    Prompts of different lengths are padded on the right; padding is never visible to a real token. What
+    `reading` raises between two chunks ends it there.
     """
     longest = max(len(prompt) for prompt in prompts)
     base = list(cache.lengths)
@@ -43,6 +57,9 @@ def prefill(runner: Runner, prompts: list[list[int]], cache: LatentCache, watch:
     last = torch.empty(len(prompts), runner.config.hidden_size, device=runner.device, dtype=runner.dtype)
     size = PREFILL_CHUNK if runner.device.type == "cpu" else max(32, GPU_PREFILL_TOKENS // len(prompts))
     for start in range(0, longest, size):
+        # What has been read stays read, whoever ends it here.
+        cache.lengths = [old + min(start, len(prompt)) for old, prompt in zip(base, prompts, strict=True)]
+        reading(start, longest)
         chunk = ids[:, start : start + size]
         # Rows keep in step while padding runs, so that every chunk starts at one place; lengths are set at
         # the end.
@@ -293,8 +310,10 @@ def stream_text(
     request: Request,
     cache: LatentCache,
     result: Result,
+    reading: Reading = unheard,
 ) -> Iterator[str]:
     """Generate after `prompt_ids` and yield the text as it comes; `result` is kept up to date throughout.
+    `reading` is told of each chunk of the prompt before it is read, and may raise.
 
     The first cache.lengths[0] ids must be in the cache already; at least one id must be new. Without a
     tokenizer every piece is empty. Ending the iteration early leaves finish_reason "interrupted"; a Dsv2Error
@@ -306,7 +325,7 @@ def stream_text(
     answer = Answer(tokenizer, request, result)
     began = time.perf_counter()
     try:
-        logits = prefill(runner, [prompt_ids[reused:]], cache)
+        logits = prefill(runner, [prompt_ids[reused:]], cache, reading=reading)
         result.prefill_seconds = time.perf_counter() - began
         first = 0.0
         steps = speculate if request.speculate else generate_batch

@@ -107,7 +107,7 @@ def whole() -> Iterator[None]:
     Raises Dsv2Error where another rank is gone; whoever watches over the ranks has some seconds to name it
     first.
     """
-    with launch.BUSY.now():
+    with launch.BUSY.now(), named_losses():
         if threading.current_thread() is not threading.main_thread():
             yield
         else:
@@ -116,10 +116,8 @@ def whole() -> Iterator[None]:
 
 
 @contextmanager
-def interrupted_afterwards() -> Iterator[None]:
-    """Ctrl-C waits until what is in here is done. Raises as whole does."""
-    held: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+def named_losses() -> Iterator[None]:
+    """What the library says of others that are gone, as a sentence. Raises as whole does."""
     try:
         yield
     except RuntimeError as error:
@@ -128,6 +126,15 @@ def interrupted_afterwards() -> Iterator[None]:
         time.sleep(NAMING)
         why = str(error).splitlines()[0]
         raise Dsv2Error("The processes that share the model lost each other", why=why) from None
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C waits until what is in here is done."""
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
     if held:

@@ -40,7 +40,9 @@ class Screen(Protocol):
 
     def note(self, text: str, /) -> None: ...
 
-    def show_error(self, error: Dsv2Error, /) -> None: ...
+    def last_words(self, error: Dsv2Error, /) -> None:
+        """Show an error after which the program ends at once. Called by any thread."""
+        ...
 
 
 @dataclass
@@ -76,7 +78,7 @@ def open_model(
     team = ALONE
     if plan.ranks > 1:
         orders = {"model": name, "random_weights": random_weights, "plan": plan.as_json()}
-        team = launch.gather(orders, plan, screen.show_error)
+        team = launch.gather(orders, plan, screen.last_words)
     runner: Runner = load_runner(found, plan, team, screen, random_weights is not None)
     if team.size > 1:
         leader = runner = Leader(runner)  # type: ignore[arg-type]

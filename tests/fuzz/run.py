@@ -14,12 +14,13 @@ import torch
 from tests.fuzz.case import FAULTS, GOOD, Driver, Verdict, run_case
 from tests.fuzz.checkpoint import CheckpointDriver
 from tests.fuzz.lines import LinesDriver
-from tests.fuzz.session import SessionDriver
+from tests.fuzz.session import JournalDriver, SessionDriver
 from tests.fuzz.settings import SettingsDriver
 
 DRIVERS: dict[str, Callable[[Path], Driver]] = {
     "checkpoint": CheckpointDriver,
     "session": SessionDriver,
+    "journal": JournalDriver,
     "lines": LinesDriver,
     "config": SettingsDriver,
 }

@@ -14,8 +14,11 @@ from typing import Any
 from dsv2cli import places
 from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.cli import commands
+from dsv2cli.cli.chat import begun
 from dsv2cli.cli.options import Sampling
-from dsv2cli.engine import store
+from dsv2cli.cli.talk import cache_path
+from dsv2cli.cli.typewriter import Typewriter
+from dsv2cli.engine import latents, store
 from dsv2cli.engine.request import Result
 from dsv2cli.engine.session import Session
 from tests.fuzz import tiny
@@ -41,14 +44,25 @@ class SessionDriver:
         self.reference = self.act(work / "whole", work / "data")
 
     def save(self) -> None:
-        """What `dsv2 chat` leaves behind."""
-        session = Session(self.opened.runner, self.opened.tokenizer(), "Be brief.")
-        talk = commands.Talk(session, self.opened, self.request, name=NAME)
+        """What `dsv2 chat` left behind up to version 0.1, and its cache as it still does."""
+        session, messages = self.session(), [{"role": "system", "content": "Be brief."}]
         for text in ("Hi é", "More"):
-            list(session.reply(text, self.request, Result()))
-        session.switch("other")
-        talk.save(pending="What was I")
-        talk.save_cache()
+            messages.append({"role": "user", "content": text})
+            answer = "".join(session.reply(messages, self.request, Result()))
+            messages.append({"role": "assistant", "content": answer})
+        talk = {
+            "format": store.FORMAT,
+            "branches": {"main": messages, "other": messages},
+            "branch": "other",
+            "pending": "What was I",
+            "model": "tiny",
+        }
+        store.write(store.path_of(NAME).with_suffix(".json"), store.as_json(talk))
+        model = latents.identity(self.opened.folder, session)
+        latents.save_cache(cache_path(NAME), session, model)
+
+    def session(self) -> Session:
+        return Session(self.opened.runner, self.opened.tokenizer())
 
     def prepare(self, folder: Path) -> None:
         shutil.copytree(self.saved, folder / "dsv2" / "sessions")
@@ -75,24 +89,24 @@ class SessionDriver:
     def act(self, folder: Path, data: Path | None = None) -> dict[str, Any]:
         """The reply with what was saved, and the one that a new session with the same messages gives."""
         os.environ["XDG_DATA_HOME"] = str(data or folder)
-        resumed = Session(self.opened.runner, self.opened.tokenizer())
-        talk = commands.Talk(resumed, self.opened, self.request, saving=False)
-        talk.resume(commands.find("last"))
-        fresh = Session(self.opened.runner, self.opened.tokenizer())
-        fresh.take_over({"main": list(resumed.messages)}, "main")
+        screen = Typewriter()
+        talk = begun(self.opened, lambda: self.opened, self.request, screen, "stop", keep=False)
+        talk.resume(commands.find("last"), keep=False)
+        resumed = self.session()
+        talk.remember(resumed)
+        messages = [*talk.journal.messages(), {"role": "user", "content": "And?"}]
         return {
-            "reply": self.reply(resumed),
+            "reply": self.reply(resumed, messages),
             "draft": talk.draft,
-            "fresh": self.reply(fresh),
-            "branches": sorted([*resumed.branches, resumed.branch]),
+            "fresh": self.reply(self.session(), messages),
+            "branches": sorted(talk.journal.branches),
         }
 
-    def reply(self, session: Session) -> list[Any]:
+    def reply(self, session: Session, messages: list[Message]) -> list[Any]:
         """Ids of the prompt and the answer, the scores of the likeliest, and the messages."""
         result = Result()
-        list(session.reply("And?", self.request, result))
+        list(session.reply(messages, self.request, result))
         scores = [pair[1] for token in result.tokens for pair in token.top]
-        messages: list[Message] = session.messages
         return [result.prompt_ids, result.token_ids, scores, messages]
 
     def judge(self, answer: Any, mutation: Mutation) -> tuple[str, str]:
@@ -100,6 +114,92 @@ class SessionDriver:
             differing = "ids" if answer["reply"][:2] != answer["fresh"][:2] else "scores"
             return "wrong", f"a damaged cache is used: other {differing} than without it"
         return compared(answer, self.reference, mutation)
+
+
+class JournalDriver(SessionDriver):
+    """The record of a talk of two turns on two branches, with its cache."""
+
+    name = "journal"
+
+    def save(self) -> None:
+        """What `dsv2 chat` leaves behind."""
+        screen = Typewriter()
+        talk = begun(self.opened, lambda: self.opened, self.request, screen, "stop", keep=True)
+        talk.journal.path = places.sessions() / f"{NAME}.jsonl"
+        talk.set_system("Be brief.")
+        session = self.session()
+        for text in ("Hi é", "More"):
+            talk.journal.add("user", text)
+            messages = talk.journal.messages()
+            node = talk.journal.add("assistant", "", seed=1, settings={"temperature": 0})
+            for piece in session.reply(messages, self.request, Result()):
+                talk.journal.more(node, piece)
+            talk.journal.end(node, "length")
+        talk.journal.move(talk.journal.head, "other")
+        talk.journal.keep_draft("What was I")
+        talk.journal.close()
+        model = latents.identity(self.opened.folder, session)
+        latents.save_cache(cache_path(NAME), session, model)
+
+    def mutate(self, folder: Path, numbers: random.Random) -> Mutation:
+        sessions = folder / "dsv2" / "sessions"
+        text, cache = sessions / f"{NAME}.jsonl", sessions / f"{NAME}.safetensors"
+        ways: list[Callable[[], Mutation]] = [
+            lambda: mutate_line(text, numbers),
+            lambda: mutate_line(text, numbers),
+            lambda: mutate_lines(text, numbers),
+            lambda: mutate_lines(text, numbers),
+            lambda: Mutation(mutate_file(text, numbers, True).what, True),
+            lambda: mutate_place(text, numbers),
+            lambda: mutate_latents(cache, numbers),
+            lambda: mutate_folder(sessions, numbers),
+        ]
+        return numbers.choice(ways)()
+
+
+def mutate_line(path: Path, numbers: random.Random) -> Mutation:
+    """One value in one line: the talk may then be another, but it is one."""
+    lines = path.read_bytes().split(b"\n")
+    place = numbers.choice([i for i, line in enumerate(lines) if line])
+    lines[place], mutation = mutate_tree(json.loads(lines[place]), numbers, lambda *_: True)
+    path.write_bytes(b"\n".join(lines))
+    return Mutation(f"line {place}: {mutation.what}", True)
+
+
+def mutate_lines(path: Path, numbers: random.Random) -> Mutation:
+    """Lines that are gone, there twice, in another order, of another talk, or none."""
+    lines = [line for line in path.read_bytes().split(b"\n") if line]
+    place, other = numbers.randrange(len(lines)), numbers.randrange(len(lines))
+    node = json.loads(next(line for line in lines if b'"role"' in line))
+    itself = json_line(node | {"id": "me", "parent": "me"})
+    child = json_line(node | {"id": "me", "parent": node["id"]})
+    ways: dict[str, Callable[[], Any]] = {
+        "gone": lambda: lines.pop(place),
+        "twice": lambda: lines.insert(other, lines[place]),
+        "moved": lambda: lines.insert(other, lines.pop(place)),
+        "cut off": lambda: lines.__setitem__(place, lines[place][: numbers.randrange(len(lines[place]))]),
+        "one line": lambda: lines.__setitem__(
+            place, lines[place] + lines.pop(other) if len(lines) > 1 else b""
+        ),
+        "its own parent": lambda: lines.append(itself),
+        "a head that is nowhere": lambda: lines.append(b'{"head": "nowhere", "branch": "main"}'),
+        "a branch of a strange name": lambda: lines.append(b'{"head": "", "branch": "\\ud800\\u001b[2J"}'),
+        "a child of the system prompt": lambda: lines.append(child),
+        "no line at all": lines.clear,
+        "numbers": lambda: lines.append(b"1e400"),
+        "a long line": lambda: lines.append(b'{"draft": "' + b"x" * 10**6 + b'"}'),
+        "another format": lambda: lines.__setitem__(0, b'{"format": "dsv2 talk 2"}'),
+        "a million blank lines": lambda: lines.extend([b""] * 10**6),
+        "deep": lambda: lines.append(b"[" * 100_000),
+    }
+    what = numbers.choice(sorted(ways))
+    ways[what]()
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return Mutation(f"line {place}: {what}", True)
+
+
+def json_line(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode()
 
 
 def talk_may_differ(path: tuple[Any, ...], old: Any, text: str) -> bool:

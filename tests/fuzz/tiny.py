@@ -89,7 +89,7 @@ class Silence:
     def note(self, text: str, /) -> None:
         pass
 
-    def show_error(self, error: Dsv2Error, /) -> None:
+    def last_words(self, error: Dsv2Error, /) -> None:
         pass
 
 

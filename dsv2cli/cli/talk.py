@@ -1,0 +1,457 @@
+"""A conversation at a prompt: its record, the model on its way, and how a message becomes an answer.
+
+Knows nothing of keys and windows: what is to be seen goes to a Screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dsv2cli import places
+from dsv2cli.cli import options as opt
+from dsv2cli.engine import journal as journals
+from dsv2cli.engine import store
+from dsv2cli.engine.journal import SUMMARISE, Journal, Node
+from dsv2cli.engine.request import Request, Result
+from dsv2cli.errors import Dsv2Error, UsageError
+
+if TYPE_CHECKING:
+    from dsv2cli.checkpoint.found import Checkpoint
+    from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
+    from dsv2cli.cli.attach import Attachment
+    from dsv2cli.engine.session import Session
+    from dsv2cli.run.open import Opened
+
+SPARE = 256  # tokens kept free for an answer when old turns are left out
+SUMMARY_TOKENS = 256
+STRIDE = 0x9E3779B97F4A7C15  # between the seeds of two answers: odd, so that none comes twice
+
+
+class Stopped(Exception):
+    """The person stopped what was going on."""
+
+
+class Screen(Protocol):
+    """What a person sees of a talk."""
+
+    def loading(self, name: str, /) -> AbstractContextManager[Callable[[int, int], None] | None]:
+        """Progress of loading, as run.open's Screen has it."""
+
+    def note(self, text: str, /) -> None:
+        """A remark."""
+
+    def show_error(self, error: Dsv2Error, /) -> None:
+        """What went wrong."""
+
+    def last_words(self, error: Dsv2Error, /) -> None:
+        """What went wrong, after which the program ends at once. Called by any thread."""
+
+    def piece(self, text: str, /) -> None:
+        """More of an answer, as the model writes it."""
+
+    def end(self) -> None:
+        """The answer is over."""
+
+    def exchange(self, *texts: str) -> None:
+        """The last message of a talk that is gone on with, and its answer."""
+
+    def status(self, text: str, /) -> None:
+        """What is going on at this moment; nothing where it is over."""
+
+    def ask_overflow(self, limit: int, /) -> opt.Overflow:
+        """What to do about a full context."""
+
+
+class Model:
+    """A model that is being loaded, beside what a person types meanwhile."""
+
+    def __init__(self, checkpoint: Checkpoint, load: Callable[[], Opened]) -> None:
+        """`load` may raise Dsv2Error, which is then raised wherever the model is asked for."""
+        self.checkpoint, self.load = checkpoint, load
+        self.made: dict[str, Any] = {}
+        self.lock, self.ready = threading.Lock(), threading.Event()
+        self.failure: BaseException | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises Dsv2Error where there is none."""
+        with self.lock:
+            if "tokenizer" not in self.made:
+                self.made["tokenizer"] = self.checkpoint.tokenizer()
+            tokenizer: Tokenizer = self.made["tokenizer"]
+            return tokenizer
+
+    def run(self) -> None:
+        """Load; whatever happens is kept for those who wait."""
+        try:
+            opened = self.load()
+
+            from dsv2cli.engine.session import Session
+
+            self.made |= {"opened": opened, "session": Session(opened.runner, self.tokenizer)}
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.ready.set()
+
+    def session(self, stop: threading.Event) -> Session:
+        """Once it is loaded. Raises Stopped where nobody wants to wait, and why it could not be loaded."""
+        while not self.ready.wait(0.05):
+            if stop.is_set():
+                raise Stopped
+        if self.failure is not None:
+            raise self.failure
+        session: Session = self.made["session"]
+        return session
+
+    @property
+    def opened(self) -> Opened | None:
+        """None before it is loaded."""
+        return self.made.get("opened")
+
+
+@dataclass
+class Talk:
+    """A conversation, how it is sampled, and where it is kept."""
+
+    model: Model
+    request: Request
+    screen: Screen
+    journal: Journal
+    on_overflow: opt.Overflow = "stop"
+    result: Result | None = None  # of the last answer
+    files: list[Attachment] = field(default_factory=list)  # to put before the next message
+    draft: str = ""  # what the next prompt begins with
+    behind: str | None = None  # where the next message goes, if not behind the last one: it is an edited one
+    at_first: Request | None = None  # the settings that the program was started with
+    stop: threading.Event = field(default_factory=threading.Event)
+    cache_of: str = ""  # the talk whose saved cache is to be looked for
+
+    @property
+    def name(self) -> str:
+        """The talk's name, once it has a file."""
+        path = self.journal.path
+        return path.stem if path is not None and self.journal.file is not None else ""
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that the model holds."""
+        return self.model.checkpoint.config.max_position_embeddings
+
+    @property
+    def attached(self) -> str:
+        """The files that go before the next message, as they will stand there."""
+        return "".join(each.shown for each in self.files)
+
+    def count(self, messages: list[Message]) -> int:
+        """How many tokens they take."""
+        return len(self.model.tokenizer.encode_chat(messages)) if messages else 0
+
+    # A message and its answer.
+
+    def say(self, text: str) -> None:
+        """Send a message and show the answer. One that gets no word is back at the prompt, with its files.
+
+        Raises UsageError for one that is too long or names a file that can not be read.
+        """
+        from dsv2cli.cli.attach import mentioned
+
+        behind, files, node = self.behind, self.files, None
+        try:
+            before = "".join(each.shown for each in [*files, *mentioned(text)])
+            self.model.tokenizer.refuse_too_long(before + text)
+            was = self.journal.head
+            parent = self.make_room(was if behind is None else behind, before + text)
+            node = self.journal.add("user", text, parent, files=before)
+            self.files, self.behind = [], None
+            answered = self.answer(node)
+        except (Dsv2Error, Stopped, KeyboardInterrupt) as error:
+            # What was typed is not lost by what is wrong with it.
+            if node is None:
+                self.draft = text
+            elif self.journal.head == node.id:
+                self.take_back(node, was, files, behind)
+            if isinstance(error, Dsv2Error):
+                raise
+        else:
+            if not answered:
+                self.take_back(node, was, files, behind)
+
+    def take_back(self, node: Node, head: str, files: list[Attachment], behind: str | None) -> None:
+        """A message that had no answer returns to where it was typed, and we to where we were."""
+        self.journal.move(head)
+        self.draft, self.files, self.behind = node.text, files, behind
+        self.screen.note("no answer; your message is back at the prompt")
+
+    def answer(self, asked: Node, onto: Node | None = None) -> bool:
+        """Let the model answer a message, or go on with an answer; whether it said a word.
+
+        A part is kept where it is interrupted. Raises Dsv2Error where the model can not, with what it said
+        till then kept, and Stopped's message taken back by whoever asked.
+        """
+        seed = self.seed()
+        node, failure = onto, None
+        before, head = "" if onto is None else onto.text, self.journal.head
+        result = Result()
+        try:
+            session = self.model.session(self.stop)
+            self.remember(session)
+            request = replace(self.request, seed=seed)
+            messages = self.journal.messages(asked.id)
+            if node is None:
+                node = self.journal.add("assistant", "", asked.id, **self.settings(seed))
+            for piece in session.reply(messages, request, result, before, self.reading):
+                if piece:
+                    self.journal.more(node, piece)
+                    self.screen.piece(piece)
+                    self.screen.status(rate(result))
+                if self.stop.is_set():
+                    break
+        except (Stopped, KeyboardInterrupt):
+            pass
+        except Dsv2Error as error:
+            failure = error
+        finally:
+            self.screen.end()
+            self.screen.status("")
+            if node is not None:
+                ended = result.finish_reason or ("error" if failure else "interrupted")
+                self.journal.end(node, ended, **counts(result))
+        if node is not None and not node.text.strip():
+            self.journal.move(head)
+        if failure is not None:
+            raise failure
+        self.result = result
+        return node is not None and node.text.strip() != before.strip()
+
+    def seed(self) -> int:
+        """Of the next answer: all follow from the one that was given, and no two are alike."""
+        return self.seed_of(sum(node.role == "assistant" for node in self.journal.nodes.values()))
+
+    def seed_of(self, given: int) -> int:
+        """Of the answer after so many others."""
+        return (self.request.seed + given * STRIDE) % 2**64
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What the record says of how an answer was made."""
+        limits = {"max_new_tokens": self.request.max_new_tokens, "stop": list(self.request.stop)}
+        settings = vars(self.request.sampling) | limits
+        return {"model": self.model.checkpoint.name, "settings": settings, "seed": seed}
+
+    def reading(self, done: int, total: int) -> None:
+        """Told between two parts of the prompt. Raises Stopped."""
+        if self.stop.is_set():
+            raise Stopped
+        self.screen.status(f"reading {done:,} of {total:,} tokens")
+
+    # A context that is full.
+
+    def make_room(self, parent: str, text: str) -> str:
+        """Where a message behind `parent` would leave too little of the context for an answer, do what was
+        chosen about the turns before it; gives what it then stands behind.
+
+        Raises UsageError where that can not help, or is to stop.
+        """
+        spare = min(SPARE, self.limit // 4)
+        message = {"role": "user", "content": text}
+        tokens = self.count([*self.journal.messages(parent), message])
+        if tokens + spare < self.limit:
+            return parent
+        lasting = [each for each in self.journal.messages(parent) if each["role"] == "system"]
+        alone = self.count([*lasting, message])
+        said = [node for node in self.journal.said(parent) if node.role == "user"]
+        if alone >= self.limit or (not said and tokens >= self.limit):
+            why = f"this model's context holds {self.limit:,} tokens"
+            what = f"The message has {alone:,} tokens and leaves no room for an answer"
+            raise UsageError(what, why=why, fix="shorten it, or attach less")
+        if not said or alone + spare >= self.limit:
+            return parent
+        choice = self.on_overflow
+        if choice == "ask":
+            choice = self.screen.ask_overflow(self.limit)
+        if choice == "stop":
+            if tokens < self.limit:
+                return parent
+            raise UsageError(
+                f"The conversation has {tokens:,} tokens and leaves no room for an answer",
+                why=f"this model's context holds {self.limit:,} tokens",
+                fix="--on-overflow drop or summarise, or /clear",
+            )
+        if choice == "summarise" and len(said) > 1:
+            parent = self.summarise(parent)
+        return self.leave_out(parent, message, spare)
+
+    def fitting(self, messages: list[Message]) -> list[Message]:
+        """Messages of somebody's own; of a full context without the oldest turns, where that was chosen."""
+        spare = min(SPARE, self.limit // 4)
+        first = messages[0]["role"] == "system"
+        while self.on_overflow in ("drop", "summarise") and self.count(messages) + spare >= self.limit:
+            turns = [i for i, each in enumerate(messages) if each["role"] == "user"]
+            if len(turns) < 2:
+                break
+            messages = messages[:first] + messages[turns[1] :]
+        return messages
+
+    def leave_out(self, parent: str, message: Message, spare: int) -> str:
+        """Send no more of the oldest turns than leaves room for a message; the record keeps them."""
+        said, dropped = self.journal.said(parent), list[Node]()
+        keep = self.journal.messages(parent)[: -len(said) or None]
+        while said and self.count([*keep, *as_messages(said), message]) + spare >= self.limit:
+            end = next((i for i, node in enumerate(said) if i and node.role == "user"), len(said))
+            dropped, said = dropped + said[:end], said[end:]
+        if not dropped:
+            return parent
+        turns = [node for node in dropped if node.role == "user"]
+        first = ", ".join(repr(shortened(node.text, 40)) for node in turns[:3])
+        more = ", \u2026" if len(turns) > 3 else ""
+        self.screen.note(f"the context is full: left out the {len(turns)} oldest turns ({first}{more})")
+        return self.journal.add("left out", "", parent, upto=dropped[-1].id).id
+
+    def summarise(self, parent: str) -> str:
+        """Let the model write a summary, which is sent in the place of all turns but the last.
+
+        Whatever goes wrong meanwhile, the record is as it was. Raises Stopped.
+        """
+        said = self.journal.said(parent)
+        last = max(i for i, node in enumerate(said) if node.role == "user")
+        keep = self.journal.messages(parent)[: -len(said)]
+        old, ask = said[:last], {"role": "user", "content": SUMMARISE}
+        while old and self.count([*keep, *as_messages(old), ask]) + SUMMARY_TOKENS >= self.limit:
+            old = old[next((i for i, node in enumerate(old) if i and node.role == "user"), len(old)) :]
+        session, result = self.model.session(self.stop), Result()
+        self.remember(session)
+        request = replace(self.request, max_new_tokens=SUMMARY_TOKENS, seed=self.seed())
+        text = ""
+        for piece in session.reply([*keep, *as_messages(old), ask], request, result, "", self.reading):
+            text += piece
+            self.screen.status(f"summarising: {rate(result)}")
+            if self.stop.is_set():
+                raise Stopped
+        self.screen.status("")
+        if not text.strip():
+            return parent
+        self.screen.note(f"summary: {text.strip()}")
+        return self.journal.add("summary", text.strip(), parent, upto=said[last - 1].id).id
+
+    # Where it is kept.
+
+    def new_path(self) -> Path:
+        """A file for a new talk, named by the time of day."""
+        return places.sessions() / f"{time.strftime('%Y-%m-%d-%H%M%S')}.jsonl"
+
+    def begin(self, keep: bool) -> None:
+        """A new talk, whose file comes with its first message."""
+        system = next((node for node in reversed(self.journal.way()) if node.role == "system"), None)
+        self.journal.close()
+        self.journal = journals.new(self.new_path() if keep else None, self.screen.show_error)
+        self.result, self.files, self.behind, self.cache_of = None, [], None, ""
+        if system is not None:
+            self.set_system(system.text)
+
+    def resume(self, path: Path, keep: bool = True, shared: bool = False) -> None:
+        """Go on with a saved talk, or with a list of messages, of which a new talk is made.
+
+        Raises Locked where it is open elsewhere, Dsv2Error where it can not be read.
+        """
+        journal = self.opened(path, keep, shared)
+        self.journal.close()
+        self.journal, self.draft = journal, journal.draft
+        self.result, self.files, self.behind = None, [], None
+        self.cache_of = path.stem if path.parent == places.sessions() and not shared else ""
+        if journal.damaged:
+            self.screen.note(f"{path.name}: damaged, {journal.damaged} lines were passed over")
+        on = f", on branch {journal.branch}" if len(journal.branches) > 1 else ""
+        self.screen.note(f"{path.stem}: {len(journal.turns())} turns{on}")
+        last = journal.way()[-2:]
+        if last and last[-1].role == "assistant":
+            self.screen.exchange(*(node.text for node in last))
+
+    def opened(self, path: Path, keep: bool, shared: bool) -> Journal:
+        """The record of a saved talk; what an earlier version saved, or a list of messages, becomes one."""
+        tell = self.screen.show_error
+        if path.suffix == ".jsonl":
+            return journals.open_talk(path, tell, shared) if keep else journals.read(path, tell)
+        saved = store.load(path)
+        journal = journals.new(None, tell)
+        journals.replay(saved.branches, saved.branch, journal)
+        if saved.pending:
+            journal.keep_draft(saved.pending)
+        if keep:
+            inside = path.parent == places.sessions()
+            journal.path = path.with_suffix(".jsonl") if inside else self.new_path()
+            journal.flush()
+        return journal
+
+    def set_system(self, text: str) -> None:
+        """What the model is told first, from here on."""
+        way = self.journal.way()
+        if next((node.text for node in reversed(way) if node.role == "system"), "") != text:
+            self.journal.say_system(text)
+
+    def remember(self, session: Session) -> None:
+        """Take over the cache that was saved beside a talk that is gone on with, once."""
+        name, self.cache_of = self.cache_of, ""
+        if not name or session.cached_ids:
+            return
+        from dsv2cli.engine import latents
+
+        model = latents.identity(self.model.checkpoint.folder, session)
+        why = latents.load_cache(cache_path(name), session, model)
+        if why not in ("", "none was saved"):
+            self.screen.note(f"the saved cache is not used: {why}")
+
+    def save_cache(self) -> None:
+        """Keep the latents too, when leaving; not where the text itself could not be kept."""
+        session = self.model.made.get("session")
+        if session is None or not self.name or not session.cached_ids or self.journal.waiting:
+            return
+        from dsv2cli.engine import latents
+
+        try:
+            model = latents.identity(self.model.checkpoint.folder, session)
+            latents.save_cache(cache_path(self.name), session, model)
+        except Dsv2Error as error:
+            self.screen.show_error(error)
+
+
+def clear_lost_caches() -> None:
+    """Caches of talks that are gone take room for nothing."""
+    known = places.session_names()
+    for path in places.sessions().glob("*.safetensors"):
+        if path.stem not in known:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def as_messages(nodes: list[Node]) -> list[Message]:
+    """As a model is sent them."""
+    return [{"role": node.role, "content": node.whole} for node in nodes]
+
+
+def cache_path(name: str) -> Path:
+    """Where the cache of a talk lies."""
+    return places.sessions() / f"{name}.safetensors"
+
+
+def counts(result: Result) -> dict[str, Any]:
+    """What the record says of how an answer went."""
+    return {"prompt_tokens": len(result.prompt_ids), "generated_tokens": len(result.tokens)}
+
+
+def rate(result: Result) -> str:
+    """How it is going, for the line below the text."""
+    speed = result.decode_tokens_per_second
+    return f"{len(result.tokens):,} tokens" + (f" \u00b7 {speed:.1f} tok/s" if speed else "")
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "\u2026"

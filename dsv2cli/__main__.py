@@ -22,6 +22,9 @@ def start() -> None:
         main()
     except KeyboardInterrupt:  # in the last moment
         sys.exit(128 + signal.SIGINT)
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter ends, and would show where
 
 
 if __name__ == "__main__":

@@ -153,7 +153,11 @@ def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
     started: list[pexpect.spawn] = []
 
     def start(
-        *arguments: str, columns: int = 100, before: Callable[[], object] = bool, **environment: str
+        *arguments: str,
+        columns: int = 100,
+        rows: int = 30,
+        before: Callable[[], object] = bool,
+        **environment: str,
     ) -> pexpect.spawn:
         """`before` is called in the new process."""
         environment = {"PROMPT_TOOLKIT_NO_CPR": "1"} | environment  # nobody answers where the cursor is
@@ -163,7 +167,7 @@ def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
             ["-m", "dsv2cli", *arguments],
             encoding="utf-8",
             timeout=60,
-            dimensions=(30, columns),
+            dimensions=(rows, columns),
             preexec_fn=lambda: (before(), child()),
         )
         started.append(terminal)
@@ -180,9 +184,9 @@ def in_terminal() -> Iterator[Callable[..., pexpect.spawn]]:
 def person(in_terminal: Callable[..., pexpect.spawn]) -> Callable[..., Person]:
     """Starts dsv2 in a pseudo-terminal, with somebody who types and looks at the screen."""
 
-    def start(*arguments: str, columns: int = 100, **options: Any) -> Person:
-        child = in_terminal(*arguments, columns=columns, **{"PROMPT_TOOLKIT_NO_CPR": "0"} | options)
-        return Person(child, columns, 30)
+    def start(*arguments: str, columns: int = 100, rows: int = 30, **options: Any) -> Person:
+        options = {"PROMPT_TOOLKIT_NO_CPR": "0"} | options
+        return Person(in_terminal(*arguments, columns=columns, rows=rows, **options), columns, rows)
 
     return start
 

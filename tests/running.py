@@ -99,6 +99,7 @@ def forked(arguments: tuple[str, ...], environment: dict[str, str]) -> Callable[
 def program(arguments: tuple[str, ...], environment: dict[str, str]) -> int:
     """`python -m dsv2cli` from its first line to its exit code, with what a new interpreter has."""
     last: list[Callable[[], Any]] = []
+    handler = signal.getsignal(signal.SIGINT)
     register = atexit.register
 
     def remember(function: Callable[..., Any], *values: Any, **options: Any) -> Callable[..., Any]:
@@ -129,6 +130,7 @@ def program(arguments: tuple[str, ...], environment: dict[str, str]) -> int:
             code = 1
         for function in reversed(last):
             function()
+        signal.signal(signal.SIGINT, handler)
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         return 1

@@ -431,9 +431,7 @@ def file(talk: Talk, rest: str) -> None:
 
     for each in gather(rest):
         talk.files.append(each)
-        tokens = len(talk.model.tokenizer.encode(each.shown, add_bos=False))
-        size = len(each.text.encode())
-        talk.screen.note(f"{each.name}: {size:,} bytes, {tokens:,} tokens; it goes before your next message")
+        talk.screen.note(f"{talk.cost(each)}; it goes before your next message")
 
 
 def copy(talk: Talk, rest: str) -> None:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import os
 import queue
 import re
 import signal
+import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +56,6 @@ LONG_PASTE = 20  # lines; longer ones stand as one word until they are sent
 TWICE = 1.0  # seconds between two presses of Ctrl-C that mean one wish
 AROUND = 8  # lines of the window that are not the answer's
 MENU = 10  # lines
-TYPED_BEFORE = 0.1  # seconds in which keys come that were pressed before the prompt stood
 PATIENCE = 5.0  # seconds for what runs to end by itself, when the person leaves
 HINT = "Enter sends, Ctrl-C stops an answer, /help shows more, Ctrl-D leaves"
 LINK = re.compile(r"\x1b\]8;;[^\x1b]*\x1b\\")
@@ -117,6 +119,9 @@ class Suggestions(Completer):
         }
         if name in words:
             yield from entries(words[name](), rest)
+        setting, blank, value = rest.partition(" ")
+        if name == "set" and blank and not value and setting in SETTINGS:
+            yield Completion(values_of(self.talk).get(setting, ""), display_meta=SETTINGS[setting])
         if name in ("file", "load", "save"):
             yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
 
@@ -128,13 +133,17 @@ def entries(words: dict[str, str], start: str) -> Iterator[Completion]:
             yield Completion(word, -len(start), display_meta=ui.harmless(meaning))
 
 
+def values_of(talk: Talk) -> dict[str, str]:
+    """Settings as they are."""
+    request = talk.request
+    others = {"seed": request.seed, "max_new_tokens": request.max_new_tokens}
+    stop = ", ".join(map(repr, request.stop)) or "none"
+    return {name: str(value) for name, value in (vars(request.sampling) | others).items()} | {"stop": stop}
+
+
 def setting_words(talk: Talk) -> dict[str, str]:
     """Settings with their values and what they may be."""
-    now = vars(talk.request.sampling) | {
-        "seed": talk.request.seed,
-        "max_new_tokens": talk.request.max_new_tokens,
-        "stop": ", ".join(map(repr, talk.request.stop)) or "none",
-    }
+    now = values_of(talk)
     return {name: f"{now[name]}; {may}" if name in now else may for name, may in SETTINGS.items()}
 
 
@@ -159,6 +168,7 @@ class Terminal:
     def __init__(self, plain: bool, keep_history: bool) -> None:
         self.plain, self.keep_history = plain, keep_history
         self.flow: Flow | None = None  # of the answer that is being written
+        self.drawing = threading.Lock()  # of the flow, which two threads use
         self.line = ""  # what is going on
         self.loaded = ""  # how far the model is
         self.question: Callable[[str], None] | None = None  # takes the next key
@@ -171,9 +181,9 @@ class Terminal:
         self.pressed = float("-inf")  # when an answer was stopped last
         self.crash: BaseException | None = None
         self.left = self.asked_to_leave = False
-        self.began = 0.0
         self.counted: tuple[str, str] = ("", "")  # what the meter was asked for last
         self.meter = ""
+        self.shown: tuple[int, Any] = (-1, None)  # what was drawn last, by its number
         self.counter = ThreadPoolExecutor(1)
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -182,10 +192,8 @@ class Terminal:
     def above(self, show: Callable[[], None]) -> None:
         """Print something above the prompt."""
         self.held.append(show)
-        if self.loop is None:
+        if not self.post(self.print_held):
             self.print_held()
-        else:
-            self.loop.call_soon_threadsafe(self.print_held)
 
     def print_held(self) -> None:
         """In the main thread: what waits to be printed, above a prompt that moves down."""
@@ -194,9 +202,12 @@ class Terminal:
         app = self.prompt.app if self.loop is not None else None
         if app is not None and app.is_running:
             app.renderer.erase()
-        held, self.held = self.held, []
-        for show in held:
-            show()
+        try:
+            while self.held:
+                self.held.pop(0)()
+        except BaseException as error:  # nobody reads the answers any more, or a bug
+            self.crash = error
+            self.leave()
         if app is not None and app.is_running:
             app.invalidate()
 
@@ -222,17 +233,22 @@ class Terminal:
     def piece(self, text: str) -> None:
         from dsv2cli.cli.flow import terminal_flow
 
-        if self.flow is None:
-            self.flow = terminal_flow(self.plain)
-        self.flow.columns = self.flow.columns and self.columns()
-        if finished := self.flow.feed(text):
+        with self.drawing:
+            if self.flow is None:
+                self.flow = terminal_flow(self.plain)
+            self.flow.columns = self.flow.columns and self.columns()
+            finished, to_a_file = self.flow.feed(text), not self.flow.columns
+        if to_a_file:
+            ui.emit(finished)
+        elif finished:
             self.above(lambda: ui.emit(finished))
         self.redraw()
 
     def end(self) -> None:
-        flow, self.flow = self.flow, None
-        if flow is not None:
-            rest = flow.end() if flow.columns else "\n"
+        with self.drawing:
+            flow, self.flow = self.flow, None
+            rest = "" if flow is None else flow.end() if flow.columns else "\n"
+        if rest:
             self.above(lambda: ui.emit(rest))
 
     def exchange(self, *texts: str) -> None:
@@ -262,7 +278,7 @@ class Terminal:
 
     @contextmanager
     def loading(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Progress of loading, in the bar; the callback raises Stopped where the person has left."""
+        """Progress of loading, in the bar; the callback raises Leave where the person has left."""
         began = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -312,16 +328,25 @@ class Terminal:
             commands.carry_out(talk, line[1:])
         else:
             talk.say(line)
-            talk.journal.keep_draft("\n".join(self.waiting))
+            talk.journal.keep_draft(self.unsent())
         if talk.result is not None and talk.result is not result:
             self.note(opt.stats_line(talk.result))
             if len(talk.result.prompt_ids) + len(talk.result.tokens) >= talk.limit:
                 self.note(f"the context of {talk.limit:,} tokens is full")
 
-    def post(self, action: Callable[[], Any]) -> None:
-        """Have the main thread do something."""
-        assert self.loop is not None
-        self.loop.call_soon_threadsafe(action)
+    def post(self, action: Callable[[], Any]) -> bool:
+        """Have the main thread do something, while the prompt is there."""
+        try:
+            loop = self.loop
+            if loop is not None:
+                loop.call_soon_threadsafe(action)
+        except RuntimeError:  # it has just gone
+            return False
+        return loop is not None
+
+    def unsent(self) -> str:
+        """Messages that wait for their turn."""
+        return "\n".join(each for each in self.waiting if not each.startswith("\0"))
 
     # The prompt: in the main thread.
 
@@ -337,14 +362,17 @@ class Terminal:
 
         def begin() -> None:
             self.loop = asyncio.get_running_loop()
+            self.loop.set_exception_handler(self.broken)
             for number in (signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self.loop.add_signal_handler(number, self.leave, 128 + number)
-            self.began = time.monotonic()
             worker.start()
             self.print_held()
             if first is not None and first.strip():
                 self.send(first, False)
+            for line in typed_before():
+                self.prompt.default_buffer.text += line
+                self.submit(self.prompt.default_buffer)
 
         def shown(_: object) -> None:
             """The prompt stands: now the model, whose libraries take all the time there is."""
@@ -352,42 +380,41 @@ class Terminal:
                 loader.start()
 
         self.prompt.app.after_render += shown
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
-            draft, talk.draft = talk.draft, ""
-            self.prompt.prompt(default=draft, pre_run=begin)
-        return self.finish(worker)
-
-    def finish(self, worker: threading.Thread) -> int:
-        """After the prompt: let what runs end, keep what there is. Raises what went wrong."""
-        presses: list[int] = []
+        presses: list[int] = []  # of Ctrl-C while the keys are not the prompt's
         before = signal.signal(signal.SIGINT, lambda number, frame: presses.append(number))
-        talk, self.loop = self.talk, None
         try:
-            talk.stop.set()
-            if self.question is not None:
-                self.question("n")
-            while not self.lines.empty():
-                self.lines.get()
-            self.lines.put(None)
-            # A model that is still being loaded is not waited for.
-            loaded = talk.model.ready.is_set()
-            worker.join(PATIENCE if loaded else 0.2)
-            self.counter.shutdown(wait=False, cancel_futures=True)
-            self.print_held()
-            unsent = [each for each in self.waiting if not each.startswith("\0")]
-            talk.journal.keep_draft("\n".join([*unsent, *filter(None, [talk.draft, self.left_over])]))
-            alive = worker.is_alive() or not loaded
-            if not alive and not presses and self.code == 0:
-                talk.save_cache()
-            if self.crash is not None:
-                raise self.crash
-            if talk.name:
-                ui.note(f"dsv2 chat --resume {talk.name} comes back here")
-            if alive:  # in the middle of what can not be interrupted, such as a compiler
-                end_now(self.code)
-            return self.code
+            with contextlib.suppress(EOFError, KeyboardInterrupt):
+                draft, talk.draft = talk.draft, ""
+                self.prompt.prompt(default=draft, pre_run=begin)
+            return self.finish(worker, presses)
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def finish(self, worker: threading.Thread, presses: list[int]) -> int:
+        """After the prompt: let what runs end, keep what there is. Raises what went wrong."""
+        talk, self.loop = self.talk, None
+        talk.stop.set()
+        if self.question is not None:
+            self.question("n")
+        while not self.lines.empty():
+            self.lines.get()
+        self.lines.put(None)
+        # A model that is still being loaded is not waited for.
+        loaded = talk.model.ready.is_set()
+        worker.join(PATIENCE if loaded else 0.2)
+        self.counter.shutdown(wait=False, cancel_futures=True)
+        self.print_held()
+        talk.journal.keep_draft("\n".join(filter(None, [self.unsent(), talk.draft, self.left_over])))
+        alive = worker.is_alive() or not loaded
+        if not alive and not presses and self.code == 0:
+            talk.save_cache()
+        if self.crash is not None:
+            raise self.crash
+        if talk.name:
+            ui.note(f"dsv2 chat --resume {talk.name} comes back here")
+        if alive:  # in the middle of what can not be interrupted, such as a compiler
+            end_now(self.code)
+        return self.code
 
     def load(self) -> None:
         """The model, while the person types; where it can not be loaded the program ends with the reason."""
@@ -402,6 +429,11 @@ class Terminal:
         self.redraw()
         # Processes that share the model were started by this thread, and would end with it.
         threading.Event().wait()
+
+    def broken(self, loop: object, context: dict[str, Any]) -> None:
+        """A bug of what runs in the main thread: it ends the program, and looks like one."""
+        self.crash = context.get("exception") or RuntimeError(context["message"])
+        self.leave()
 
     def leave(self, code: int = 0) -> None:
         """End the prompt; what stands in it is kept."""
@@ -452,11 +484,18 @@ class Terminal:
         ]
 
     def window(self) -> Any:
-        """The answer in the making, what is going on, what waits, the bar, and the prompt itself."""
+        """What is drawn this time: asked for more than once, and always to be the same."""
+        number = self.prompt.app.render_counter
+        if self.shown[0] != number:
+            self.shown = number, ANSI(self.above_the_keys() + "> ")
+        return self.shown[1]
+
+    def above_the_keys(self) -> str:
+        """The answer in the making, what is going on, what waits, and the bar."""
         lines: list[str] = []
         if self.flow is not None:
             room = max(1, self.prompt.app.output.get_size().rows - AROUND)
-            live = LINK.sub("", self.flow.live())
+            live = LINK.sub("", self.drawn())
             lines += live.split("\n")[-room:] if live else []
         status = self.asking or self.line or (self.busy and (self.loaded or "working")) or ""
         if status:
@@ -464,7 +503,15 @@ class Terminal:
             lines.append(f"\x1b[2m{ui.harmless(status)}{hint}\x1b[0m")
         lines += [f"\x1b[2mnext: {ui.harmless(commands.shortened(each))}\x1b[0m" for each in self.waiting]
         lines.append(f"\x1b[2m{self.bar()[: self.columns() - 1]}\x1b[0m")
-        return ANSI("".join(f"{line}\n" for line in lines) + "> ")
+        return "".join(f"{line}\n" for line in lines)
+
+    def drawn(self) -> str:
+        """The answer in the making, as wide as the window is now."""
+        with self.drawing:
+            if self.flow is None:
+                return ""
+            self.flow.columns = self.flow.columns and self.columns()
+            return self.flow.live()
 
     def bar(self) -> str:
         """Model, context used with what is typed and attached, and speed."""
@@ -535,8 +582,7 @@ class Terminal:
         self.waiting.append(line)
         if not is_command:
             # It is on the disk before the screen shows that it was sent.
-            kept = [each for each in self.waiting if not each.startswith("\0")]
-            self.talk.journal.keep_draft("\n".join(kept))
+            self.talk.journal.keep_draft(self.unsent())
         self.lines.put(line)
 
     def interrupt(self, buffer: Any) -> None:
@@ -632,16 +678,9 @@ class Terminal:
                 self.submit(buffer)
 
         @bindings.add("escape", "enter")
-        def _(event: KeyPressEvent) -> None:
-            event.current_buffer.insert_text("\n")
-
         @bindings.add("c-j")
         def _(event: KeyPressEvent) -> None:
-            # Before the keys were ours the terminal made this of Enter.
-            if time.monotonic() - self.began < TYPED_BEFORE and event.current_buffer.text:
-                self.submit(event.current_buffer)
-            else:
-                event.current_buffer.insert_text("\n")
+            event.current_buffer.insert_text("\n")
 
         @bindings.add("c-g")
         def _(event: KeyPressEvent) -> None:
@@ -679,6 +718,18 @@ class Terminal:
             self.print_held()
 
         task.add_done_callback(done)
+
+
+def typed_before() -> list[str]:
+    """Lines that were sent before the keys were the prompt's: for Enter the terminal then gives Ctrl-J, which
+    is to begin a new line.
+    """
+    typed = b""
+    with contextlib.suppress(OSError, ValueError):
+        number = sys.stdin.fileno()
+        while struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, bytes(4)))[0]:
+            typed += os.read(number, 2**16)  # a line each time
+    return typed.decode(errors="replace").splitlines()
 
 
 def end_now(code: int) -> None:

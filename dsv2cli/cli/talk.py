@@ -132,6 +132,7 @@ class Talk:
     behind: str | None = None  # where the next message goes, if not behind the last one: it is an edited one
     at_first: Request | None = None  # the settings that the program was started with
     stop: threading.Event = field(default_factory=threading.Event)
+    began_reading: float = 0.0  # when the prompt was begun to be read
     cache_of: str = ""  # the talk whose saved cache is to be looked for
 
     @property
@@ -154,6 +155,11 @@ class Talk:
         """How many tokens they take."""
         return len(self.model.tokenizer.encode_chat(messages)) if messages else 0
 
+    def cost(self, file: Attachment) -> str:
+        """What an attachment takes, in a line."""
+        tokens = len(self.model.tokenizer.encode(file.shown, add_bos=False))
+        return f"{file.name}: {len(file.text.encode()):,} bytes, {tokens:,} tokens"
+
     # A message and its answer.
 
     def say(self, text: str) -> None:
@@ -165,8 +171,11 @@ class Talk:
 
         behind, files, node = self.behind, self.files, None
         try:
-            before = "".join(each.shown for each in [*files, *mentioned(text)])
+            named = mentioned(text)
+            before = "".join(each.shown for each in [*files, *named])
             self.model.tokenizer.refuse_too_long(before + text)
+            for each in named:
+                self.screen.note(self.cost(each))
             was = self.journal.head
             parent = self.make_room(was if behind is None else behind, before + text)
             node = self.journal.add("user", text, parent, files=before)
@@ -249,7 +258,11 @@ class Talk:
         """Told between two parts of the prompt. Raises Stopped."""
         if self.stop.is_set():
             raise Stopped
-        self.screen.status(f"reading {done:,} of {total:,} tokens")
+        now = time.monotonic()
+        self.began_reading = self.began_reading if done else now
+        spent = now - self.began_reading
+        left = f" \u00b7 {spent * (total - done) / done:.0f} s left" if done and spent > 0.5 else ""
+        self.screen.status(f"reading {done:,} of {total:,} tokens{left}")
 
     # A context that is full.
 

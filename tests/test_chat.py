@@ -126,6 +126,64 @@ def test_what_is_sent_before_the_prompt_stands_is_sent(person, home):
     assert asked(kept()) == ["Hello", "Who are you?"]
 
 
+def test_a_draft_and_what_is_sent_before_the_prompt_stands_are_two(person, home):
+    journal = journals.new(places.sessions() / "talk.jsonl", pytest.fail)
+    journal.keep_draft("half a thought")
+    journal.close()
+    nora = person("chat", "--continue", *COLD)
+    nora.type("Hello\r")
+    nora.wait("first after")
+    nora.wait("> half a thought")
+    nora.interrupt()
+    nora.leave()
+    assert asked(kept()) == ["Hello"]
+
+
+def test_a_talk_of_many_lines_is_gone_on_with(person, home):
+    lines = "\n".join(f"line {n}" for n in range(30))
+    journal = journals.new(places.sessions() / "talk.jsonl", pytest.fail)
+    journal.add("user", lines)
+    journal.end(journal.add("assistant", "Yes."), "stop")
+    journal.close()
+    nora = at_prompt(person, "--continue", *COLD)
+    nora.wait(r"> \[30 lines, 229 characters\]\nYes\.")
+    nora.leave()
+
+
+def test_to_leave_before_the_first_word_keeps_the_message(person, home):
+    nora = at_prompt(person, *COLD)
+    nora.type("word " * 1500 + "\r")
+    nora.wait("reading")
+    nora.type("\x04")
+    nora.end(0)
+    assert kept().draft.startswith("word word") or asked(kept())
+
+
+def test_what_came_back_is_kept_until_it_is_sent_or_taken_away(person, home):
+    nora = at_prompt(person, *COLD)
+    nora.type(FOX + "\r")
+    nora.wait(TELLS)
+    nora.type("Who was it?\r")
+    nora.wait(r"next: Who was it\?")
+    nora.interrupt()
+    nora.wait("interrupted")
+    nora.wait(r"> Who was it\?")
+    nora.child.kill(9)
+    nora = at_prompt(person, "--continue", *COLD)
+    nora.wait(r"> Who was it\?")
+    nora.interrupt()
+    nora.wait(lambda text: "> Who was it" not in text.split("on branch")[-1].split("embedded")[-1])
+    nora.leave()
+    assert kept().draft == ""
+
+
+def test_a_pasted_nul_is_text(person, home):
+    nora = at_prompt(person, *COLD)
+    nora.ask("\x1b[200~\0/delete x !\x1b[201~")
+    nora.leave()
+    assert asked(kept()) == ["\0/delete x !"]
+
+
 def test_an_answer_has_a_face_and_what_is_typed_meanwhile_goes_to_the_next_message(person, home):
     nora = at_prompt(person, *COLD)
     nora.type(FOX + "\r")

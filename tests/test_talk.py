@@ -380,6 +380,89 @@ def test_a_talk_that_may_only_be_read_goes_on_in_a_copy(talk, home):
     assert b"Bye" not in path.read_bytes()
 
 
+def test_what_waits_is_kept_whatever_of_it_is_sent(talk):
+    """Several messages were sent while the first is answered, and the program is killed."""
+    talk.journal.keep_draft("one\ntwo\nthree")
+    talk.journal.add("user", "one")
+    talk.journal.more(talk.journal.add("assistant", ""), "Yes.")
+    assert again(talk).draft == "two\nthree"
+
+
+def test_a_retry_that_was_killed_before_its_first_word_leaves_the_answer_before(talk):
+    answer = say(talk, "Hello")[0]
+    talk.journal.add("assistant", "", talk.journal.turns()[-1].id)
+    other = again(talk)
+    assert texts(other)[-1] == ("assistant", answer) and other.draft == ""
+
+
+def test_a_talk_that_is_deleted_under_its_writer_is_written_anew(talk):
+    say(talk, "Hello")
+    say(talk, "Who are you?")
+    talk.journal.path.unlink()
+    say(talk, "Thank you")
+    assert [node.text for node in again(talk).journal.turns()] == ["Hello", "Who are you?", "Thank you"]
+
+
+def test_a_talk_that_is_not_kept_is_saved_whole_when_it_is_asked_for(talk, embedded, embedded_tokenizer):
+    say(talk, "Hello")
+    talk.journal.close()
+    path = store.path_of(places.session_names()[0])
+    before = path.read_bytes()
+    for words in ((), ("Bye",)):
+        other = make_talk(embedded, embedded_tokenizer, keep=False)
+        other.resume(path)
+        for text in words:
+            say(other, text)
+        assert path.read_bytes() == before
+        commands.carry_out(other, f"/save copy {len(words)}")
+        assert [node.text for node in again(other).journal.turns()] == ["Hello", *words]
+    other = make_talk(embedded, embedded_tokenizer, keep=False)
+    commands.carry_out(other, f"/load {path.stem}")
+    say(other, "secret")
+    assert path.read_bytes() == before
+
+
+def test_a_system_prompt_holds_wherever_it_is_gone_back_to(talk):
+    say(talk, "Hello")
+    commands.carry_out(talk, "/system You are a bear.")
+    for line in ("/retry", "/undo"):
+        commands.carry_out(talk, line)
+        assert talk.journal.messages()[0] == {"role": "system", "content": "You are a bear."}
+    assert again(talk).journal.system == "You are a bear."
+
+
+def test_an_edited_message_keeps_its_files(talk, tmp_path):
+    (tmp_path / "a.txt").write_text("My name is Nora.")
+    commands.carry_out(talk, f"/file {tmp_path / 'a.txt'}")
+    say(talk, "Hello")
+    commands.carry_out(talk, "/edit")
+    say(talk, "Hello again")
+    assert "Nora" in talk.journal.turns()[0].whole
+    commands.carry_out(talk, "/edit")
+    commands.carry_out(talk, "/file off")
+    say(talk, "Bye")
+    assert "Nora" not in talk.journal.turns()[0].whole
+
+
+def test_a_file_with_a_strange_name_among_the_sessions_ends_no_list(talk):
+    say(talk, "All about tea")
+    shutil.copy(talk.journal.path, places.sessions() / "talk (copy).jsonl")
+    commands.carry_out(talk, "/sessions")
+    assert any("talk (copy)" in note for note in talk.screen.notes)
+    assert len(list(commands.search("about tea"))) == 2
+    assert commands.find("talk (copy)").name == "talk (copy).jsonl"
+
+
+def test_what_is_written_out_is_all_that_was_said(short_talk, tmp_path):
+    fill(short_talk)
+    short_talk.on_overflow = "summarise"
+    short_talk.say("Hello")
+    commands.carry_out(short_talk, f"/save {tmp_path / 'all.json'}")
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert [each["role"] for each in written] == ["system", *["user", "assistant"] * 7]
+    assert not any(each["content"] == SUMMARISE for each in written)
+
+
 # Two writers.
 
 

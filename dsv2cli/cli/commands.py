@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv2cli import places
 from dsv2cli.cli import options as opt
-from dsv2cli.cli.talk import Talk, clear_lost_caches, shortened
+from dsv2cli.cli.talk import Talk, as_messages, clear_lost_caches, shortened
 from dsv2cli.engine import journal as journals
 from dsv2cli.engine import store
 from dsv2cli.engine.journal import Node
 from dsv2cli.engine.request import RULES, SamplingParams
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import pasted_path, path_of, reason
+
+if TYPE_CHECKING:
+    from dsv2cli.checkpoint.tokenizer import Message
 
 NUMBERS: dict[str, Callable[[str], float]] = {
     each.name: int if each.type == "int" else float for each in fields(SamplingParams)
@@ -43,7 +46,7 @@ def find(name: str) -> Path:
     if name == "last" and (path := latest(silent)) is not None:
         return path
     if name in known:
-        return store.path_of(name)
+        return places.session_file(name)
     if (path := pasted_path(name)).is_file():
         return path
     if name == "last":
@@ -105,8 +108,7 @@ def help_(talk: Talk, rest: str) -> None:
 def system(talk: Talk, rest: str) -> None:
     if rest:
         talk.set_system("" if rest == "off" else rest)
-    prompt = next((node.text for node in reversed(talk.journal.way()) if node.role == "system"), "")
-    talk.screen.note(f"system prompt: {prompt or 'none'}")
+    talk.screen.note(f"system prompt: {talk.journal.system or 'none'}")
 
 
 def set_(talk: Talk, rest: str) -> None:
@@ -122,7 +124,8 @@ def set_(talk: Talk, rest: str) -> None:
         elif name == "max_new_tokens" and int(value) > 0:
             talk.request = replace(talk.request, max_new_tokens=int(value))
         elif name == "stop" and value:
-            stops = () if value == "off" else (*talk.request.stop, value.encode().decode("unicode_escape"))
+            text = value.replace("\\n", "\n").replace("\\t", "\t")
+            stops = () if value == "off" else (*talk.request.stop, text)
             talk.request = replace(talk.request, stop=stops)
         elif name == "default" and talk.at_first is not None:
             talk.request = talk.at_first
@@ -207,7 +210,8 @@ def redo(talk: Talk, rest: str) -> None:
     at, found = talk.journal.head, ""
     while (at := talk.journal.latest.get(at, "")) and at != found:
         found = at
-        if talk.journal.nodes[at].role == "assistant":
+        node = talk.journal.nodes[at]
+        if node.role == "assistant" and node.text.strip():
             talk.journal.move(at)
             turn = last_turn(talk)
             talk.screen.note(f"again there: {shortened(turn.text)}")
@@ -224,7 +228,9 @@ def edit(talk: Talk, rest: str) -> None:
             "There is no such turn", why=f"this conversation has {len(turns)}", fix="/history shows them"
         )
     turn = turns[place - 1]
-    talk.draft, talk.behind = turn.text, turn.parent
+    talk.draft, talk.behind, talk.kept_files = turn.text, turn.parent, str(turn.about.get("files", ""))
+    if talk.kept_files:
+        talk.screen.note("its files stay before it; /file off takes them away")
     talk.screen.note(f"message {place} is in the prompt: Enter sends it anew, Ctrl-C leaves all as it is")
 
 
@@ -274,7 +280,7 @@ def save(talk: Talk, rest: str) -> None:
     forced = rest.endswith("!")
     target = rest.removesuffix("!").strip()
     if target.endswith((".md", ".json")):
-        path, messages = path_of(target), talk.journal.messages()
+        path, messages = path_of(target), whole(talk)
         if path.exists() and not forced:
             raise UsageError(f"{path} is there already", fix=f"/save {target} ! writes over it")
         text = store.as_markdown(messages) if target.endswith(".md") else store.as_json(messages)
@@ -289,12 +295,19 @@ def save(talk: Talk, rest: str) -> None:
     talk.screen.note(f"saved as {talk.name}" if talk.name else "there is nothing to save yet")
 
 
+def whole(talk: Talk) -> list[Message]:
+    """All that was said up to here, whatever of it is still sent."""
+    said = [node for node in talk.journal.way() if node.role in ("user", "assistant")]
+    system = talk.journal.system
+    return ([{"role": "system", "content": system}] if system else []) + as_messages(said)
+
+
 def rename(talk: Talk, rest: str) -> None:
     """Give the talk another name. Raises UsageError for one that is taken or can not be."""
     if not rest:
         raise UsageError("/rename needs a name", fix="/rename my-talk")
     path = store.path_of(rest).with_suffix(".jsonl")
-    if rest in places.session_names():
+    if rest in places.session_names() or rest == "last":
         raise UsageError(
             f"There is a session {rest!r} already", why="it would be written over", fix="choose another name"
         )
@@ -329,6 +342,8 @@ def delete(talk: Talk, rest: str) -> None:
         talk.screen.note(f"/delete {name} ! removes it for good: {about(name)}")
         return
     here = name == talk.name
+    if here and talk.journal.shared:
+        raise journals.Locked(name)
     if here:
         talk.begin(keep=True)
     remove(name)
@@ -337,7 +352,7 @@ def delete(talk: Talk, rest: str) -> None:
 
 def remove(name: str) -> None:
     """A talk with its cache. Raises Locked where it is open elsewhere."""
-    path = store.path_of(name)
+    path = places.session_file(name)
     with journals.held_for(path):
         for suffix in (".jsonl", ".json", ".safetensors"):
             path.with_suffix(suffix).unlink(missing_ok=True)
@@ -351,7 +366,7 @@ def about(name: str) -> str:
 
 def describe(name: str) -> dict[str, Any]:
     """What there is to say of a saved talk: name, when, turns, model, bytes, and how it begins."""
-    path = store.path_of(name)
+    path = places.session_file(name)
     found: dict[str, Any] = {"name": name, "when": "", "turns": 0, "model": "", "bytes": 0, "first": ""}
     try:
         found["bytes"] = path.stat().st_size
@@ -406,7 +421,7 @@ def search(word: str) -> Iterator[tuple[str, str, str]]:
     """Name, role and the words around, of each message with a word in it, whatever its case."""
     for name in places.session_names():
         try:
-            nodes = journal_of(store.path_of(name)).nodes.values()
+            nodes = journal_of(places.session_file(name)).nodes.values()
         except Dsv2Error:
             continue
         for node in nodes:
@@ -422,7 +437,7 @@ def search(word: str) -> Iterator[tuple[str, str, str]]:
 def file(talk: Talk, rest: str) -> None:
     """Put files, parts of them, folders or a command's output before the next message. Raises UsageError."""
     if rest == "off":
-        talk.files = []
+        talk.files, talk.kept_files = [], ""
         talk.screen.note("nothing is attached")
         return
     if not rest:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import functools
 import os
 import queue
 import re
@@ -25,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,14 @@ def sent(text: str) -> str:
     return mended(text) if stripped else ""
 
 
+@dataclass(frozen=True)
+class Line:
+    """What was sent: a message, or a command."""
+
+    text: str
+    command: bool = False
+
+
 class Terminal:
     """The screen of a talk, and the keys."""
 
@@ -173,8 +181,10 @@ class Terminal:
         self.loaded = ""  # how far the model is
         self.question: Callable[[str], None] | None = None  # takes the next key
         self.asking = ""
-        self.waiting: list[str] = []  # sent, and not begun
-        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.waiting: list[Line] = []  # sent, and not begun
+        self.lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
+        self.returned: list[str] = []  # on its way back to the prompt
+        self.owed: list[str] = []  # back in the prompt: not sent again yet, and not taken away
         self.busy = self.editing = self.pasted = self.pasted_quotes = False
         self.pastes: dict[str, str] = {}  # what a long paste stands as -> what it is
         self.held: list[Callable[[], None]] = []  # to be printed above the prompt
@@ -227,7 +237,11 @@ class Terminal:
 
     def redraw(self) -> None:
         """Draw the window again, some time soon."""
-        if self.loop is not None:
+        self.post(self.invalidate)
+
+    def invalidate(self) -> None:
+        """In the main thread: draw the window again, unless it has just gone."""
+        if self.prompt.app.is_running and not self.left:
             self.prompt.app.invalidate()
 
     def piece(self, text: str) -> None:
@@ -259,7 +273,8 @@ class Terminal:
 
     def echo(self, text: str) -> None:
         """A message that is on its way."""
-        shown = ui.harmless(text if text.count("\n") < LONG_PASTE else self.as_placeholder(text))
+        count = text.count("\n") + 1
+        shown = ui.harmless(text if count <= LONG_PASTE else f"[{count} lines, {len(text):,} characters]")
         lines = "\n  ".join(shown.split("\n"))
         self.above(lambda: print(f"\x1b[1m> {lines}\x1b[0m", file=sys.stderr, flush=True))
 
@@ -311,11 +326,13 @@ class Terminal:
             self.busy = False
             self.line = ""
             if self.talk.draft:
-                draft, self.talk.draft = self.talk.draft, ""
-                self.post(functools.partial(self.give_back, draft))
+                self.returned.append(self.talk.draft)
+                self.talk.draft = ""
+            self.talk.journal.keep_draft(self.unsent())
+            self.post(self.give_back)
             self.recount()
 
-    def carry_out(self, line: str) -> None:
+    def carry_out(self, line: Line) -> None:
         """A command, or a message and its answer. Raises Dsv2Error, and Leave."""
         talk, result = self.talk, self.talk.result
         if line in self.waiting:
@@ -323,12 +340,11 @@ class Terminal:
         if self.left:
             return
         talk.stop.clear()
-        self.echo(line.removeprefix("\0"))
-        if line.startswith("\0"):
-            commands.carry_out(talk, line[1:])
+        self.echo(line.text)
+        if line.command:
+            commands.carry_out(talk, line.text)
         else:
-            talk.say(line)
-            talk.journal.keep_draft(self.unsent())
+            talk.say(line.text)
         if talk.result is not None and talk.result is not result:
             self.note(opt.stats_line(talk.result))
             if len(talk.result.prompt_ids) + len(talk.result.tokens) >= talk.limit:
@@ -345,8 +361,9 @@ class Terminal:
         return loop is not None
 
     def unsent(self) -> str:
-        """Messages that wait for their turn."""
-        return "\n".join(each for each in self.waiting if not each.startswith("\0"))
+        """Messages that wait for their turn, and those that came back."""
+        waiting = [each.text for each in self.waiting if not each.command]
+        return "\n".join([*self.returned, *self.owed, *waiting])
 
     # The prompt: in the main thread.
 
@@ -370,9 +387,11 @@ class Terminal:
             self.print_held()
             if first is not None and first.strip():
                 self.send(first, False)
+            draft = self.prompt.default_buffer.text
             for line in typed_before():
-                self.prompt.default_buffer.text += line
+                self.prompt.default_buffer.text = line
                 self.submit(self.prompt.default_buffer)
+            self.prompt.default_buffer.text = draft
 
         def shown(_: object) -> None:
             """The prompt stands: now the model, whose libraries take all the time there is."""
@@ -404,7 +423,10 @@ class Terminal:
         worker.join(PATIENCE if loaded else 0.2)
         self.counter.shutdown(wait=False, cancel_futures=True)
         self.print_held()
-        talk.journal.keep_draft("\n".join(filter(None, [self.unsent(), talk.draft, self.left_over])))
+        waiting = [each.text for each in self.waiting if not each.command]
+        talk.journal.keep_draft(
+            "\n".join(filter(None, [*self.returned, talk.draft, self.left_over, *waiting]))
+        )
         alive = worker.is_alive() or not loaded
         if not alive and not presses and self.code == 0:
             talk.save_cache()
@@ -501,7 +523,9 @@ class Terminal:
         if status:
             hint = "" if self.asking else " \u00b7 Ctrl-C stops"
             lines.append(f"\x1b[2m{ui.harmless(status)}{hint}\x1b[0m")
-        lines += [f"\x1b[2mnext: {ui.harmless(commands.shortened(each))}\x1b[0m" for each in self.waiting]
+        lines += [
+            f"\x1b[2mnext: {ui.harmless(commands.shortened(each.text))}\x1b[0m" for each in self.waiting
+        ]
         lines.append(f"\x1b[2m{self.bar()[: self.columns() - 1]}\x1b[0m")
         return "".join(f"{line}\n" for line in lines)
 
@@ -578,7 +602,8 @@ class Terminal:
             self.leave()
             return
         self.asked_to_leave, self.pressed = False, float("-inf")
-        line = "\0" + message if is_command else commands.message_of(message)
+        line = Line(message if is_command else commands.message_of(message), is_command)
+        self.owed = []
         self.waiting.append(line)
         if not is_command:
             # It is on the disk before the screen shows that it was sent.
@@ -598,14 +623,16 @@ class Terminal:
             waiting, self.waiting = self.waiting, []
             while not self.lines.empty():
                 self.lines.get()
-            if texts := [each for each in waiting if not each.startswith("\0")]:
-                self.give_back("\n".join(texts))
+            self.returned += [each.text for each in waiting if not each.command]
+            self.give_back()
             return
         if buffer.text or self.talk.behind is not None:
             buffer.text = self.expanded(buffer.text)
             buffer.append_to_history()
             buffer.reset()
             self.talk.behind, self.pasted, self.pasted_quotes = None, False, False
+            self.talk.kept_files, self.owed = "", []
+            self.talk.journal.keep_draft(self.unsent())
             self.asked_to_leave = False
             return
         if self.asked_to_leave:
@@ -614,12 +641,15 @@ class Terminal:
         self.asked_to_leave = True
         self.note("Ctrl-C again, Ctrl-D or /quit leaves.")
 
-    def give_back(self, text: str) -> None:
-        """Put a message that was not answered before what stands in the prompt."""
+    def give_back(self) -> None:
+        """Put messages that were not answered before what stands in the prompt."""
+        if not self.returned:
+            return
+        self.owed += self.returned
+        text, self.returned = "\n".join(self.returned), []
         buffer = self.prompt.default_buffer
         if text.count("\n") > LONG_PASTE:
-            short = self.as_placeholder(text)
-            self.pastes[short], text = text, short
+            text = self.short_for(text)
         buffer.text = text + ("\n" + buffer.text if buffer.text else "")
         buffer.cursor_position = len(buffer.text)
         self.redraw()
@@ -646,12 +676,16 @@ class Terminal:
         if data.count("\n") <= LONG_PASTE:
             buffer.insert_text(data)
             return
-        short, number = self.as_placeholder(data), 1
-        while self.pastes.get(short, data) != data:
+        buffer.insert_text(self.short_for(data))
+
+    def short_for(self, text: str) -> str:
+        """What a long text stands as in the prompt; no two as the same."""
+        short, number = self.as_placeholder(text), 1
+        while self.pastes.get(short, text) != text:
             number += 1
             short = f"{short.split(' #')[0].rstrip(']')} #{number}]"
-        self.pastes[short] = data
-        buffer.insert_text(short)
+        self.pastes[short] = text
+        return short
 
     def erase_before(self, buffer: Any) -> None:
         """Backspace: a letter, or a long paste as a whole."""
@@ -699,11 +733,12 @@ class Terminal:
         def _(event: KeyPressEvent) -> None:
             self.erase_before(event.current_buffer)
 
-        @bindings.add("<any>", filter=asked, eager=True)
-        @bindings.add("enter", filter=asked, eager=True)
-        def _(event: KeyPressEvent) -> None:
+        def answer(event: KeyPressEvent) -> None:
             if self.question is not None:
                 self.question(event.data)
+
+        for key in ("d", "s", "n", "D", "S", "N", "enter"):
+            bindings.add(key, filter=asked, eager=True)(answer)
 
         return bindings
 

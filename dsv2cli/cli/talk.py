@@ -127,7 +127,9 @@ class Talk:
     journal: Journal
     on_overflow: opt.Overflow = "stop"
     result: Result | None = None  # of the last answer
+    keep: bool = True  # whether it is saved
     files: list[Attachment] = field(default_factory=list)  # to put before the next message
+    kept_files: str = ""  # those of a message that is edited
     draft: str = ""  # what the next prompt begins with
     behind: str | None = None  # where the next message goes, if not behind the last one: it is an edited one
     at_first: Request | None = None  # the settings that the program was started with
@@ -139,7 +141,9 @@ class Talk:
     def name(self) -> str:
         """The talk's name, once it has a file."""
         path = self.journal.path
-        return path.stem if path is not None and self.journal.file is not None else ""
+        if path is None or self.journal.file is None:
+            return ""
+        return path.stem if path.parent == places.sessions() else str(path)
 
     @property
     def limit(self) -> int:
@@ -149,7 +153,7 @@ class Talk:
     @property
     def attached(self) -> str:
         """The files that go before the next message, as they will stand there."""
-        return "".join(each.shown for each in self.files)
+        return self.kept_files + "".join(each.shown for each in self.files)
 
     def count(self, messages: list[Message]) -> int:
         """How many tokens they take."""
@@ -169,34 +173,37 @@ class Talk:
         """
         from dsv2cli.cli.attach import mentioned
 
-        behind, files, node = self.behind, self.files, None
+        behind, files, kept, node = self.behind, self.files, self.kept_files, None
         try:
             named = mentioned(text)
-            before = "".join(each.shown for each in [*files, *named])
+            before = kept + "".join(each.shown for each in [*files, *named])
             self.model.tokenizer.refuse_too_long(before + text)
             for each in named:
                 self.screen.note(self.cost(each))
             was = self.journal.head
             parent = self.make_room(was if behind is None else behind, before + text)
             node = self.journal.add("user", text, parent, files=before)
-            self.files, self.behind = [], None
+            self.files, self.behind, self.kept_files = [], None, ""
             answered = self.answer(node)
         except (Dsv2Error, Stopped, KeyboardInterrupt) as error:
             # What was typed is not lost by what is wrong with it.
             if node is None:
                 self.draft = text
             elif self.journal.head == node.id:
-                self.take_back(node, was, files, behind)
+                self.take_back(node, was)
+                self.files, self.behind, self.kept_files = files, behind, kept
             if isinstance(error, Dsv2Error):
                 raise
         else:
             if not answered:
-                self.take_back(node, was, files, behind)
+                self.take_back(node, was)
+                self.files, self.behind, self.kept_files = files, behind, kept
 
-    def take_back(self, node: Node, head: str, files: list[Attachment], behind: str | None) -> None:
+    def take_back(self, node: Node, head: str) -> None:
         """A message that had no answer returns to where it was typed, and we to where we were."""
+        self.journal.keep_draft("\n".join(filter(None, [node.text, self.journal.draft])))
         self.journal.move(head)
-        self.draft, self.files, self.behind = node.text, files, behind
+        self.draft = node.text
         self.screen.note("no answer; your message is back at the prompt")
 
     def answer(self, asked: Node, onto: Node | None = None) -> bool:
@@ -224,7 +231,7 @@ class Talk:
                 if self.stop.is_set():
                     break
         except (Stopped, KeyboardInterrupt):
-            pass
+            self.stop.set()
         except Dsv2Error as error:
             failure = error
         finally:
@@ -361,22 +368,28 @@ class Talk:
 
     def begin(self, keep: bool) -> None:
         """A new talk, whose file comes with its first message."""
-        system = next((node for node in reversed(self.journal.way()) if node.role == "system"), None)
+        system, self.keep = self.journal.system, keep
+        if self.journal.draft:  # what waits is sent in the new one
+            self.journal.keep_draft("")
         self.journal.close()
         self.journal = journals.new(self.new_path() if keep else None, self.screen.show_error)
-        self.result, self.files, self.behind, self.cache_of = None, [], None, ""
-        if system is not None:
-            self.set_system(system.text)
+        self.result, self.files, self.behind, self.cache_of, self.kept_files = None, [], None, "", ""
+        if system:
+            self.set_system(system)
 
-    def resume(self, path: Path, keep: bool = True, shared: bool = False) -> None:
+    def resume(self, path: Path, keep: bool | None = None, shared: bool = False) -> None:
         """Go on with a saved talk, or with a list of messages, of which a new talk is made.
 
         Raises Locked where it is open elsewhere, Dsv2Error where it can not be read.
         """
+        keep = self.keep if keep is None else keep
         journal = self.opened(path, keep, shared)
+        if self.journal.draft:
+            self.journal.keep_draft("")
         self.journal.close()
+        self.keep = keep
         self.journal, self.draft = journal, journal.draft
-        self.result, self.files, self.behind = None, [], None
+        self.result, self.files, self.behind, self.kept_files = None, [], None, ""
         self.cache_of = path.stem if path.parent == places.sessions() and not shared else ""
         if journal.damaged:
             self.screen.note(f"{path.name}: damaged, {journal.damaged} lines were passed over")
@@ -390,7 +403,11 @@ class Talk:
         """The record of a saved talk; what an earlier version saved, or a list of messages, becomes one."""
         tell = self.screen.show_error
         if path.suffix == ".jsonl":
-            return journals.open_talk(path, tell, shared) if keep else journals.read(path, tell)
+            if keep:
+                return journals.open_talk(path, tell, shared)
+            journal = journals.read(path, tell)
+            journal.write_anew()  # in case that it is saved after all
+            return journal
         saved = store.load(path)
         journal = journals.new(None, tell)
         journals.replay(saved.branches, saved.branch, journal)
@@ -404,8 +421,7 @@ class Talk:
 
     def set_system(self, text: str) -> None:
         """What the model is told first, from here on."""
-        way = self.journal.way()
-        if next((node.text for node in reversed(way) if node.role == "system"), "") != text:
+        if self.journal.system != text:
             self.journal.say_system(text)
 
     def remember(self, session: Session) -> None:
@@ -423,7 +439,9 @@ class Talk:
     def save_cache(self) -> None:
         """Keep the latents too, when leaving; not where the text itself could not be kept."""
         session = self.model.made.get("session")
-        if session is None or not self.name or not session.cached_ids or self.journal.waiting:
+        path = self.journal.path
+        inside = path is not None and path.parent == places.sessions() and not self.journal.shared
+        if session is None or not inside or not session.cached_ids or self.journal.waiting:
             return
         from dsv2cli.engine import latents
 

@@ -18,6 +18,7 @@ class Typewriter:
 
     def __init__(self) -> None:
         self.written = False  # whether an answer has begun
+        self.draft = ""  # what came back, and is not sent again
 
     def loading(self, name: str) -> AbstractContextManager[Callable[[int, int], None] | None]:
         return ui.loading(name)
@@ -81,12 +82,14 @@ class Typewriter:
                 again = True
                 ui.note("Ctrl-C again, Ctrl-D or /quit leaves.")
             line = None
+        talk.journal.keep_draft(self.draft)
         talk.save_cache()
         return 0
 
     def typed(self, talk: Talk) -> str | None:
         """The next line; None where there are no more. What came back is shown, and sent by an empty line."""
-        draft, talk.draft = talk.draft, ""
+        self.draft, talk.draft = talk.draft, ""
+        draft = self.draft
         print(f"{ui.harmless(draft)} > " if draft else "> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         return mended(line.rstrip("\n") or draft) if line else None
@@ -95,7 +98,8 @@ class Typewriter:
         """Carry out a command, or send a message. Raises Dsv2Error, Leave."""
         if not line.strip():
             return
-        result = talk.result
+        result, self.draft = talk.result, ""
+        talk.stop.clear()
         if commands.is_command(line):
             commands.carry_out(talk, line)
         else:

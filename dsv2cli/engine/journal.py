@@ -77,8 +77,11 @@ class Journal:
         self.tell, self.told = tell, set[str]()
         self.nodes: dict[str, Node] = {}
         self.branch, self.branches = branch, {branch: ""}
+        self.at = ""  # where we were last, on whichever branch
         self.latest: dict[str, str] = {}  # of each message, the one after it that was gone to last
+        self.systems: dict[str, str] = {}  # the system prompt of each branch that was given one
         self.draft = ""
+        self.shared = False  # another process holds the file
         self.path: Path | None = None
         self.file: int | None = None
         self.waiting: list[bytes] = []
@@ -105,17 +108,23 @@ class Journal:
         return [node for node in self.way() if node.role == "user"]
 
     def answers(self, node: Node) -> list[Node]:
-        """All answers to a message, in the order they were given."""
-        return [each for each in self.nodes.values() if each.parent == node.id and each.role == "assistant"]
+        """All answers to a message that have a word, in the order they were given."""
+        given = [each for each in self.nodes.values() if each.parent == node.id and each.role == "assistant"]
+        return [each for each in given if each.text.strip()]
 
     def messages(self, end: str | None = None) -> list[Message]:
-        """What a model is sent: the latest system prompt, then what no summary stands for or was left out."""
-        way = self.way(end)
-        system = next((node.text for node in reversed(way) if node.role == "system"), "")
+        """What a model is sent: the system prompt, then what no summary stands for or was left out."""
+        way, system = self.way(end), self.system
         sent: list[Message] = [{"role": "system", "content": system}] if system else []
         for summary in [node for node in way if node.role == "summary"][-1:]:
             sent += [{"role": "user", "content": SUMMARISE}, {"role": "assistant", "content": summary.text}]
         return sent + [{"role": node.role, "content": node.whole} for node in self.said(end)]
+
+    @property
+    def system(self) -> str:
+        """The system prompt: the branch's latest, wherever it is gone back to; "" where there is none."""
+        on_the_way = next((node.text for node in reversed(self.way()) if node.role == "system"), "")
+        return self.systems.get(self.branch, on_the_way)
 
     def said(self, end: str | None = None) -> list[Node]:
         """The messages of both that are sent as they are: those behind what was summarised or left out."""
@@ -127,22 +136,30 @@ class Journal:
     def place(self, node: Node) -> None:
         """Put a message into the tree and go there."""
         self.nodes[node.id] = node
+        if node.role == "system":
+            self.systems[self.branch] = node.text
         self.arrive(node.id, self.branch)
 
     def arrive(self, head: str, branch: str) -> None:
         """Be at a message, on a branch; the way there is what /redo takes."""
+        if branch not in self.branches and self.branch in self.systems:
+            self.systems[branch] = self.systems[self.branch]
         self.branch = branch
-        self.branches[branch] = head
+        self.branches[branch], before, self.at = head, self.at, head
         while head:
-            self.latest[self.nodes[head].parent] = head
-            head = self.nodes[head].parent
+            parent = self.nodes[head].parent
+            self.latest[parent] = head
+            # A step on from where we were: the way up to there is known already.
+            head = "" if parent == before else parent
 
     def settle(self) -> None:
         """After reading: a message without an answer goes back to where it was typed."""
         end = self.way()
         if end and end[-1].role == "assistant" and not end[-1].text:
             end.pop()
-        if end and end[-1].role == "user":
+        if end and end[-1].role == "user" and (answers := self.answers(end[-1])):
+            end.append(answers[-1])  # there is one from before
+        elif end and end[-1].role == "user":
             unsent = end.pop()
             self.draft = "\n".join(filter(None, (unsent.whole, self.draft)))
         self.branches[self.branch] = end[-1].id if end else ""
@@ -152,7 +169,8 @@ class Journal:
     def add(self, role: str, text: str, parent: str | None = None, **about: Any) -> Node:
         """A new message behind the head, or `parent`, and go there. What was a draft is sent with it."""
         parent, text = self.head if parent is None else parent, mended(text)
-        self.draft = "" if role == "user" else self.draft
+        if role == "user":
+            self.draft = without_start(self.draft, text)
         node = Node(secrets.token_hex(8), parent, role, text, {"time": now()} | about)
         self.place(node)
         head = {"id": node.id, "parent": parent, "branch": self.branch, "role": role, "text": text}
@@ -209,8 +227,12 @@ class Journal:
                 self.flush(sure)
 
     def flush(self, sure: bool = True) -> None:
-        """Write what waits, as write does."""
+        """Write what waits, as write does; where the file is gone, all there is into a new one."""
         try:
+            if self.file is not None and not os.fstat(self.file).st_nlink:
+                os.close(self.file)
+                self.file, self.shared = None, False
+                self.write_anew()
             if self.file is None:
                 self.create()
             assert self.file is not None
@@ -238,9 +260,23 @@ class Journal:
             except FileExistsError:
                 self.path = self.path.with_name(f"{self.path.stem}b{self.path.suffix}")
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if self.waiting[0].startswith(b"\n"):  # no copy of another, which begins so itself
+        if not self.waiting or self.waiting[0].startswith(
+            b"\n"
+        ):  # no copy of another, which begins so itself
             self.waiting.insert(0, json_text({"format": FORMAT, "time": now()}).encode() + b"\n")
         places.keep_names(self.path.parent)
+
+    def write_anew(self) -> None:
+        """Let the whole record wait to be written."""
+        lines: list[dict[str, Any]] = []
+        branches = {head: name for name, head in self.branches.items()}
+        for node in self.nodes.values():
+            about = {"branch": branches.get(node.id, self.branch), "role": node.role, "text": node.text}
+            lines.append({"id": node.id, "parent": node.parent} | about | node.about)
+        names = [*(name for name in self.branches if name != self.branch), self.branch]
+        lines += [{"head": self.branches[name], "branch": name, "time": now()} for name in names]
+        lines += [{"draft": self.draft, "time": now()}] if self.draft else []
+        self.waiting = [b"\n" + json_text(line).encode() + b"\n" for line in lines]
 
     def close(self) -> None:
         """Let others write it."""
@@ -284,6 +320,7 @@ def open_talk(path: Path, tell: Tell, shared: bool = False) -> Journal:
         os.close(file)
         raise
     journal.path, journal.file = path, file
+    journal.shared = shared
     if shared:
         names = (f"{journal.branch}-{number}" for number in itertools.count(2))
         journal.draft = ""
@@ -341,9 +378,11 @@ def take(journal: Journal, line: Any) -> None:
         }
         if not is_text(str(node.about.get("files", ""))):
             raise ValueError("files are a text")
-        journal.branch = branch
+        if branch != journal.branch:
+            journal.arrive(journal.branches.get(branch, node.parent), branch)
         journal.place(node)
-        journal.draft = ""
+        if node.role == "user":
+            journal.draft = without_start(journal.draft, node.text)
     elif "of" in line and text_in(line, "of") in journal.nodes:
         node = journal.nodes[line["of"]]
         if "more" in line:
@@ -356,6 +395,11 @@ def take(journal: Journal, line: Any) -> None:
         journal.draft = text_in(line, "draft")
     else:
         raise ValueError("it belongs to nothing")
+
+
+def without_start(draft: str, text: str) -> str:
+    """What of a draft is not sent with a message that it may begin with."""
+    return draft[len(text) :].removeprefix("\n") if draft.startswith(text) else draft
 
 
 def known_in(journal: Journal, node: str) -> bool:

@@ -177,6 +177,22 @@ def test_what_came_back_is_kept_until_it_is_sent_or_taken_away(person, home):
     assert kept().draft == ""
 
 
+def test_no_key_that_comes_early_makes_the_prompt_deaf(person, home):
+    journal = journals.new(places.sessions() / "talk.jsonl", pytest.fail)
+    journal.keep_draft("half a thought")
+    journal.close()
+    nora = person("chat", "--continue", *COLD)
+    until = time.monotonic() + 60
+    while not nora.ended and time.monotonic() < until:
+        nora.type("\x15\x04")
+        nora.look(0.05)
+    assert nora.ended
+    nora = at_prompt(person, *COLD)
+    nora.type("\0")
+    nora.ask("Hello")
+    nora.leave()
+
+
 def test_a_pasted_nul_is_text(person, home):
     nora = at_prompt(person, *COLD)
     nora.ask("\x1b[200~\0/delete x !\x1b[201~")

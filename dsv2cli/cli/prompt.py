@@ -716,6 +716,12 @@ class Terminal:
         def _(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
+        @bindings.add("c-@")
+        def _(event: KeyPressEvent) -> None:
+            """No mark is set: while there is one nothing can be typed. A terminal makes this key of a Ctrl-D
+            that was pressed before the prompt stood.
+            """
+
         @bindings.add("c-g")
         def _(event: KeyPressEvent) -> None:
             self.edit(event.current_buffer)

@@ -558,7 +558,7 @@ def test_ctrl_c_ends_a_command_and_all_it_started():
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from dsv2cli.cli.attach import gather
-gather("!sleep 60 & echo $! > child.new; mv child.new child; sleep 60")
+gather("!sleep 60 & echo $! > child.new; sleep 0.5; mv child.new child; sleep 60")
 """
     environment = os.environ | {"PYTHONPATH": str(Path(attach.__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env=environment) as process:

@@ -345,8 +345,9 @@ def test_a_rank_that_does_nothing_in_a_step_is_given_up(monkeypatch):
         assert pulse.look() == "", "between steps it may rest"
         with launch.BUSY.now():
             assert pulse.look() == ""
-            time.sleep(0.5)
-            assert "done nothing" in pulse.look()
+            # Looking takes our own main thread's time, which may then count as a step's.
+            looks = (time.sleep(0.5) or pulse.look() for _ in range(20))
+            assert any("done nothing" in look for look in looks)
         assert pulse.look() == ""
     finally:
         process.kill()

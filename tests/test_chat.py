@@ -54,6 +54,17 @@ def at_prompt(person, *arguments, **options):
     return someone
 
 
+def stop_while_one_waits(nora):
+    """A message is answered, another waits behind it and is seen to; then Ctrl-C brings that one back."""
+    nora.type(FOX + "\r")
+    nora.wait(TELLS)
+    nora.type("Who was it?\r")
+    nora.wait(r"next: Who was it\?")
+    nora.interrupt()
+    nora.wait("interrupted")
+    nora.wait(r"> Who was it\?")
+
+
 def test_a_talk_is_answered_stopped_and_left(person, home):
     nora = at_prompt(person, *COLD)
     assert "I am glad" in nora.ask("Hello")
@@ -161,13 +172,7 @@ def test_to_leave_before_the_first_word_keeps_the_message(person, home):
 
 def test_what_came_back_is_kept_until_it_is_sent_or_taken_away(person, home):
     nora = at_prompt(person, *COLD)
-    nora.type(FOX + "\r")
-    nora.wait(TELLS)
-    nora.type("Who was it?\r")
-    nora.wait(r"next: Who was it\?")
-    nora.interrupt()
-    nora.wait("interrupted")
-    nora.wait(r"> Who was it\?")
+    stop_while_one_waits(nora)
     nora.child.kill(9)
     nora = at_prompt(person, "--continue", *COLD)
     nora.wait(r"> Who was it\?")
@@ -216,13 +221,7 @@ def test_an_answer_has_a_face_and_what_is_typed_meanwhile_goes_to_the_next_messa
 
 def test_a_message_that_waits_is_seen_and_comes_back_when_the_answer_is_stopped(person, home):
     nora = at_prompt(person, *COLD)
-    nora.type(FOX + "\r")
-    nora.wait(TELLS)
-    nora.type("Who was it?\r")
-    nora.wait(r"next: Who was it\?")
-    nora.interrupt()
-    nora.wait("interrupted")
-    nora.wait(r"> Who was it\?")
+    stop_while_one_waits(nora)
     nora.type("\r")
     nora.wait(lambda text: text.count("first after") == 2)
     nora.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -116,17 +117,11 @@ def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: W
         from_pipe(conversation, output, wish, checkpoint, request, system, path)
         return
     screen, run = at_prompt(output.plain, not conversation.no_save)
-
-    def load() -> Opened:
-        from dsv2cli.run.open import open_model
-
-        opened = open_model(conversation.model, wish, screen, None, checkpoint)
-        opt.collect_garbage_from_here()
-        return opened
-
-    talk = begun(checkpoint, load, request, screen, conversation.on_overflow, not conversation.no_save)
+    keep = not conversation.no_save
+    load = functools.partial(opt.open_model, conversation.model, wish, found=checkpoint, screen=screen)
+    talk = begun(checkpoint, load, request, screen, conversation.on_overflow, keep)
     if path is not None:
-        go_on(talk, path, not conversation.no_save)
+        go_on(talk, path, keep)
     if system is not None:
         talk.set_system(system)
     code = run(talk, conversation.first)
@@ -242,7 +237,7 @@ def from_pipe(
     screen = Typewriter()
     talk = begun(
         checkpoint,
-        lambda: opt.open_model(conversation.model, wish, found=checkpoint),
+        functools.partial(opt.open_model, conversation.model, wish, found=checkpoint),
         request,
         screen,
         "stop" if conversation.on_overflow == "ask" else conversation.on_overflow,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv2cli import places
 from dsv2cli.cli import options as opt
-from dsv2cli.cli.talk import Talk, as_messages, clear_lost_caches, shortened
+from dsv2cli.cli.talk import Talk, clear_lost_caches, shortened
 from dsv2cli.engine import journal as journals
 from dsv2cli.engine import store
 from dsv2cli.engine.journal import Node
@@ -141,12 +141,7 @@ def set_(talk: Talk, rest: str) -> None:
 
 
 def show(talk: Talk, rest: str) -> None:
-    request, opened = talk.request, talk.model.opened
-    settings = vars(request.sampling) | {
-        "max_new_tokens": request.max_new_tokens,
-        "seed": request.seed,
-        "stop": ", ".join(map(repr, request.stop)) or "none",
-    }
+    opened = talk.model.opened
     place = "loading"
     if opened is not None:
         place = f"{opened.runner.device}, {str(opened.runner.dtype).removeprefix('torch.')}"
@@ -154,7 +149,15 @@ def show(talk: Talk, rest: str) -> None:
     talk.screen.note(
         f"{talk.model.checkpoint.name} on {place} \u00b7 {kept} \u00b7 branch {talk.journal.branch}"
     )
-    talk.screen.note(" \u00b7 ".join(f"{name} {value}" for name, value in settings.items()))
+    talk.screen.note(" \u00b7 ".join(f"{name} {value}" for name, value in values_of(talk).items()))
+
+
+def values_of(talk: Talk) -> dict[str, str]:
+    """Settings as they are."""
+    request = talk.request
+    others = {"max_new_tokens": request.max_new_tokens, "seed": request.seed}
+    stop = ", ".join(map(repr, request.stop)) or "none"
+    return {name: str(value) for name, value in (vars(request.sampling) | others).items()} | {"stop": stop}
 
 
 def last_turn(talk: Talk) -> Node:
@@ -297,9 +300,8 @@ def save(talk: Talk, rest: str) -> None:
 
 def whole(talk: Talk) -> list[Message]:
     """All that was said up to here, whatever of it is still sent."""
-    said = [node for node in talk.journal.way() if node.role in ("user", "assistant")]
-    system = talk.journal.system
-    return ([{"role": "system", "content": system}] if system else []) + as_messages(said)
+    said = [node.message for node in talk.journal.way() if node.role in ("user", "assistant")]
+    return talk.journal.told_first() + said
 
 
 def rename(talk: Talk, rest: str) -> None:

@@ -31,7 +31,7 @@ from dsv2cli.run.wish import Wish
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.engine.request import Request, Result
-    from dsv2cli.run.open import Opened
+    from dsv2cli.run.open import Opened, Screen
 
 MOST_AT_ONCE = 4096  # sequences in one cache
 CURSOR = "<CURSOR>"  # where a file is to be filled in
@@ -241,12 +241,16 @@ class Sampling:
 
 
 def open_model(
-    name: str | None, wish: Wish, random_weights: str | None = None, found: Checkpoint | None = None
+    name: str | None,
+    wish: Wish,
+    random_weights: str | None = None,
+    found: Checkpoint | None = None,
+    screen: Screen = ui,
 ) -> Opened:
     """Find, plan and load, with progress on the screen; the arguments are run.open's. Raises Dsv2Error."""
     from dsv2cli.run.open import open_model as find_plan_and_load
 
-    opened = find_plan_and_load(name, wish, ui, random_weights, found)
+    opened = find_plan_and_load(name, wish, screen, random_weights, found)
     collect_garbage_from_here()
     return opened
 

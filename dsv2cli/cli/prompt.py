@@ -121,7 +121,7 @@ class Suggestions(Completer):
             yield from entries(words[name](), rest)
         setting, blank, value = rest.partition(" ")
         if name == "set" and blank and not value and setting in SETTINGS:
-            yield Completion(values_of(self.talk).get(setting, ""), display_meta=SETTINGS[setting])
+            yield Completion(commands.values_of(self.talk).get(setting, ""), display_meta=SETTINGS[setting])
         if name in ("file", "load", "save"):
             yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
 
@@ -133,17 +133,9 @@ def entries(words: dict[str, str], start: str) -> Iterator[Completion]:
             yield Completion(word, -len(start), display_meta=ui.harmless(meaning))
 
 
-def values_of(talk: Talk) -> dict[str, str]:
-    """Settings as they are."""
-    request = talk.request
-    others = {"seed": request.seed, "max_new_tokens": request.max_new_tokens}
-    stop = ", ".join(map(repr, request.stop)) or "none"
-    return {name: str(value) for name, value in (vars(request.sampling) | others).items()} | {"stop": stop}
-
-
 def setting_words(talk: Talk) -> dict[str, str]:
     """Settings with their values and what they may be."""
-    now = values_of(talk)
+    now = commands.values_of(talk)
     return {name: f"{now[name]}; {may}" if name in now else may for name, may in SETTINGS.items()}
 
 

@@ -174,6 +174,7 @@ class Talk:
         from dsv2cli.cli.attach import mentioned
 
         behind, files, kept, node = self.behind, self.files, self.kept_files, None
+        failure: BaseException | None = None
         try:
             named = mentioned(text)
             before = kept + "".join(each.shown for each in [*files, *named])
@@ -189,15 +190,12 @@ class Talk:
             # What was typed is not lost by what is wrong with it.
             if node is None:
                 self.draft = text
-            elif self.journal.head == node.id:
-                self.take_back(node, was)
-                self.files, self.behind, self.kept_files = files, behind, kept
-            if isinstance(error, Dsv2Error):
-                raise
-        else:
-            if not answered:
-                self.take_back(node, was)
-                self.files, self.behind, self.kept_files = files, behind, kept
+            failure, answered = error, node is None or self.journal.head != node.id
+        if node is not None and not answered:
+            self.take_back(node, was)
+            self.files, self.behind, self.kept_files = files, behind, kept
+        if isinstance(failure, Dsv2Error):
+            raise failure
 
     def take_back(self, node: Node, head: str) -> None:
         """A message that had no answer returns to where it was typed, and we to where we were."""
@@ -323,7 +321,7 @@ class Talk:
         """Send no more of the oldest turns than leaves room for a message; the record keeps them."""
         said, dropped = self.journal.said(parent), list[Node]()
         keep = self.journal.messages(parent)[: -len(said) or None]
-        while said and self.count([*keep, *as_messages(said), message]) + spare >= self.limit:
+        while said and self.count([*keep, *(node.message for node in said), message]) + spare >= self.limit:
             end = next((i for i, node in enumerate(said) if i and node.role == "user"), len(said))
             dropped, said = dropped + said[:end], said[end:]
         if not dropped:
@@ -343,13 +341,17 @@ class Talk:
         last = max(i for i, node in enumerate(said) if node.role == "user")
         keep = self.journal.messages(parent)[: -len(said)]
         old, ask = said[:last], {"role": "user", "content": SUMMARISE}
-        while old and self.count([*keep, *as_messages(old), ask]) + SUMMARY_TOKENS >= self.limit:
+        while (
+            old and self.count([*keep, *(node.message for node in old), ask]) + SUMMARY_TOKENS >= self.limit
+        ):
             old = old[next((i for i, node in enumerate(old) if i and node.role == "user"), len(old)) :]
         session, result = self.model.session(self.stop), Result()
         self.remember(session)
         request = replace(self.request, max_new_tokens=SUMMARY_TOKENS, seed=self.seed())
         text = ""
-        for piece in session.reply([*keep, *as_messages(old), ask], request, result, "", self.reading):
+        for piece in session.reply(
+            [*keep, *(node.message for node in old), ask], request, result, "", self.reading
+        ):
             text += piece
             self.screen.status(f"summarising: {rate(result)}")
             if self.stop.is_set():
@@ -422,7 +424,7 @@ class Talk:
     def set_system(self, text: str) -> None:
         """What the model is told first, from here on."""
         if self.journal.system != text:
-            self.journal.say_system(text)
+            self.journal.add("system", text)
 
     def remember(self, session: Session) -> None:
         """Take over the cache that was saved beside a talk that is gone on with, once."""
@@ -459,11 +461,6 @@ def clear_lost_caches() -> None:
         if path.stem not in known:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def as_messages(nodes: list[Node]) -> list[Message]:
-    """As a model is sent them."""
-    return [{"role": node.role, "content": node.whole} for node in nodes]
 
 
 def cache_path(name: str) -> Path:

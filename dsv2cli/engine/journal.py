@@ -38,6 +38,7 @@ Tell = Callable[[Dsv2Error], object]
 
 FORMAT = "dsv2 talk 1"
 MAIN = "main"
+FIELDS = ("id", "parent", "branch", "role", "text")  # that every message has
 ROLES = ("system", "user", "assistant", "summary", "left out")
 SUMMARISE = "Summarize our conversation so far in a few sentences."
 
@@ -48,6 +49,7 @@ class Node:
 
     id: str
     parent: str
+    branch: str  # on which it was said
     role: str
     text: str
     about: dict[str, Any] = field(default_factory=dict)  # files, model, settings, seed, time, ended, ...
@@ -56,6 +58,16 @@ class Node:
     def whole(self) -> str:
         """A message with the files before it."""
         return f"{self.about.get('files', '')}{self.text}"
+
+    @property
+    def message(self) -> Message:
+        """As a model is sent it."""
+        return {"role": self.role, "content": self.whole}
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        return {name: getattr(self, name) for name in FIELDS} | self.about
 
 
 class Locked(UsageError):
@@ -73,10 +85,10 @@ class Journal:
     once for each reason.
     """
 
-    def __init__(self, tell: Tell, branch: str = MAIN) -> None:
+    def __init__(self, tell: Tell) -> None:
         self.tell, self.told = tell, set[str]()
         self.nodes: dict[str, Node] = {}
-        self.branch, self.branches = branch, {branch: ""}
+        self.branch, self.branches = MAIN, {MAIN: ""}
         self.at = ""  # where we were last, on whichever branch
         self.latest: dict[str, str] = {}  # of each message, the one after it that was gone to last
         self.systems: dict[str, str] = {}  # the system prompt of each branch that was given one
@@ -114,17 +126,21 @@ class Journal:
 
     def messages(self, end: str | None = None) -> list[Message]:
         """What a model is sent: the system prompt, then what no summary stands for or was left out."""
-        way, system = self.way(end), self.system
-        sent: list[Message] = [{"role": "system", "content": system}] if system else []
-        for summary in [node for node in way if node.role == "summary"][-1:]:
+        sent = self.told_first()
+        for summary in [node for node in self.way(end) if node.role == "summary"][-1:]:
             sent += [{"role": "user", "content": SUMMARISE}, {"role": "assistant", "content": summary.text}]
-        return sent + [{"role": node.role, "content": node.whole} for node in self.said(end)]
+        return sent + [node.message for node in self.said(end)]
+
+    def told_first(self) -> list[Message]:
+        """The system prompt as a message, where there is one."""
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     @property
     def system(self) -> str:
         """The system prompt: the branch's latest, wherever it is gone back to; "" where there is none."""
-        on_the_way = next((node.text for node in reversed(self.way()) if node.role == "system"), "")
-        return self.systems.get(self.branch, on_the_way)
+        if self.branch in self.systems:
+            return self.systems[self.branch]
+        return next((node.text for node in reversed(self.way()) if node.role == "system"), "")
 
     def said(self, end: str | None = None) -> list[Node]:
         """The messages of both that are sent as they are: those behind what was summarised or left out."""
@@ -171,28 +187,9 @@ class Journal:
         parent, text = self.head if parent is None else parent, mended(text)
         if role == "user":
             self.draft = without_start(self.draft, text)
-        node = Node(secrets.token_hex(8), parent, role, text, {"time": now()} | about)
+        node = Node(secrets.token_hex(8), parent, self.branch, role, text, {"time": now()} | about)
         self.place(node)
-        head = {"id": node.id, "parent": parent, "branch": self.branch, "role": role, "text": text}
-        self.write(head | node.about, sure=True)
-        return node
-
-    def say_system(self, text: str) -> Node:
-        """A system prompt from here on. Before anything was said it waits for the first message."""
-        node = Node(secrets.token_hex(8), self.head, "system", mended(text), {"time": now()})
-        self.place(node)
-        line = {
-            "id": node.id,
-            "parent": node.parent,
-            "branch": self.branch,
-            "role": "system",
-            "text": node.text,
-        }
-        if self.file is None:
-            with self.lock:
-                self.waiting.append(b"\n" + json_text(line).encode() + b"\n")
-        else:
-            self.write(line, sure=True)
+        self.write(node.line, sure=True)
         return node
 
     def more(self, node: Node, text: str) -> None:
@@ -219,11 +216,14 @@ class Journal:
     # The file.
 
     def write(self, line: dict[str, Any], sure: bool = False) -> None:
-        """Append a line, with those before it that could not be written; `sure`: it is on the disk then."""
+        """Append a line, with those before it that could not be written; `sure`: it is on the disk then.
+
+        Before anything was said or typed nothing is: a system prompt alone makes no file.
+        """
         with self.lock:
-            # A line of its own even behind one that a killed process left unfinished.
-            self.waiting.append(b"\n" + json_text(line).encode() + b"\n")
-            if self.path is not None and (self.file is not None or "id" in line or "draft" in line):
+            self.waiting.append(as_bytes(line))
+            words = line.get("role", "system") != "system" or "draft" in line
+            if self.path is not None and (self.file is not None or words):
                 self.flush(sure)
 
     def flush(self, sure: bool = True) -> None:
@@ -260,29 +260,29 @@ class Journal:
             except FileExistsError:
                 self.path = self.path.with_name(f"{self.path.stem}b{self.path.suffix}")
         fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not self.waiting or self.waiting[0].startswith(
-            b"\n"
-        ):  # no copy of another, which begins so itself
+        copies = bool(self.waiting) and not self.waiting[0].startswith(b"\n")
+        if not copies:  # what it copies begins so itself
             self.waiting.insert(0, json_text({"format": FORMAT, "time": now()}).encode() + b"\n")
         places.keep_names(self.path.parent)
 
     def write_anew(self) -> None:
         """Let the whole record wait to be written."""
-        lines: list[dict[str, Any]] = []
-        branches = {head: name for name, head in self.branches.items()}
-        for node in self.nodes.values():
-            about = {"branch": branches.get(node.id, self.branch), "role": node.role, "text": node.text}
-            lines.append({"id": node.id, "parent": node.parent} | about | node.about)
+        lines = [node.line for node in self.nodes.values()]
         names = [*(name for name in self.branches if name != self.branch), self.branch]
         lines += [{"head": self.branches[name], "branch": name, "time": now()} for name in names]
         lines += [{"draft": self.draft, "time": now()}] if self.draft else []
-        self.waiting = [b"\n" + json_text(line).encode() + b"\n" for line in lines]
+        self.waiting = [as_bytes(line) for line in lines]
 
     def close(self) -> None:
         """Let others write it."""
         if self.file is not None:
             os.close(self.file)
         self.file = self.path = None
+
+
+def as_bytes(line: dict[str, Any]) -> bytes:
+    """A line of its own even behind one that a killed process left unfinished."""
+    return b"\n" + json_text(line).encode() + b"\n"
 
 
 def now() -> str:
@@ -368,18 +368,15 @@ def take(journal: Journal, line: Any) -> None:
     if not isinstance(line, dict):
         raise ValueError("it is no object")
     if "id" in line:
-        texts = [text_in(line, name) for name in ("id", "parent", "role", "text")]
-        node = Node(texts[0], texts[1], texts[2], texts[3])
-        branch = text_in(line, "branch")
+        texts: dict[str, Any] = {name: text_in(line, name) for name in FIELDS}
+        node = Node(**texts)
         if node.role not in ROLES or node.id in journal.nodes or not (known_in(journal, node.parent)):
             raise ValueError("it belongs to nothing")
-        node.about = {
-            name: line[name] for name in line if name not in ("id", "parent", "role", "text", "branch")
-        }
+        node.about = {name: line[name] for name in line if name not in FIELDS}
         if not is_text(str(node.about.get("files", ""))):
             raise ValueError("files are a text")
-        if branch != journal.branch:
-            journal.arrive(journal.branches.get(branch, node.parent), branch)
+        if node.branch != journal.branch:
+            journal.arrive(journal.branches.get(node.branch, node.parent), node.branch)
         journal.place(node)
         if node.role == "user":
             journal.draft = without_start(journal.draft, node.text)
@@ -425,7 +422,6 @@ def replay(branches: dict[str, list[Message]], branch: str, journal: Journal) ->
     heads: dict[tuple[str, str, str], str] = {}
     for name in [*(name for name in branches if name != branch), branch]:
         journal.branch, at = name, ""
-        journal.branches.setdefault(name, "")
         journal.branches[name] = ""
         for message in branches[name]:
             key = (at, message["role"], message["content"])

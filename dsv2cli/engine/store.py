@@ -44,35 +44,29 @@ def path_of(name: str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, fresh: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A new private file to fill, which takes the place of `path` in one move, or vanishes where that fails.
 
-    Raises Dsv2Error when the disk or the permissions do not allow it, and FileExistsError where `fresh` says
-    that nothing may be there yet.
+    Raises Dsv2Error when the disk or the permissions do not allow it.
     """
     try:
         places.private_folder(path.parent)
         with places.unfinished(path) as new:
             yield new
             os.chmod(new, 0o600)
-            if fresh:
-                os.link(new, path)
-            else:
-                os.replace(new, path)
+            os.replace(new, path)
         places.keep_names(path.parent)
     except OSError as error:
-        if fresh and isinstance(error, FileExistsError):
-            raise
         why = getattr(error, "strerror", None) or str(error)
         raise Dsv2Error(f"{path} could not be written", why=why, fix="make room, or use --no-save") from error
 
 
-def write(path: Path, text: str, fresh: bool = False) -> None:
+def write(path: Path, text: str) -> None:
     """Readable by its owner only, and either the old file or the new one, whatever happens meanwhile.
 
     Raises as replacing does.
     """
-    with replacing(path, fresh) as new, new.open("wb") as file:
+    with replacing(path) as new, new.open("wb") as file:
         file.write(mended(text).encode())
         file.flush()
         os.fsync(file.fileno())

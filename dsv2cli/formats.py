@@ -6,6 +6,8 @@ from __future__ import annotations
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+PAGE = 64  # tokens whose latents lie together
+
 LANES = 16  # rows of a packed matrix that lie interleaved
 GROUP = 64  # numbers of a row that share a scale
 GROUPS = (32, 64)  # sizes of a group that kernels know

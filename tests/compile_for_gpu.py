@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from dsv2cli.checkpoint.blueprint import blueprint
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.step import Span
 from dsv2cli.run.gpu import TritonRunner
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -88,11 +89,12 @@ def compile_steps(config, format: str | None, sizes: list[int]) -> None:
     model = blueprint(config, torch.bfloat16, format=format).to_empty(device="cpu").requires_grad_(False)
     runner = TritonRunner(model)
     with torch.inference_mode():
+        pool = runner.new_pool(4096)
         for rows in sizes:
-            cache = runner.new_cache(rows)
-            cache.reserve(4096)
-            runner.decode(torch.zeros(rows, 1, dtype=torch.long), cache)
-        runner(torch.zeros(1, 256, dtype=torch.long), runner.new_cache())
+            runner.decode(
+                torch.zeros(rows, 1, dtype=torch.long), [Span([i % 64], 0, 1) for i in range(rows)], pool
+            )
+        runner(torch.zeros(256, dtype=torch.long), [Span([0, 1, 2, 3], 0, 256, True)], pool)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from rows import answered
 from running import run_dsv2
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
@@ -16,10 +17,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli.asking import FIM_TOKENS
-from dsv2cli.engine.batch import Job, run_batch, run_samples
-from dsv2cli.engine.generate import stream_text
 from dsv2cli.engine.grammar import Grammar
-from dsv2cli.engine.request import Request, Result, SamplingParams
+from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import Dsv2Error, UsageError
 
 EOS = frozenset({4095})
@@ -42,7 +42,7 @@ def held(tokenizer, start="", **form):
 def answers(model, tokenizer, request, count):
     ids = tokenizer.encode("A bear: ")
     jobs = [Job(ids, Request(**{**vars(request), "seed": seed})) for seed in range(count)]
-    return [job.result for job in run_samples(model, tokenizer, jobs)]
+    return [job.result for job in Scheduler(model, tokenizer).samples(jobs)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
@@ -74,26 +74,16 @@ def test_a_held_answer_is_the_same_alone_in_a_batch_and_with_drafts(embedded, em
     grammar = held(embedded_tokenizer, regex=r"( (one|two) and){3,9} three")
     texts = []
     for speculate in (False, True):
-        result = Result()
         request = Request(SamplingParams(1.0), 60, EOS, seed=5, speculate=speculate, grammar=grammar)
-        list(
-            stream_text(
-                embedded,
-                embedded_tokenizer,
-                embedded_tokenizer.encode("1 2"),
-                request,
-                embedded.new_cache(),
-                result,
-            )
-        )
-        texts.append(result.text)
+        ids = embedded_tokenizer.encode("1 2")
+        texts.append(answered(embedded, ids, request, embedded_tokenizer).text)
     job = Job(
         embedded_tokenizer.encode("1 2"), Request(SamplingParams(1.0), 60, EOS, seed=5, grammar=grammar)
     )
     other = Job(
         embedded_tokenizer.encode("The"), Request(SamplingParams(1.0), 30, EOS, seed=1, grammar=grammar)
     )
-    list(run_batch(embedded, embedded_tokenizer, [other, job], 2))
+    list(Scheduler(embedded, embedded_tokenizer, 2).in_order([other, job]))
     assert texts[0] == texts[1] == job.result.text and texts[0].endswith("three")
 
 

@@ -13,13 +13,14 @@ import time
 
 import pytest
 from conftest import DATA
+from rows import answered
 from running import run_dsv2
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.batch import Job, run_batch, run_samples
-from dsv2cli.engine.generate import stream_text
-from dsv2cli.engine.request import Request, Result, SamplingParams
+from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.engine.scheduler import Job, Scheduler
+from dsv2cli.engine.session import Session
 
 V2 = str(DATA / "golden" / "v2")
 GREEDY = SamplingParams(temperature=0.0)
@@ -33,9 +34,7 @@ PROMPTS = [
 
 
 def alone(model, tokenizer, job):
-    result = Result()
-    list(stream_text(model, tokenizer, job.prompt_ids, job.request, model.new_cache(), result))
-    return result
+    return answered(model, job.prompt_ids, job.request, tokenizer)
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])
@@ -46,7 +45,7 @@ def test_a_batch_says_what_each_prompt_gets_alone_and_in_order(embedded, embedde
         for i, prompt in enumerate(ids)
     ]
     jobs.insert(2, Job([], Request(), error="no prompt"))
-    given = list(run_batch(embedded, embedded_tokenizer, jobs, width))
+    given = list(Scheduler(embedded, embedded_tokenizer, width).in_order(jobs))
     assert given == jobs
     for job in jobs:
         if not job.error:
@@ -58,7 +57,7 @@ def test_a_batch_says_what_each_prompt_gets_alone_and_in_order(embedded, embedde
 def test_samples_are_what_their_seeds_give_alone(embedded, embedded_tokenizer):
     ids = embedded_tokenizer.encode(PROMPTS[0])
     jobs = [Job(ids, Request(SamplingParams(0.7), 12, seed=seed)) for seed in range(4)]
-    assert list(run_samples(embedded, embedded_tokenizer, jobs)) == jobs
+    assert list(Scheduler(embedded, embedded_tokenizer).samples(jobs)) == jobs
     assert [job.result.text for job in jobs] == [
         alone(embedded, embedded_tokenizer, job).text for job in jobs
     ]
@@ -84,15 +83,17 @@ def test_speculation_changes_no_word(embedded, embedded_tokenizer: Tokenizer, te
             assert results[0].finish_reason == results[1].finish_reason
 
 
-def test_speculation_leaves_the_cache_as_it_should_be(embedded, embedded_tokenizer):
-    ids, cache, result = embedded_tokenizer.encode("1 2 3 1 2 3 1 2"), embedded.new_cache(), Result()
-    list(stream_text(embedded, embedded_tokenizer, ids, Request(GREEDY, 20, speculate=True), cache, result))
-    assert len(ids) < cache.lengths[0] <= len(ids) + len(result.token_ids) + 7
-    follow = ids + result.token_ids
-    cache.truncate(len(follow) - 1)
-    again = Result()
-    list(stream_text(embedded, embedded_tokenizer, follow, Request(GREEDY, 10), cache, again))
-    assert again.token_ids == alone(embedded, embedded_tokenizer, Job(follow, Request(GREEDY, 10))).token_ids
+def test_what_is_said_to_be_in_the_pool_after_drafts_is_there(embedded, embedded_tokenizer):
+    session, ids = Session(embedded, embedded_tokenizer), embedded_tokenizer.encode("1 2 3 1 2 3 1 2")
+    job = Job(ids, Request(GREEDY, 20, speculate=True), after=session.sequence)
+    list(session.scheduler.stream(job))
+    follow = ids + job.result.token_ids
+    assert session.sequence.length == len(follow) - 1
+    again = Job(follow, Request(GREEDY, 10), after=session.sequence)
+    list(session.scheduler.stream(again))
+    assert again.result.reused_tokens == len(follow) - 1
+    wanted = alone(embedded, embedded_tokenizer, Job(follow, Request(GREEDY, 10)))
+    assert again.result.token_ids == wanted.token_ids
 
 
 def test_a_thousand_prompts_with_two_kills_give_a_thousand_answers_in_order(start, tmp_path):
@@ -450,6 +451,10 @@ def test_echo_samples_speculation_and_the_token_limit_from_outside():
     plain = run_dsv2("complete", "Once upon a time", *options).stdout
     assert run_dsv2("complete", "Once upon a time", *options, "--echo").stdout == "Once upon a time" + plain
     assert run_dsv2("complete", "Once upon a time", *options, "--speculate").stdout == plain
+    scored = json.loads(run_dsv2("complete", "Once upon a time", *options, "--prompt-logprobs", "2").stdout)
+    assert [each["token_id"] for each in scored["prompt_logprobs"]] == scored["prompt_ids"][1:]
+    assert all(each["logprob"] <= each["top"][0][1] <= 0 for each in scored["prompt_logprobs"])
+    assert scored["text"] == plain and scored["logprobs"] is None
     done = run_dsv2("complete", "Once upon a time", *options, "--fail-on-length")
     assert done.returncode == 3 and done.stdout == plain and done.stderr == ""
     done = run_dsv2(
@@ -469,7 +474,6 @@ def test_echo_samples_speculation_and_the_token_limit_from_outside():
         ("--batch", "x"),
         ("a", "--output", "x"),
         ("--messages", "/nowhere"),
-        ("--speculate", "a", "--samples", "2", "--json"),
         ("--prompt-ids", "1", "--chat"),
         ("--batch", "/nowhere", "--output", "x"),
     ],

@@ -104,6 +104,7 @@ def test_json_tells_all_there_is_to_know():
         "token_ids",
         "finish_reason",
         "logprobs",
+        "prompt_logprobs",
         "usage",
         "timing",
         "seed",

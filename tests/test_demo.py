@@ -12,13 +12,13 @@ import sys
 import pytest
 import torch
 from conftest import CPU
+from rows import answered
 
 from dsv2cli.checkpoint.blueprint import empty_model
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import stream_text
-from dsv2cli.engine.request import Request, Result, SamplingParams
+from dsv2cli.engine.request import Request, SamplingParams
 from training import chats, train
 from training.chats import make_chat
 from training.corpus import render, rule_made
@@ -178,9 +178,8 @@ def test_the_embedded_model_knows_its_small_world(embedded, embedded_tokenizer):
 
 def test_the_embedded_model_writes_english_and_ends_by_itself(embedded, embedded_tokenizer):
     request = Request(SamplingParams(temperature=0.5, top_p=0.9), 400, frozenset([4095]), seed=1)
-    result = Result()
-    ids = embedded_tokenizer.encode("Once upon a time")
-    text = "".join(stream_text(embedded, embedded_tokenizer, ids, request, embedded.new_cache(), result))
+    result = answered(embedded, embedded_tokenizer.encode("Once upon a time"), request, embedded_tokenizer)
+    text = result.text
     assert result.finish_reason == "stop"
     rng = random.Random(0)
     english = {word for _ in range(500) for word in re.findall(r"[a-z]+", tell(rng).text.lower())}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rows import answered
 
-from dsv2cli.engine.generate import StopStrings, generate_batch, stream_text
-from dsv2cli.engine.request import Request, Result, SamplingParams, check_prompt
+from dsv2cli.engine.request import Request, SamplingParams, check_prompt
 from dsv2cli.engine.sampling import sample
+from dsv2cli.engine.text import StopStrings
 from dsv2cli.errors import UsageError
 
 NOTHING_SEEN = torch.tensor([], dtype=torch.long)
@@ -20,11 +21,7 @@ def draws(params, count=300, seen=NOTHING_SEEN, logits=LOGITS):
 
 
 def run(model, tokenizer, prompt, **request):
-    result = Result()
-    ids = tokenizer.encode(prompt)
-    pieces = list(stream_text(model, tokenizer, ids, Request(**request), model.new_cache(), result))
-    assert "".join(pieces) == result.text
-    return result
+    return answered(model, tokenizer.encode(prompt), Request(**request), tokenizer)
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -75,7 +72,7 @@ def test_logprobs_are_those_of_a_fresh_pass_over_the_text(embedded, embedded_tok
     result = run(embedded, embedded_tokenizer, "Once upon a time", max_new_tokens=20, logprobs=3, seed=5)
     ids = result.prompt_ids + result.token_ids
     with torch.inference_mode():
-        rescored = embedded.logits(embedded.model(torch.tensor([ids])))[0].log_softmax(-1)
+        rescored = embedded.logits(embedded.model(torch.tensor(ids))).log_softmax(-1)
     for i, token in enumerate(result.tokens):
         row = rescored[len(result.prompt_ids) + i - 1]
         assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-3)
@@ -111,8 +108,7 @@ def test_the_context_limit_ends_the_text(v2):
     room = v2.config.max_position_embeddings
     object.__setattr__(v2.config, "max_position_embeddings", 16)
     try:
-        steps = list(generate_batch(v2, [[5, 6, 7]], Request(), v2.new_cache()))
-        assert len(steps) == 13
+        assert len(answered(v2, [5, 6, 7], Request()).tokens) == 13
         with pytest.raises(UsageError, match="16 tokens"):
             check_prompt(v2.config, [5] * 16)
     finally:
@@ -124,7 +120,5 @@ def test_the_context_limit_ends_the_text(v2):
 
 
 def test_without_a_tokenizer_tokens_still_come(v2):
-    result = Result()
-    request = Request(SamplingParams(temperature=0), max_new_tokens=4)
-    assert "".join(stream_text(v2, None, [1, 2, 3], request, v2.new_cache(), result)) == ""
-    assert len(result.tokens) == 4 and result.finish_reason == "length"
+    result = answered(v2, [1, 2, 3], Request(SamplingParams(temperature=0), max_new_tokens=4))
+    assert result.text == "" and len(result.tokens) == 4 and result.finish_reason == "length"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CPU, golden_folders
+from rows import Rows, answered
 from safetensors.torch import load_file
 
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.engine.generate import generate_batch
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.model.step import Step
 from dsv2cli.run.runner import ATTENTION_PATHS, PlainRunner
@@ -24,19 +24,18 @@ def test_logits_and_greedy_text_are_those_of_the_official_code(folder, path):
     golden = load_file(folder / "golden.safetensors")
     model = PlainRunner(load_model(folder, CPU), path)
     for prompt in "ABC":
-        ids = golden[f"{prompt}.input_ids"].long().view(1, -1)
+        ids = golden[f"{prompt}.input_ids"].long().flatten()
         torch.testing.assert_close(
-            model.logits(model.model(ids, Step.after(None, ids, model.model.rotary, path)))[0],
+            model.logits(model.model(ids, Step.apart(1, len(ids), model.model.rotary, CPU, path))),
             golden[f"{prompt}.logits"],
             rtol=0,
             atol=TOLERANCE,
         )
-        cache = model.new_cache()
-        one_by_one = torch.cat([model.logits(model(token, cache))[0] for token in ids.split(1, dim=1)])
+        row = Rows(model)
+        one_by_one = torch.cat([row.scores([token]) for token in ids.tolist()])
         torch.testing.assert_close(one_by_one, golden[f"{prompt}.decode_logits"], rtol=0, atol=TOLERANCE)
         request = Request(SamplingParams(temperature=0), max_new_tokens=32)
-        greedy = [row.id for (row,) in generate_batch(model, ids.tolist(), request, model.new_cache())]
-        assert greedy == golden[f"{prompt}.greedy_ids"].tolist()
+        assert answered(model, ids.tolist(), request).token_ids == golden[f"{prompt}.greedy_ids"].tolist()
 
 
 @pytest.mark.parametrize("name", ["dense_only", "real_dims"])
@@ -48,5 +47,5 @@ def test_half_precision_mostly_picks_the_same_tokens(name, dtype):
         pytest.skip("this checkpoint is only in the shared folder")
     golden = load_file(folder / "golden.safetensors")
     model = load_model(folder, CPU, dtype)
-    ours = model.logits(model(golden["A.input_ids"].long().view(1, -1)))[0].argmax(-1)
+    ours = model.logits(model(golden["A.input_ids"].long().flatten())).argmax(-1)
     assert (ours == golden["A.logits"].argmax(-1)).float().mean() >= 0.85

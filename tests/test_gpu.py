@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from conftest import DATA, ROOT, golden_folders, smallest_config
+from rows import Rows, answered, scores_of
 from running import run_dsv2
 from safetensors.torch import load_file
 from test_native import close, quantize
@@ -21,10 +22,11 @@ pytest.importorskip("triton")
 import gpu_table
 
 from dsv2cli.checkpoint.load import load_model, random_model
-from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import generate_batch, prefill, speculate
+from dsv2cli.engine.pages import Sequence
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.sampling import distribution, sample_rows
+from dsv2cli.engine.scheduler import Job, Scheduler
+from dsv2cli.formats import PAGE
 from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
 from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
@@ -243,8 +245,8 @@ ATTENTIONS += [(16, 128, 64, 128, 512)] if DEVICE.type == "cuda" else []
 
 @pytest.mark.parametrize(("sizes", "dtype"), by_turns(ATTENTIONS))
 def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
-    """Rows of different lengths in other slots, one that is not there, two new tokens of one row; few tokens
-    and more.
+    """Sequences of different lengths in other rows, whose pages lie anywhere, one that is not there, two new
+    tokens of one row; few tokens and more.
     """
     heads, nope, rope, value, rank = sizes
     torch.manual_seed(4)
@@ -253,23 +255,24 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
         random(heads * (nope + value), rank, dtype=dtype) * rank**-0.5,
         (torch.rand(rank) + 0.5).to(DEVICE, dtype),
     )
+    tables = torch.tensor([[4, 8, 1], [7, 0, 2], [3, 6, 5]], device=DEVICE)  # of three rows
     for positions, slots in [
         ([0], [0]),
         ([130, 3, -1, 70, 71], [2, 0, 0, 1, 1]),
         ([*range(40, 49)], [0] * 9),
     ]:
         count = len(positions)
-        cache = random(3, 160, rank + rope, dtype=dtype)
+        cache = random(9, PAGE, rank + rope, dtype=dtype)
         both = random(count, heads * (nope + rope) + rank + rope, dtype=dtype)
         q, kv = both.split([heads * (nope + rope), rank + rope], dim=1)
         angles = random(count, rope // 2)
         rotary = torch.stack([angles.cos(), angles.sin()], dim=1)
         plain = cache.clone()
-        k_rope = rotate(kv[:, None, None, rank:], rotary[:, None])[:, 0, 0]
+        k_rope = rotate(kv[:, None, rank:], rotary)[:, 0]
         rows = torch.cat([rms_norm(kv[:, :rank], kv_norm, 1e-6), k_rope], dim=1)
         for i, (position, slot) in enumerate(zip(positions, slots, strict=True)):
             if position >= 0:
-                plain[slot, position] = rows[i]
+                plain[tables[slot, position // PAGE], position % PAGE] = rows[i]
         got = gpu_attention.attend(
             q,
             kv,
@@ -278,6 +281,7 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
             rotary,
             torch.tensor(positions, device=DEVICE).int(),
             torch.tensor(slots, device=DEVICE).int(),
+            tables.int(),
             cache,
             shape,
         )
@@ -286,17 +290,10 @@ def test_attention_over_the_cache_equals_the_plain_one(sizes, dtype):
             if position < 0:
                 continue
             q_nope, q_rope = q[i].view(1, 1, heads, -1).split([nope, rope], dim=-1)
-            visible = plain[slot, None, : position + 1]
-            mask = attention.visible(torch.tensor([[position]], device=DEVICE), position + 1)
-            wanted = attention.attend(
-                q_nope,
-                rotate(q_rope, rotary[i, None, None]),
-                visible,
-                kv_b.view(heads, -1, rank),
-                lambda mask=mask: mask,
-                shape.scale,
-                "reference",
-            )
+            seen = plain[tables[slot]].flatten(0, 1)[None, : position + 1]
+            q_rope = rotate(q_rope[0], rotary[i, None])[None]
+            w = kv_b.view(heads, -1, rank)
+            wanted = attention.attend(q_nope, q_rope, seen, w, shape.scale, "reference")
             close(got[i], wanted.flatten(), 3 * ROUNDING[dtype])
 
 
@@ -324,10 +321,10 @@ def random_smallest(format=None):
 @torch.inference_mode()
 def test_a_whole_model_gives_the_plain_paths_logits(make):
     def logits(model):
-        cache = model.new_cache(2)
-        first = prefill(model, [[1, 2, 3], [*range(20)]], cache)
-        ids = [torch.full((2, 1), 9 + i, device=DEVICE) for i in range(2)]
-        return torch.stack([first, *(model.decode(each, cache)[:, 0].clone() for each in ids)])
+        rows = Rows(model, 2, 128)
+        first = rows.last([1, 2, 3], [*range(20)], whole=True)
+        mixed = rows.last([4], [*range(5, 17)])  # a token, and more than the kernels take
+        return torch.stack([first, mixed, *(rows.decode([9 + i], [9 + i])[:, 0] for i in range(2))])
 
     model = make()
     plain, fast = both_ways(logits, model)
@@ -341,13 +338,12 @@ def test_a_whole_model_gives_the_plain_paths_logits(make):
 @torch.inference_mode()
 def test_layers_whose_parts_lie_apart_run_product_by_product():
     """As a team's do, and those whose experts are in RAM."""
-    model, ids = random_smallest("int4"), torch.tensor([[1, 2, 3]], device=DEVICE)
-    runner = PlainRunner(model)
-    plain = runner.logits(runner(ids, runner.new_cache()))
+    model = random_smallest("int4")
+    plain = scores_of(PlainRunner(model), [1, 2, 3])
     runner = TritonRunner(model, graphs=True, apart=True)
     assert not runner.decodes_ahead and not runner.layers
     assert model.layers[1].mlp.experts.product is not None
-    close(runner.logits(runner(ids, runner.new_cache())), plain, 1e-5)
+    close(scores_of(runner, [1, 2, 3]), plain, 1e-5)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="interpreted, these would take an hour")
@@ -359,48 +355,38 @@ def test_graphs_give_the_logits_and_the_text_of_the_official_code(folder):
         pytest.skip("the kernels know no attention_bias")
     model = TritonRunner(model, graphs=True)
     for prompt in "ABC":
-        ids, cache = golden[f"{prompt}.input_ids"].long().view(1, -1).to(DEVICE), model.new_cache()
-        one_by_one = torch.cat([model.decode(token, cache)[0].clone() for token in ids.split(1, dim=1)])
+        ids, row = golden[f"{prompt}.input_ids"].flatten().tolist(), Rows(model)
+        one_by_one = torch.cat([row.decode([token])[0] for token in ids])
         torch.testing.assert_close(one_by_one.cpu(), golden[f"{prompt}.decode_logits"], rtol=0, atol=5e-4)
-        steps = generate_batch(model, ids.tolist(), Request(GREEDY, 32), model.new_cache())
-        assert [token.id for (token,) in steps] == golden[f"{prompt}.greedy_ids"].tolist()
+        assert answered(model, ids, Request(GREEDY, 32)).token_ids == golden[f"{prompt}.greedy_ids"].tolist()
 
 
 @torch.inference_mode()
 def test_generating_ahead_of_the_reader_gives_the_same_tokens_and_ends_where_it_should():
     def tokens(model):
-        eos = frozenset(
-            [
-                int(
-                    model.logits(model(torch.tensor([[7, 8]], device=DEVICE), model.new_cache()))[
-                        0, -1
-                    ].argmax()
-                )
-            ]
-        )
+        eos = frozenset([int(scores_of(model, [7, 8])[-1].argmax())])
         out = []
         for prompts, request in (
             ([[5, 6, 7]], Request(GREEDY, 4)),
             ([[7, 8], [9]], Request(GREEDY, 3, eos)),
             ([[7, 8]], Request(SamplingParams(temperature=0.7, top_k=5), 3, seed=3, logprobs=2)),
         ):
-            cache = model.new_cache(len(prompts))
-            steps = list(generate_batch(model, prompts, request, cache))
-            out.append([[token and token.id for token in step] for step in steps])
-            again = [*prompts[0], *(step[0].id for step in steps if step[0] is not None)]
-            assert cache.lengths[0] >= len(prompts[0]) + len(steps) - 1
-            # What is said to be in the cache is there: going on from it is going on from the text.
-            if len(prompts) == 1:
-                length = min(cache.lengths[0], len(again) - 1)
-                cache.truncate(length)
-                close(
-                    prefill(model, [again[length:]], cache), prefill(model, [again], model.new_cache()), 1e-4
-                )
+            scheduler = Scheduler(model, None, tokens=256)
+            sequences = [Sequence(scheduler.books[0]) for _ in prompts]
+            jobs = [Job(ids, request, after=each) for ids, each in zip(prompts, sequences, strict=True)]
+            assert list(scheduler.in_order(jobs)) == jobs
+            out.append([(job.result.token_ids, job.result.finish_reason) for job in jobs])
+            # What is said to be in the pool is there: going on from it is going on from the text.
+            again = prompts[0] + jobs[0].result.token_ids
+            assert sequences[0].length == len(again) - 1
+            after = Job(again, Request(GREEDY, 2), after=sequences[0])
+            list(scheduler.stream(after))
+            assert after.result.token_ids == answered(model, again, Request(GREEDY, 2)).token_ids
         return out
 
     plain, fast = both_ways(tokens, random_smallest())
     assert plain == fast
-    assert fast[1][0][0] is not None and all(step[0] is None for step in fast[1][1:])
+    assert fast[1][0] == (fast[1][0][0][:1], "stop") and len(fast[1][1][0]) == 3
 
 
 @torch.inference_mode()
@@ -411,10 +397,8 @@ def test_a_batch_whose_rows_end_at_different_times_and_drafts_give_the_same_toke
             Job([9], Request(GREEDY, 1)),
             Job([3, 4], Request(GREEDY, 2)),
         ]
-        batch = [job.result.token_ids for job in run_batch(model, None, jobs, 2)]
-        cache, prompt = model.new_cache(), [1, 2, 3, 1, 2]
-        drafted = speculate(model, [prompt], Request(GREEDY, 3), cache, prefill(model, [prompt], cache))
-        return batch, [token.id for (token,) in drafted]
+        batch = [job.result.token_ids for job in Scheduler(model, None, 2, 512).in_order(jobs)]
+        return batch, answered(model, [1, 2, 3, 1, 2], Request(GREEDY, 3, speculate=True)).token_ids
 
     plain, fast = both_ways(tokens, random_smallest())
     assert plain == fast

@@ -39,7 +39,7 @@ def test_the_counts_are_those_of_the_model_itself(folder):
     counted = {part.name: part.parameters for part in size.parts(config)}
     assert sum(counted.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert counted["attention"] == sum(p.numel() for n, p in model.named_parameters() if ".self_attn." in n)
-    assert PlainRunner(model).new_cache().bytes_per_token() == size.kv_bytes_per_token(config, "bfloat16")
+    assert PlainRunner(model).new_pool(1).bytes_per_token() == size.kv_bytes_per_token(config, "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CPU, DATA, SHARED
+from rows import Rows, answered, together
 
 from dsv2cli.checkpoint.blueprint import empty_model
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.benchmark import transformers_twin
-from dsv2cli.engine.generate import generate_batch, prefill
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels import attention, experts
@@ -37,40 +37,34 @@ def close(a, b, atol=1e-4):
 def test_prefill_in_chunks_equals_one_pass(v2, length):
     ids = random_ids(length)
     with torch.inference_mode():
-        whole = v2.logits(v2.model(torch.tensor([ids]))[:, -1])
-        close(prefill(v2, [ids], v2.new_cache()), whole, atol=5e-4)
+        whole = v2.logits(v2.model(torch.tensor(ids))[-1:])
+    row = Rows(v2)
+    for start in range(0, length, 512):
+        scores = row.last(ids[start : start + 512], whole=True)
+    close(scores, whole, atol=5e-4)
 
 
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(v2):
     prompts = [random_ids(length, seed=length) for length in (3, 700, 1, 40)]
-    together = [
-        list(rows) for rows in zip(*generate_batch(v2, prompts, GREEDY, v2.new_cache(4)), strict=True)
-    ]
-    for prompt, tokens in zip(prompts, together, strict=True):
-        alone = [token.id for (token,) in generate_batch(v2, [prompt], GREEDY, v2.new_cache())]
-        assert [token.id for token in tokens] == alone
+    assert together(v2, prompts, GREEDY) == [answered(v2, ids, GREEDY).token_ids for ids in prompts]
 
 
 def test_a_row_that_ends_leaves_the_others_as_they_were(v2):
     prompts = [random_ids(9, seed=seed) for seed in (1, 2)]
-    alone = [
-        [token.id for (token,) in generate_batch(v2, [prompt], GREEDY, v2.new_cache())] for prompt in prompts
-    ]
+    alone = [answered(v2, ids, GREEDY).token_ids for ids in prompts]
     eos = alone[0][3]
     assert eos not in alone[1]
     request = replace(GREEDY, eos_ids=frozenset([eos]))
-    rows = list(zip(*generate_batch(v2, prompts, request, v2.new_cache(2)), strict=True))
-    assert [token.id for token in rows[0] if token is not None] == alone[0][:4]
-    assert [token.id for token in rows[1]] == alone[1]
+    assert together(v2, prompts, request) == [alone[0][:4], alone[1]]
 
 
-def test_a_truncated_cache_continues_as_if_the_rest_had_never_been(v2):
+def test_a_truncated_sequence_continues_as_if_the_rest_had_never_been(v2):
     ids, others = random_ids(60), random_ids(60, seed=9)
-    cache = v2.new_cache()
-    prefill(v2, [ids[:40] + others], cache)
-    cache.truncate(40)
-    close(prefill(v2, [ids[40:]], cache), prefill(v2, [ids], v2.new_cache()))
-    assert cache.lengths == [60]
+    row = Rows(v2)
+    row.scores(ids[:40] + others, whole=True)
+    row.sequences[0].truncate(40)
+    close(row.last(ids[40:], whole=True), Rows(v2).last(ids, whole=True))
+    assert row.lengths == [60]
 
 
 @pytest.mark.parametrize(("batch", "seq", "past"), [(1, 1, 0), (1, 1, 37), (2, 3, 5), (1, 9, 0), (3, 1, 8)])
@@ -79,9 +73,8 @@ def test_absorbed_and_expanded_attention_equal_the_reference(batch, seq, past):
     heads, nope, rope, value, rank = 3, 24, 16, 20, 32
     q_nope, q_rope = torch.randn(batch, seq, heads, nope), torch.randn(batch, seq, heads, rope)
     cached, kv_b_proj = torch.randn(batch, past + seq, rank + rope), torch.randn(heads, nope + value, rank)
-    mask = attention.visible((past + torch.arange(seq)).expand(batch, seq), past + seq)
     wanted, *others = [
-        attention.attend(q_nope, q_rope, cached, kv_b_proj, lambda: mask, 0.2, path)
+        attention.attend(q_nope, q_rope, cached, kv_b_proj, 0.2, path)
         for path in ("reference", "absorbed", "expanded", "auto")
     ]
     assert wanted.shape == (batch, seq, heads, value)
@@ -169,10 +162,10 @@ def test_transformers_own_model_gives_the_same_logits(raw, tmp_path):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, 0.0, 0.3)
     twin = transformers_twin(PlainRunner(model), tmp_path)
-    ids = torch.tensor([random_ids(50)])
+    ids = torch.tensor(random_ids(50))
     ours = model.logits(model(ids))
     assert ours.std() > 0.1, "a model that says nothing proves nothing"
-    close(ours, twin(input_ids=ids).logits, atol=2e-4)
+    close(ours, twin(input_ids=ids[None]).logits[0], atol=2e-4)
 
 
 def test_a_checkpoint_saved_by_transformers_5_loads(tmp_path):
@@ -182,7 +175,7 @@ def test_a_checkpoint_saved_by_transformers_5_loads(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(DATA / "golden" / "v2", dtype=torch.float32)
     theirs.save_pretrained(tmp_path)
     assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
-    ids = torch.tensor([random_ids(30)])
+    ids = torch.tensor(random_ids(30))
     with torch.inference_mode():
         ours = load_model(tmp_path, CPU, torch.float32)
         close(ours.logits(ours(ids)), load_v2_logits(ids), atol=1e-5)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rows import Rows
 
 from dsv2cli.checkpoint.blueprint import make_quantized
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.engine.generate import prefill
 from dsv2cli.formats import GROUP
 from dsv2cli.kernels import build, native
 from dsv2cli.kernels.quantized import Quantized, pack_reference, round_activations
@@ -88,13 +88,11 @@ def test_a_scale_is_searched_for():
 
 def logits_of(model, prompts, steps):
     """Prefill and then fixed tokens one by one, for a batch of prompts of different lengths."""
-    with torch.inference_mode():
-        cache = model.new_cache(len(prompts))
-        out = [prefill(model, prompts, cache)]
-        for step in range(steps):
-            ids = torch.full((len(prompts), 1), step % model.config.vocab_size)
-            out.append(model.logits(model(ids, cache)[:, -1]))
-        return torch.stack(out)
+    rows = Rows(model, len(prompts))
+    out = [rows.last(*prompts, whole=True)]
+    for step in range(steps):
+        out.append(rows.last(*[[step % model.config.vocab_size]] * len(prompts)))
+    return torch.stack(out)
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: path.name)
@@ -123,7 +121,7 @@ def test_a_gate_far_below_zero_shuts_and_one_far_above_lets_through(kernels):
     gate = mlp.gate_up_proj.data.chunk(2)[0]
     torch.manual_seed(4)
     for size in (1, 3):
-        x = torch.ones(1, size, gate.shape[1]).bfloat16()  # its norm is itself, so the gate is the weight
+        x = torch.ones(size, gate.shape[1]).bfloat16()  # its norm is itself, so the gate is the weight
         layer.post_attention_layernorm.weight.data.fill_(1.0)
         for weight in (-100.0, -200.0, 200.0):
             gate.fill_(weight / gate.shape[1])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, golden_folders, load
+from rows import Rows, scores_of
 from running import run_dsv2
 from safetensors.torch import load_file
 
@@ -42,12 +43,10 @@ def test_layers_on_disk_give_the_same_logits(folder, format, tmp_path):
     model = placed(folder, config, format, places, tmp_path)
     alone = load(folder, format=format)
     assert any(parameter.device.type == "meta" for parameter in model.model.parameters())
-    ids = golden["A.input_ids"].view(1, -1)
-    with torch.inference_mode():
-        outputs = []
-        for one in (model, alone):
-            cache = one.new_cache()
-            outputs.append(torch.cat([one.logits(one(ids, cache))[0], one.logits(one(ids[:, :1], cache))[0]]))
+    ids, outputs = golden["A.input_ids"].flatten().tolist(), []
+    for one in (model, alone):
+        row = Rows(one)
+        outputs.append(torch.cat([row.scores(ids, whole=True), row.scores(ids[:1])]))
     assert torch.equal(outputs[0], outputs[1])
     if format is None:
         assert (outputs[0][:-1] - golden["A.logits"]).abs().max() < 1e-3
@@ -60,8 +59,7 @@ def test_a_layer_is_in_memory_only_while_it_runs(tmp_path):
     model = placed(folder, config, None, places, tmp_path)
     norm = model.model.layers[1].input_layernorm
     assert isinstance(norm, RMSNorm) and norm.weight.device.type == "meta"
-    with torch.inference_mode():
-        model(torch.tensor([[1, 2]]), model.new_cache())
+    scores_of(model, [1, 2])
     assert all(parameter.device.type == "meta" for parameter in model.model.parameters())
 
 

@@ -23,13 +23,13 @@ ORDER = """
 errors outside formats memory places device team
 kernels.build kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
-model.config model.share model.size model.rope model.cache model.step model.layers model.transformer
+model.config model.share model.size model.rope model.pool model.step model.layers model.transformer
 checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.found
 checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
 checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.cpu run.gpu run.leader run.open run.worker
-engine.grammar engine.request engine.sampling engine.generate engine.batch engine.session engine.store
-engine.latents engine.journal engine.benchmark engine.needle
+engine.grammar engine.request engine.sampling engine.text engine.pages engine.scheduler engine.session
+engine.store engine.latents engine.journal engine.benchmark engine.needle
 cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete
 cli.attach cli.talk cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
 cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__

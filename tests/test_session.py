@@ -57,7 +57,7 @@ def test_a_prompt_that_is_stopped_between_two_parts_keeps_what_was_read(session)
 
     with pytest.raises(KeyboardInterrupt):
         reply(session, long, reading=stop_at_the_second)
-    assert told[0][0] == 0 and told[1][0] == len(session.cached_ids) == session.cache.lengths[0] > 0
+    assert told[0][0] == 0 and told[1][0] == len(session.cached_ids) == session.sequence.length > 0
     answer, result = reply(session, long)
     assert result.reused_tokens == told[1][0] and answer == fresh(session, long)
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import CPU, DATA, golden_folders, load
+from rows import Rows, answered, scores_of
 from running import run_dsv2, run_process
 from safetensors.torch import load_file, save_file
 
@@ -24,9 +25,8 @@ from dsv2cli.checkpoint.blueprint import empty_model, make_quantized, weights_by
 from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.checkpoint.pack import quantize_checkpoint
-from dsv2cli.engine.batch import Job, run_batch
-from dsv2cli.engine.generate import generate_batch, prefill
 from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import UsageError
 from dsv2cli.kernels import native
 from dsv2cli.model.config import DeepseekV2Config
@@ -101,30 +101,19 @@ def distances(model, folder, format):
     alone = load(folder, format=format)
     worst, same = 0.0, True
     for prompt in "ABC":
-        ids = golden[f"{prompt}.input_ids"].flatten()
-        expected = (
-            golden[f"{prompt}.logits"]
-            if format is None
-            else alone.logits(alone(ids[None], alone.new_cache()))[0]
-        )
-        cache, own = model.new_cache(), alone.new_cache()
-        found = model.logits(model(ids[None], cache))[0]
-        alone(ids[None], own)  # every rank holds the whole cache, also one that has no head
-        worst = max(
-            worst,
-            *(
-                float((a - b)[:, : len(ids)].abs().max())
-                for a, b in zip(cache.layers, own.layers, strict=True)
-            ),
-        )
-        worst = max(worst, float((found - expected).abs().max()))
+        ids = golden[f"{prompt}.input_ids"].flatten().tolist()
+        row, own = Rows(model), Rows(alone)
+        found, expected = row.scores(ids, whole=True), own.scores(ids, whole=True)
+        expected = golden[f"{prompt}.logits"] if format is None else expected
+        # Every rank holds all latents, also one that has no head.
+        pages = row.sequences[0].pages
+        pairs = zip(model.read(row.pool, pages, len(ids)), alone.read(own.pool, pages, len(ids)), strict=True)
+        distances = [float((a - b).abs().max()) for a, b in pairs]
+        worst = max(worst, *distances, float((found - expected).abs().max()))
         if prompt != "A":  # ranks on few cores wait for each other most of the time
             continue
         request = Request(SamplingParams(0.0), STEPS)
-        greedy, wanted = (
-            [row[0].id for row in generate_batch(one, [ids.tolist()], request, one.new_cache())]
-            for one in (model, alone)
-        )
+        greedy, wanted = (answered(one, ids, request).token_ids for one in (model, alone))
         same = greedy == (golden[f"{prompt}.greedy_ids"].tolist()[:STEPS] if format is None else wanted)
     return worst, same
 
@@ -150,9 +139,7 @@ def compare_packed(rank, size, port, folder, out):
             follow(own)
             continue
         model = Leader(own)
-        alone, ids = load(packed), torch.arange(1, 30)[None]
-        with torch.inference_mode():
-            found, expected = (one.logits(one(ids, one.new_cache()))[0] for one in (model, alone))
+        found, expected = (scores_of(one, [*range(1, 30)]) for one in (model, load(packed)))
         model.stop()
         worst[packed.name] = float((found - expected).abs().max())
     if rank == 0:
@@ -181,9 +168,7 @@ def compare_fast(rank, size, port, format, folder, out):
         model = Leader(own)
         alone = CppRunner(load_model(Path(folder), CPU, torch.bfloat16, **options), kernels)
         exact = load(Path(folder), CPU, torch.float32, **options)
-        ids = torch.arange(1, 30)[None]
-        with torch.inference_mode():
-            logits = [one.logits(one(ids, one.new_cache()))[0].float() for one in (model, alone, exact)]
+        logits = [scores_of(one, [*range(1, 30)]).float() for one in (model, alone, exact)]
         model.stop()
         Path(out).write_text(
             json.dumps([float((found - logits[2]).norm() / logits[2].norm()) for found in logits[:2]])
@@ -219,19 +204,12 @@ def compare_triton(rank, size, port, format, folder, out):
     else:
         model = Leader(own)
         alone, prompt = load(folder, format=format), [5, 6, 7]
-        with torch.inference_mode():
-            texts = [
-                [
-                    row[0].id
-                    for row in generate_batch(one, [prompt], Request(SamplingParams(0.0), 3), one.new_cache())
-                ]
-                for one in (model, alone)
-            ]
-            rows = []
-            for one in (model, alone):
-                cache = one.new_cache(2)
-                prefill(one, [prompt, [8]], cache)
-                rows.append(one.decode(torch.tensor([[9]]), cache, [1])[0, 0].clone())
+        request, rows = Request(SamplingParams(0.0), 3), []
+        texts = [answered(one, prompt, request).token_ids for one in (model, alone)]
+        for one in (model, alone):
+            both = Rows(one, 2, 128)
+            both.scores(prompt, [8], whole=True)
+            rows.append(both.decode([], [9])[0, 0])
         model.stop()
         Path(out).write_text(json.dumps([model.decodes_ahead, texts, float((rows[0] - rows[1]).abs().max())]))
     dist.destroy_process_group()
@@ -257,17 +235,13 @@ def compare_sequences(rank, size, port, format, folders, out):
             continue
         model, alone = Leader(own), load(folder, format=format)
         prompts = [list(range(1, 20)), [5, 6], [7], list(range(3, 30))]
-        with torch.inference_mode():
-            texts, scores = [], []
-            for one in (model, alone):
-                cache = one.new_cache(len(prompts))
-                scores.append(
-                    torch.stack(
-                        [prefill(one, prompts, cache), one.logits(one(torch.tensor([[9]] * 4), cache)[:, -1])]
-                    )
-                )
-                jobs = [Job(prompt, Request(SamplingParams(0.0), 2 + i)) for i, prompt in enumerate(prompts)]
-                texts.append([job.result.token_ids for job in run_batch(one, None, jobs, 3)])
+        texts, scores = [], []
+        for one in (model, alone):
+            rows = Rows(one, len(prompts), 128)
+            scores.append(torch.stack([rows.last(*prompts, whole=True), rows.last(*[[9]] * 4)]))
+            jobs = [Job(prompt, Request(SamplingParams(0.0), 2 + i)) for i, prompt in enumerate(prompts)]
+            done = Scheduler(one, None, 3, 1024).in_order(jobs)
+            texts.append([job.result.token_ids for job in done])
         model.stop()
         results[folder.name] = float((scores[0] - scores[1]).abs().max()), texts[0] == texts[1]
     if rank == 0:
@@ -285,12 +259,29 @@ def test_ranks_with_sequences_of_their_own_say_what_one_says(size, format, tmp_p
         assert distance < 1e-3 and same, (name, distance, same)
 
 
-def test_a_rank_keeps_the_latents_of_its_own_sequences_only():
-    for size, batch in ((2, 5), (3, 2)):
-        teams = [Team(rank, size, sequences=True) for rank in range(size)]
-        caches = [load(Path(V2), team=team).new_cache(batch) for team in teams]
-        assert [row for cache in caches for row in cache.own] == list(range(batch))
-        assert all(len(cache.layers[0]) == len(cache.own) for cache in caches)
+def own_latents(rank, size, port, folder, out):
+    """A rank writes down which pages of its pool hold something after a step of all."""
+    join(rank, size, port)
+    own = load(folder, team=Team(rank, size, sequences=True))
+    pools, new_pool = [], own.new_pool
+    own.new_pool = lambda tokens=None: pools.append(new_pool(tokens)) or pools[-1]
+    if rank > 0:
+        follow(own)
+    else:
+        model = Leader(own)
+        Rows(model, 5, 64).scores(*[[7, 8, 9]] * 5, whole=True)
+        model.stop()
+    held = [int((layer != 0).flatten(1).any(1).sum()) for layer in pools[0].layers]
+    Path(f"{out}.{rank}").write_text(json.dumps(held))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("size", "held"), [(2, [3, 2]), (3, [2, 2, 1])])
+def test_a_rank_keeps_the_latents_of_its_own_sequences_only(size, held, tmp_path):
+    out = tmp_path / "out"
+    in_ranks(own_latents, size, Path(V2), str(out))
+    for rank, pages in enumerate(held):
+        assert set(json.loads(Path(f"{out}.{rank}").read_text())) == {pages}
 
 
 def test_sequences_of_their_own_are_for_batches_and_for_several_ranks(tmp_path):
@@ -396,10 +387,9 @@ def measure(rank, size, port, folder, out):
             follow(own)
         else:
             model = Leader(own)
-            cache = model.new_cache(4)
-            cache.grow(8192)
-            for _ in range(2):
-                model(torch.zeros(4, 1, dtype=torch.long), cache)
+            cache = Rows(model, 4, 8192)
+            cache.pool.blocks[0].fill_(0.5)  # as when all of it is used
+            cache.scores(*[[0]] * 4)
             model.stop()
             grown = memory().rss - before
     if rank == 0:

@@ -32,6 +32,7 @@ from dsv2cli.checkpoint.blueprint import empty_model
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.model.config import DeepseekV2Config, RopeScaling
+from dsv2cli.model.step import Step
 from dsv2cli.model.transformer import DeepseekV2, MoEGate
 from training.corpus import BOS, CHAT_TEMPLATE, EOS, documents, rule_made, token_rows, train_tokenizer
 
@@ -101,7 +102,8 @@ def next_token_loss(model: DeepseekV2, rows: Tensor) -> Tensor:
             return F.cross_entropy(model.logits(hidden), targets, reduction="sum")
 
     with torch.autocast(rows.device.type, dtype=torch.bfloat16):
-        hidden = model(rows[:, :-1]).flatten(0, 1)
+        step = Step.apart(len(rows), rows.shape[1] - 1, model.rotary, rows.device)
+        hidden = model(rows[:, :-1].flatten(), step)
     targets = rows[:, 1:].flatten()
     slices = zip(hidden.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True)
     return torch.stack([checkpoint(slice_loss, *pair, use_reentrant=False) for pair in slices]).sum() / len(

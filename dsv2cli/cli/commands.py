@@ -475,7 +475,7 @@ def tokens(talk: Talk, rest: str) -> None:
         talk.screen.note(f"{len(ids)} tokens: {ids}")
         return
     used, session = talk.count(talk.journal.messages()), talk.model.made.get("session")
-    held = len(session.cached_ids) * session.cache.bytes_per_token() if session is not None else 0
+    held = len(session.cached_ids) * session.scheduler.pool.bytes_per_token() if session is not None else 0
     share = f"context {used:,} of {talk.limit:,} tokens ({used / talk.limit:.0%})"
     talk.screen.note(f"{share} \u00b7 cache {held / 1e6:.1f} MB")
 

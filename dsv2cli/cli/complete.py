@@ -20,7 +20,7 @@ from dsv2cli.run.wish import BatchWish, Wish
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.checkpoint.tokenizer import Tokenizer
-    from dsv2cli.engine.request import Request, Result
+    from dsv2cli.engine.request import Request, Result, Token
     from dsv2cli.run.open import Opened
 
 CUT_OFF = 3  # the exit code of --fail-on-length
@@ -63,6 +63,10 @@ class Output:
     logprobs: Annotated[
         int | None, typer.Option(min=0, help="Report the K likeliest of each token; implies --json.")
     ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Report each prompt token's score and the K likeliest; implies --json."),
+    ] = None
     echo: Annotated[
         bool,
         typer.Option("--echo", help="Print the prompt before its continuation, and what follows a hole."),
@@ -98,7 +102,7 @@ class Output:
 
     @property
     def as_json(self) -> bool:
-        return self.json or self.logprobs is not None
+        return self.json or self.logprobs is not None or self.prompt_logprobs is not None
 
 
 @opt.unfolded
@@ -125,6 +129,7 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
     # What is wrong with the prompt is said before the weights are read.
     checkpoint = find(prompt.model)
     request = sampling.request(checkpoint, output.logprobs, sampling.ignore_eos, sampling.speculate)
+    request = replace(request, prompt_logprobs=output.prompt_logprobs)
     asked, tokenizer = None, None
     if not prompt.many:
         from dsv2cli.engine.request import check_prompt
@@ -168,17 +173,13 @@ def refuse_mixtures(
         raise UsageError("Both --regex and --json-schema are given", fix="leave one of them out")
     for option, count in (("--samples", sampling.samples), ("--batch-size", sampling.batch_size)):
         opt.refuse_too_many(option, count, count)
-    alone = (
-        sampling.samples > 1 or sampling.speculate or output.dry_run or output.echo or output.fail_on_length
-    )
+    alone = sampling.samples > 1 or output.dry_run or output.echo or output.fail_on_length
     if prompt.many and alone:
-        without = "--samples, --speculate, --dry-run, --echo and --fail-on-length"
+        without = "--samples, --dry-run, --echo and --fail-on-length"
         raise UsageError(f"{source} goes without {without}")
     if wish.sequences and not prompt.many and not output.dry_run:
         why = "one sequence can be attended to by one rank alone"
         raise UsageError("--split-attention sequences is for --batch", why=why, fix="leave it out")
-    if sampling.speculate and sampling.samples > 1:
-        raise UsageError("--speculate is for one answer at a time", fix="leave --samples out")
 
 
 def one(
@@ -187,10 +188,12 @@ def one(
     """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0, and
     Dsv2Error for an answer that could not be brought to its end.
     """
-    from dsv2cli.engine.generate import stream_text, without_first_blank
-    from dsv2cli.engine.request import Result
+    from dsv2cli.engine.scheduler import Job, Scheduler
+    from dsv2cli.engine.text import without_first_blank
 
-    result, cache = Result(prompt_ids=asked.ids), opened.runner.new_cache()
+    job = Job(asked.ids, request)
+    result = job.result
+    result.prompt_ids = asked.ids
     failure: Dsv2Error | None = None  # scores that are no numbers, or a form that leads nowhere
     ended: Any = None  # the exit code, where it was interrupted
     if not output.as_json:
@@ -198,7 +201,7 @@ def one(
     try:
         shown = without_first_blank if asked.blank else iter
         # No name holds the stream: where this is interrupted it ends at once, and says so in the result.
-        for piece in shown(stream_text(opened.runner, tokenizer, asked.ids, request, cache, result)):
+        for piece in shown(Scheduler(opened.runner, tokenizer).stream(job)):
             if piece and not output.as_json:
                 ui.write(piece)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -240,7 +243,7 @@ def several(
     Raises typer.Exit where one ended at the token limit and that is a failure, Dsv2Error where one could not
     be brought to its end.
     """
-    from dsv2cli.engine.batch import Job, run_samples
+    from dsv2cli.engine.scheduler import Job, Scheduler
 
     jobs = [Job(asked.ids, replace(request, seed=request.seed + i)) for i in range(count)]
     cut_off, failed = False, ""
@@ -250,7 +253,7 @@ def several(
         ui.write_json(report(job.result, opened, job.request, asked, output.echo, job.error))
 
     try:
-        for job in run_samples(opened.runner, tokenizer, jobs):
+        for job in Scheduler(opened.runner, tokenizer, width=count).samples(jobs):
             cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
             tell(left.pop(0))
     except (KeyboardInterrupt, SystemExit) as error:
@@ -368,10 +371,6 @@ def report(
     """The --json object. What is known of the words around the answer comes with `asked`; `error` is why it
     could not be brought to its end.
     """
-    logprobs = [
-        {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
-        for token in result.tokens
-    ]
     text = result.text
     if asked is not None:
         text = asked.start + (text.removeprefix(" ") if asked.blank else text)
@@ -382,7 +381,8 @@ def report(
         "prompt_ids": result.prompt_ids,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
-        "logprobs": None if request.logprobs is None else logprobs,
+        "logprobs": None if request.logprobs is None else scores_of(result.tokens),
+        "prompt_logprobs": None if request.prompt_logprobs is None else scores_of(result.prompt_tokens),
         "usage": {
             "prompt_tokens": len(result.prompt_ids),
             "generated_tokens": len(result.tokens),
@@ -397,3 +397,11 @@ def report(
         "seed": request.seed,
         "model": opened.name,
     } | ({"error": error} if error else {})
+
+
+def scores_of(tokens: list[Token]) -> list[dict[str, Any]]:
+    """Tokens that were scored, as they stand in the object."""
+    return [
+        {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
+        for token in tokens
+    ]

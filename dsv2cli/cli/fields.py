@@ -9,6 +9,7 @@ COMPLETE = {
     "token_ids": "the answer as token ids, that of the end included",
     "finish_reason": "stop: its end, or a --stop text; length: the token limit; interrupted; error",
     "logprobs": "with --logprobs K, for each token: token_id, logprob, and top, the K likeliest with theirs",
+    "prompt_logprobs": "with --prompt-logprobs K, the same for each token of the prompt but the first",
     "usage.prompt_tokens": "tokens of the prompt",
     "usage.generated_tokens": "tokens of the answer",
     "usage.reused_tokens": "tokens of the prompt that were in the cache",

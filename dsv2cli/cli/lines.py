@@ -21,8 +21,8 @@ from typing import Any
 
 from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.cli import ui
-from dsv2cli.engine.batch import Job, run_batch
 from dsv2cli.engine.request import RULES, Request, check_prompt
+from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.engine.store import checked
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import Number, json_text, lines_within, parse_json, path_of, reason, require_file
@@ -85,8 +85,10 @@ class Lines:
         grammar = None if self.request.grammar is None else self.request.grammar.text
         options = replace(self.request, grammar=None, seed=self.request.seed if self.seeded else 0)
         kind = [self.opened.plan.format, self.opened.plan.dtype, self.opened.plan.packing]
-        ends, options = sorted(options.eos_ids), replace(options, eos_ids=frozenset())
-        return [short(repr((options, ends, grammar))), short(repr((kind, edges(self.opened.folder))))]
+        ends, options = sorted(options.eos_ids), replace(options, eos_ids=frozenset(), speculate=False)
+        # A newer option is named only where it is used: answers of earlier versions are gone on with.
+        asked = repr((options, ends, grammar)).replace(", prompt_logprobs=None", "")
+        return [short(asked), short(repr((kind, edges(self.opened.folder))))]
 
     def read(self, lines: Iterable[bytes | None], name: str) -> Iterator[Line | None]:
         """A Line for each that is not blank, and None for None: nothing has come yet.
@@ -166,9 +168,10 @@ class Lines:
 
     def answer_stdin(self) -> None:
         """Each line answered on stdout before the next is read, so that a program may wait for its answer."""
+        scheduler = Scheduler(self.opened.runner, self.tokenizer)
         for line in self.read(ui.stdin_bytes(), "stdin"):
             assert line is not None
-            for job in run_batch(self.opened.runner, self.tokenizer, [line.job], 1):
+            for job in scheduler.in_order([line.job]):
                 ui.write_json(self.answer(line, job))
 
     def answer_file(self, path: Path, out: Path, width: int, restart: bool = False) -> tuple[int, int]:
@@ -245,7 +248,7 @@ class Lines:
             except UsageError as error:
                 self.bad = error
 
-        for job in run_batch(self.opened.runner, self.tokenizer, jobs(), width):
+        for job in Scheduler(self.opened.runner, self.tokenizer, width).in_order(jobs()):
             line = running.pop(0)
             answer = self.answer(line, job) | {"fingerprint": "-".join([line.digest, *marks])}
             file.write(json_text(answer).encode() + b"\n")

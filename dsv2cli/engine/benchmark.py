@@ -19,14 +19,15 @@ from torch import Tensor
 from dsv2cli.checkpoint.blueprint import state_of
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.device import synchronize
-from dsv2cli.engine.generate import generate_batch, prefill
+from dsv2cli.engine.pages import Sequence
 from dsv2cli.engine.request import Request, SamplingParams
-from dsv2cli.engine.sampling import sample
+from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.formats import PAGE
 from dsv2cli.kernels.linear import linear
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model import size
-from dsv2cli.model.cache import LatentCache
+from dsv2cli.model.step import Watch, unwatched
 from dsv2cli.run.runner import Runner
 
 READ_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than a cache holds, and long enough to be measured
@@ -103,7 +104,7 @@ def read_bytes_per_token(runner: Runner, context: int) -> float:
     row.
     """
     config = runner.config
-    total = float(runner.new_cache().bytes_per_token() * context)
+    total = float(runner.new_pool(1).bytes_per_token() * context)
     for name, tensor in state_of(runner.model).items():
         used = 1.0
         if ".mlp.experts." in name:
@@ -159,31 +160,51 @@ class Ours:
 
     name = "dsv2"
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.cache = runner.new_cache()
+    def __init__(self, runner: Runner, watch: Watch = unwatched) -> None:
+        self.runner, self.watch = runner, watch
+        self.before: list[list[int]] = []  # what comes before the prompts
+        self.sequences: list[Sequence] = []
 
     def fill(self, prompts: list[list[int]], room: int) -> None:
-        """Put what comes before the prompts into a new cache with room for so many tokens a row, so that it
-        need not grow later.
-        """
-        self.cache = self.runner.new_cache(len(prompts))
-        self.cache.reserve(room)
+        """Put what comes before the prompts into a new pool with room for so many tokens a row."""
+        tokens = len(prompts) * (room + PAGE)
+        self.scheduler = Scheduler(self.runner, None, len(prompts), tokens, self.watch)
+        self.before = prompts
+        self.sequences = [
+            Sequence(
+                self.scheduler.books[i * self.runner.ranks // len(prompts)],
+                i * self.runner.ranks // len(prompts),
+            )
+            for i in range(len(prompts))
+        ]
         if prompts[0]:
-            prefill(self.runner, prompts, self.cache)
+            self.run(prompts, 1)
+
+    def run(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[float]]:
+        """`count` tokens after each prompt, which goes on from what is in the pool; and when each came."""
+        request = Request(GREEDY.sampling, count)
+        jobs = [Job(ids, request, after=each) for ids, each in zip(prompts, self.sequences, strict=True)]
+        for job in jobs:
+            self.scheduler.submit(job)
+        times = list[float]()
+        while self.scheduler.busy:
+            if self.scheduler.step():
+                times.append(time.perf_counter())
+        return [job.result.token_ids for job in jobs], times
 
     def measure(self, prompts: list[list[int]], generate: int) -> tuple[float, list[float]]:
-        """Seconds to the first token, and between the tokens from there on; the cache is then as it was."""
-        before = self.cache.lengths[0]
+        """Seconds to the first token of all, and between the tokens from there on; the pool is then as it
+        was.
+        """
+        prompts = [before + ids for before, ids in zip(self.before, prompts, strict=True)]
         synchronize(self.runner.device)
-        times = [time.perf_counter()]
-        logits = prefill(self.runner, prompts, self.cache)
-        for _ in generate_batch(
-            self.runner, prompts, Request(GREEDY.sampling, max_new_tokens=generate), self.cache, logits
-        ):
-            times.append(time.perf_counter())
-        self.cache.truncate(before)
-        return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
+        began = time.perf_counter()
+        first, times = self.run(prompts, 1)
+        prompts = [ids + one for ids, one in zip(prompts, first, strict=True)]
+        later = self.run(prompts, generate - 1)[1] if generate > 1 else []
+        for before, sequence in zip(self.before, self.sequences, strict=True):
+            sequence.truncate(len(before))
+        return times[-1] - began, [b - a for a, b in itertools.pairwise([times[-1], *later])]
 
 
 class Theirs:
@@ -308,39 +329,26 @@ class Stopwatch:
         return out
 
 
-def timed_step(runner: Runner, logits: Tensor, cache: LatentCache, watch: Stopwatch) -> Tensor:
-    """One greedy token for each row, from logits [rows, vocab] -> the next ones"""
-
-    def choose() -> Tensor:
-        return torch.tensor(
-            [[sample(row, GREEDY.sampling, row, None)] for row in logits], device=runner.device
-        )
-
-    hidden = runner(watch.time("sampling", choose), cache, watch.time)[:, -1]
-    return watch.time("head", lambda: runner.logits(hidden))
-
-
 @torch.inference_mode()
 def profile(runner: Runner, work: Work) -> dict[str, dict[str, float]]:
     """Seconds by part, for the prefill and for one decode step on average.
 
     Waiting for the device after each part costs some.
     """
-    cache = runner.new_cache(work.batch)
-    if work.depth:
-        prefill(runner, random_prompts(runner, work.batch, work.depth, seed=1), cache)
+    watch = Stopwatch(runner.device)
+    engine, out = Ours(runner, watch.time), {}
+    engine.fill(
+        random_prompts(runner, work.batch, work.depth, seed=1), work.depth + work.prompt + work.generate
+    )
     prompts = random_prompts(runner, work.batch, work.prompt, seed=2)
-    logits, out = torch.empty(0), {}
+    prompts = [before + ids for before, ids in zip(engine.before, prompts, strict=True)]
     for phase, count in (("prefill", 1), ("decode", work.generate)):
-        watch = Stopwatch(runner.device)
+        watch.seconds = {}
         synchronize(runner.device)
         began = time.perf_counter()
-        for _ in range(count):
-            if phase == "prefill":
-                logits = prefill(runner, prompts, cache, watch.time)
-            else:
-                logits = timed_step(runner, logits, cache, watch)
+        new, _ = engine.run(prompts, count)
         synchronize(runner.device)
+        prompts = [ids + more for ids, more in zip(prompts, new, strict=True)]
         watch.seconds["the rest"] = time.perf_counter() - began - sum(watch.seconds.values())
         out[phase] = {name: seconds / count for name, seconds in watch.seconds.items()}
     return out

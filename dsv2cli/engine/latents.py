@@ -31,7 +31,7 @@ def save_cache(path: Path, session: Session, model: str) -> None:
     """The latents of all cached tokens, so that resuming costs no prefill. Raises
     Dsv2Error as `save` does.
     """
-    latents = session.cache.latents(len(session.cached_ids))
+    latents = session.latents()
     tensors = {f"layers.{i}": layer.cpu().contiguous() for i, layer in enumerate(latents)}
     tensors["token_ids"] = torch.tensor(session.cached_ids, dtype=torch.int64)
     with replacing(path) as new:
@@ -69,10 +69,10 @@ def load_cache(path: Path, session: Session, model: str) -> str:
     if about.get("sha256") != digest_of(tensors) or tensors.keys() != {"token_ids", *names}:
         return "it is damaged: it is not what was written"
     ids, layers = tensors["token_ids"].tolist(), [tensors[name] for name in names]
-    shape = (1, len(ids), config.cached_dim)
+    shape = (len(ids), config.cached_dim)
     if any(layer.shape != shape or layer.dtype != session.runner.dtype for layer in layers):
         return "its shape is another"
     if not all(bool(layer.isfinite().all()) for layer in layers):
         return "it holds NaN or infinity"
-    session.take_cache(ids, layers)
+    session.take_latents(ids, layers)
     return ""

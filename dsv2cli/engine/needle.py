@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
-from dsv2cli.engine.generate import stream_text
-from dsv2cli.engine.request import Request, Result
+from dsv2cli.engine.request import Request
+from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.run.runner import Runner
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -82,14 +82,13 @@ def search(
     request: Request,
 ) -> Iterator[Trial]:
     """Every length at every depth, `tries` times each with another key."""
-    numbers = random.Random(request.seed)
+    numbers, scheduler = random.Random(request.seed), Scheduler(runner, tokenizer)
     for length in lengths:
         for depth in depths:
             for _ in range(tries):
                 key = str(numbers.randrange(10_000, 100_000))
                 ids = make_prompt(tokenizer, haystack, key, length, depth)
-                result = Result()
-                short = replace(request, max_new_tokens=SPARE)
-                for _ in stream_text(runner, tokenizer, ids, short, runner.new_cache(), result):
+                job = Job(ids, replace(request, max_new_tokens=SPARE))
+                for _ in scheduler.stream(job):
                     pass
-                yield Trial(len(ids), depth, haystack.expect.replace("{key}", key), result.text)
+                yield Trial(len(ids), depth, haystack.expect.replace("{key}", key), job.result.text)

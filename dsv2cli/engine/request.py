@@ -73,6 +73,7 @@ class Request:
     logprobs: int | None = None
     speculate: bool = False
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -104,7 +105,10 @@ class Result:
     prompt_ids: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
-    finish_reason: str = ""  # nothing while it runs; then stop, length or interrupted
+    prompt_tokens: list[Token] = field(
+        default_factory=list
+    )  # all but the first, where they were to be scored
+    finish_reason: str = ""  # nothing while it runs; then stop, length, deadline, interrupted or error
     reused_tokens: int = 0
     prefill_seconds: float = 0.0
     ttft_seconds: float = 0.0

@@ -7,13 +7,12 @@ t past and new tokens, h heads, c latent, d nope or value, r rope.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv2cli.kernels.linear import linear
+from dsv2cli.formats import PAGE
+from dsv2cli.kernels.linear import linear, multiplies_bf16
 
 PIECE = 4096  # cached tokens whose keys and values are expanded at a time
 
@@ -47,7 +46,7 @@ def attend_absorbed(q_latent: Tensor, q_rope: Tensor, cached: Tensor, mask: Tens
     queries = torch.cat([q_latent, q_rope], dim=-1).flatten(1, 2)  # [b, s*h, c+r]
     scores = (cached @ queries.transpose(1, 2)).transpose(1, 2)  # [b, s*h, t]
     scores = scores.float().view(batch, seq, heads, -1).mul_(scale)
-    if seq > 1 or batch > 1:  # a lone newest token sees everything
+    if seq > 1:  # a lone newest token sees everything
         scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
     weights = scores.softmax(dim=-1).type_as(cached).flatten(1, 2)
     return (weights @ cached[..., :rank]).view(batch, seq, heads, rank)
@@ -134,6 +133,64 @@ def attend_with_logs(
     return mixed, logs[..., : query.shape[2]].float()  # some pad the logs
 
 
+def attend_page_by_page(
+    q_nope: Tensor, q_rope: Tensor, cached: Tensor, kv_b_proj: Tensor, scale: float, piece: int = PIECE
+) -> Tensor:
+    """attend_in_pieces for one sequence, cut so that what a token gets follows from its position and what it
+    sees alone, and not from which tokens were asked for together.
+
+    Keys and values are expanded a page at a time, and a page of queries (those that are not new are zeros)
+    attends to each piece at a time: the shapes of all products follow from positions.
+
+    q_nope [1, s, h, d], q_rope [1, s, h, r], cached [1, t, c + r], kv_b_proj [h, d + v, c] -> [1, s, h, v].
+    """
+    seq, length, nope = q_nope.shape[1], cached.shape[1], q_nope.shape[-1]
+    start, heads, rank = length - seq, kv_b_proj.shape[0], kv_b_proj.shape[2]
+    first, pages = start // PAGE, -(-length // PAGE)
+    queries = q_nope.new_zeros((pages - first) * PAGE, heads, nope + q_rope.shape[-1])
+    queries[start - first * PAGE :][:seq] = torch.cat([q_nope, q_rope], dim=-1)[0]
+    queries = queries.unflatten(0, (-1, PAGE)).transpose(1, 2)  # [pages of queries, h, PAGE, d + r]
+    padded = F.pad(cached[0], (0, 0, 0, pages * PAGE - length)).unflatten(0, (-1, PAGE))  # [pages, PAGE, c+r]
+    weight = kv_b_proj.flatten(0, 1)
+    if not multiplies_bf16() and weight.dtype is torch.bfloat16:
+        weight = weight.float()
+    causal = torch.full((PAGE, PAGE), float("-inf"), dtype=cached.dtype).triu(1)
+    mask = F.pad(causal, (piece - PAGE, 0))  # [PAGE, piece]: of the last page a query sees what is before it
+    logs: list[Tensor | None] = [None] * len(queries)
+    out = queries.new_zeros(*queries.shape, dtype=torch.float32)
+    for begin in range(0, pages * PAGE, piece):
+        end = min(begin + piece, pages * PAGE)
+        keys = cached.new_empty(1, heads, end - begin, queries.shape[-1])
+        values = torch.zeros_like(keys)  # padded to the keys' size, as in expand
+        for page in range(begin // PAGE, end // PAGE):
+            rows = slice(page * PAGE - begin, (page + 1) * PAGE - begin)
+            latent, k_rope = padded[page].split([rank, padded.shape[-1] - rank], dim=-1)
+            both = F.linear(latent.type_as(weight), weight).type_as(cached).unflatten(-1, (heads, -1))
+            keys[0, :, rows, :nope] = both[..., :nope].transpose(0, 1)
+            keys[0, :, rows, nope:] = k_rope
+            values[0, :, rows, : both.shape[-1] - nope] = both[..., nope:].transpose(0, 1)
+        for i, query in enumerate(queries):
+            seen = min((first + i + 1) * PAGE, end) - begin
+            if seen <= 0:
+                continue
+            own = begin + seen == (first + i + 1) * PAGE  # the piece with the page of the query itself
+            more, more_logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[None],
+                keys[:, :, :seen],
+                values[:, :, :seen],
+                attn_mask=mask[:, piece - seen :] if own else None,
+                scale=scale,
+            )
+            so_far = logs[i]
+            both_logs = more_logs if so_far is None else torch.logaddexp(so_far, more_logs)
+            if so_far is not None:
+                out[i] *= (so_far - both_logs).exp()[0, ..., None]
+            out[i] += more[0].float() * (more_logs - both_logs).exp()[0, ..., None]
+            logs[i] = both_logs
+    mixed = out.transpose(1, 2).flatten(0, 1)[start - first * PAGE :][:seq]
+    return mixed[None, ..., : kv_b_proj.shape[1] - nope].type_as(q_nope)
+
+
 def expanding_pays(seq: int, length: int, kv_b_proj: Tensor, rope: int) -> bool:
     """Whether it takes fewer multiplications to expand all `length` latents and attend to short keys than to
     absorb `seq` queries and attend to long ones. kv_b_proj [h, d + v, c]. A first prefill expands, a decode
@@ -149,23 +206,29 @@ def attend(
     q_rope: Tensor,
     cached: Tensor,
     kv_b_proj: Tensor,
-    mask: Callable[[], Tensor],
     scale: float,
     path: str,
-    start: int | None = None,
+    by_pages: bool = False,
 ) -> Tensor:
     """MLA by the path named: `reference`, `absorbed`, `expanded`, or `auto` by the number of new tokens.
 
     q_nope [b, s, h, d], q_rope [b, s, h, r], cached [b, t, c + r], kv_b_proj [h, d + v, c] -> [b, s, h, v].
-    `mask()` [b, 1, s, t] says what each new token sees; `start` is where they begin, if that is one place for
-    all rows.
+    The new tokens are the last of t. `by_pages`: as attend_page_by_page, which `auto` then takes.
     """
     seq, length = q_nope.shape[1], cached.shape[1]
+    start = length - seq
+
+    def mask() -> Tensor:
+        positions = torch.arange(start, length, device=cached.device)
+        return visible(positions[None], length)
+
+    if by_pages and path in ("auto", "expanded"):
+        return attend_page_by_page(q_nope, q_rope, cached, kv_b_proj, scale)
     if path == "expanded" or (path == "auto" and expanding_pays(seq, length, kv_b_proj, q_rope.shape[-1])):
         # A CPU is as fast with a mask, and a GPU is not.
         if start and (start >= PIECE or cached.device.type != "cpu"):
             return attend_in_pieces(q_nope, q_rope, cached, kv_b_proj, start, scale)
-        return attend_expanded(q_nope, q_rope, cached, kv_b_proj, None if seq == length else mask(), scale)
+        return attend_expanded(q_nope, q_rope, cached, kv_b_proj, mask() if start else None, scale)
     w_uk, w_uv = kv_b_proj.split([q_nope.shape[-1], kv_b_proj.shape[1] - q_nope.shape[-1]], dim=1)
     q_latent = torch.einsum("bshd,hdc->bshc", q_nope, w_uk)
     attention = attend_reference if path == "reference" else attend_absorbed

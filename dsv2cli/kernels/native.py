@@ -61,6 +61,33 @@ class LayerParts(ctypes.Structure):
     _fields_ = [("attention", AttentionPart), ("mlp", MlpPart)]
 
 
+class Pages(ctypes.Structure):
+    """cpu/attention.h's Pages."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("layers", "rows")), ("page", ctypes.c_int64)]
+
+
+class PageTables:
+    """Where the latents of some tokens' sequences lie."""
+
+    def __init__(self, layers: list[Tensor], spans: list[tuple[list[int], int]]) -> None:
+        """`layers` are those of a pool [pages, PAGE, latent + rope]; spans are pages and a number of tokens,
+        for each of which they count.
+        """
+        tables = [(ctypes.c_int32 * len(pages))(*pages) for pages, _ in spans]
+        self.layers = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
+        self.rows = (ctypes.c_void_p * sum(count for _, count in spans))(
+            *(
+                ctypes.addressof(table)
+                for table, (_, count) in zip(tables, spans, strict=True)
+                for _ in range(count)
+            )
+        )
+        page = layers[0].stride(0) * layers[0].element_size()
+        self.as_c = Pages(ctypes.addressof(self.layers), ctypes.addressof(self.rows), page)
+        self.held = tables  # as long as their addresses are
+
+
 class Kernels:
     """The loaded library. Weights are bf16 or Quantized; activations are bf16, on the CPU, contiguous."""
 
@@ -89,19 +116,18 @@ class Kernels:
         x: Tensor,
         rotary: Tensor,
         lengths: Tensor,
-        caches: list[int],
+        tables: PageTables,
         mlp: bool = True,
     ) -> None:
         """x [tokens, hidden] through all the layers of `parts`, or through their attention alone.
 
         x changes in place. rotary [tokens, 2, rope / 2]; lengths [tokens] in int32: token i is the last of
-        the first lengths[i] rows of its cache. caches are the addresses, for each layer, of each token's
-        [capacity, rank + rope].
+        the first lengths[i] in its pages.
         """
-        assert len(caches) == len(parts) * len(x)
-        seen = (pointer(rotary), pointer(lengths), (ctypes.c_void_p * len(caches))(*caches))
+        assert len(tables.layers) == len(parts) and len(tables.rows) == len(x)
+        given = (pointer(rotary), pointer(lengths), ctypes.byref(tables.as_c))
         threads = torch.get_num_threads()
-        self.library.dsv2_layers(parts, len(parts), 1, int(mlp), pointer(x), len(x), *seen, threads)
+        self.library.dsv2_layers(parts, len(parts), 1, int(mlp), pointer(x), len(x), *given, threads)
 
     def mlp(self, parts: ctypes.Array[LayerParts], x: Tensor) -> None:
         """x [tokens, hidden] += MLP or MoE, for each of `parts`, in place."""

@@ -62,7 +62,7 @@ class RotaryTable:
         self.table = torch.empty(0, 2, 0)  # [positions, cos and sin, dim / 2]
 
     def __call__(self, positions: Tensor, length: int) -> Tensor:
-        """Rows for positions [batch, seq], all below `length`. -> [batch, seq, 2, dim / 2] in fp32"""
+        """Rows for positions [tokens], all below `length`. -> [tokens, 2, dim / 2] in fp32"""
         if self.table.shape[0] < length or self.table.device != positions.device:
             rows = torch.arange(max(length, 2 * self.table.shape[0]), dtype=torch.float32)
             angles = torch.outer(rows, self.inv_freq)
@@ -73,9 +73,7 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring pairs (0,1), (2,3), ... x [batch, seq, heads, dim], table [batch,
-    seq, 2, dim / 2].
-    """
+    """Turn neighbouring pairs (0,1), (2,3), ... x [tokens, heads, dim], table [tokens, 2, dim / 2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table[:, :, None].unbind(-2)
+    cos, sin = table[:, None].unbind(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.o_proj = SummedLinear(heads * config.v_head_dim, hidden, bias, team)
 
     def query(self, x: Tensor) -> Tensor:
-        """x [batch, seq, hidden] -> [batch, seq, heads, nope + rope]"""
+        """x [tokens, hidden] -> [tokens, heads, nope + rope]"""
         config = self.config
         q = (
             self.q_proj(x)
@@ -55,24 +55,28 @@ class Attention(nn.Module):
         return q.unflatten(-1, (self.heads, config.qk_head_dim))
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        """x [batch, seq, hidden] -> the same shape; the new tokens enter the cache."""
+        """x [tokens, hidden] -> the same shape; the new tokens enter the pool."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
             [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
-        # The rope key is shared by all heads, so it is cached once, not per head.
-        k_rope = rotate(k_rope[:, :, None], step.rotary).squeeze(2)
-        cached = step.remember(layer, torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1))
-        if not self.heads:  # a team's rank without heads keeps the cache like all others
+        # The rope key is shared by all heads, so it is kept once, not per head.
+        k_rope = rotate(k_rope[:, None], step.rotary).squeeze(1)
+        latents = torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1)
+        step.remember(layer, latents)
+        if not self.heads:  # a team's rank without heads keeps the latents like all others
             return self.o_proj(x[..., :0])
 
         q_nope, q_rope = self.query(x).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_rope = rotate(q_rope, step.rotary)
         kv_b = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))  # [heads, nope + value, latent]
-        mixed = attention.attend(
-            q_nope, q_rope, cached, kv_b, lambda: step.mask, self.scale, step.path, step.start
-        )  # [batch, seq, heads, value]
-        return self.o_proj(mixed.flatten(-2))
+        mixed = []
+        for tokens, rows, span, seen in step.sequences(layer, latents):
+            each = (rows, span.count)
+            q = (q_nope[tokens].unflatten(0, each), q_rope[tokens].unflatten(0, each))
+            one = attention.attend(*q, seen, kv_b, self.scale, step.path, step.alike and span.whole)
+            mixed.append(one.flatten(0, 1))  # [tokens, heads, value]
+        return self.o_proj(torch.cat(mixed).flatten(-2))
 
 
 class MoEGate(nn.Module):
@@ -144,18 +148,18 @@ class Layer(nn.Module):
         return "experts" if isinstance(self.mlp, MoE) else "dense layers"
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        """x [batch, seq, hidden] -> the same shape"""
+        """x [tokens, hidden] -> the same shape"""
         mixed = step.watch("attention", lambda: self.attend(x, step, layer))
         return step.watch(self.mlp_name, lambda: self.feed(mixed, step))
 
     def attend(self, x: Tensor, step: Step, layer: int) -> Tensor:
-        """The first half. x [batch, seq, hidden] -> the same shape"""
+        """The first half. x [tokens, hidden] -> the same shape"""
         if not len(x):  # none of the sequences is this rank's
             return x
         return x + self.self_attn(self.input_layernorm(x), step, layer)
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
-        """The second half. x [batch, seq, hidden] -> the same shape"""
+        """The second half. x [tokens, hidden] -> the same shape"""
         return x + step.for_all_tokens(self.mlp, self.post_attention_layernorm(x))
 
 
@@ -208,17 +212,18 @@ class DeepseekV2(nn.Module):
     def forward(
         self, ids: Tensor, step: Step | None = None, layers: Callable[[Tensor, Step], Tensor] | None = None
     ) -> Tensor:
-        """ids [batch, seq] -> hidden states after the last norm [batch, seq, hidden]
+        """ids [tokens] of the step's spans -> hidden states after the last norm [tokens, hidden]
 
-        Without a step nothing is kept, which is what training wants. `layers` computes what run_layers does.
+        Without a step they are one sequence from its beginning, of which nothing is kept. `layers` computes
+        what run_layers does.
         """
-        step = step or Step.after(None, ids, self.rotary)
-        x = step.own_rows(self.model.embed_tokens(ids))
+        step = step or Step.apart(1, len(ids), self.rotary, ids.device)
+        x = step.own_tokens(self.model.embed_tokens(ids))
         x = (layers or self.run_layers)(x, step)
-        return self.model.norm(step.every_row(x, len(ids)))
+        return self.model.norm(step.every_token(x))
 
     def run_layers(self, x: Tensor, step: Step) -> Tensor:
-        """x [batch, seq, hidden] -> the same shape"""
+        """x [tokens, hidden] -> the same shape"""
         for i, layer in enumerate(self.model.layers):
             x = layer(x, step, i)
         return x

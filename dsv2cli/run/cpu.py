@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, matrix
+from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, PageTables, matrix
 from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.layers import MLP, ExpertProduct, OneProduct, Weight
-from dsv2cli.model.step import Step, unwatched
+from dsv2cli.model.step import Span, Step, unwatched
 from dsv2cli.model.transformer import Attention, DeepseekV2, Layer, MoE
 from dsv2cli.run.runner import PlainRunner
 
-FUSED_TOKENS = 16  # up to which absorbed attention is one call; more go through torch's
+FUSED_TOKENS = 64  # that look at the latents in one call
 
 
 class CppRunner(PlainRunner):
@@ -39,8 +39,12 @@ class CppRunner(PlainRunner):
     def saved_bytes(self) -> int:
         return 0 if self.fused is None else self.fused.saved_bytes
 
+    @property
+    def alike(self) -> bool:
+        return self.fused is not None and self.attention == "auto"
+
     def run_layers(self, x: Tensor, step: Step) -> Tensor:
-        return super().run_layers(x, step) if self.fused is None else self.fused(x, step, self.absorbs)
+        return super().run_layers(x, step) if self.fused is None else self.fused(x, step)
 
 
 class CppProducts:
@@ -91,40 +95,68 @@ class FusedLayers:
         tensors = [t for up in copies for t in (up.buffers() if isinstance(up, Quantized) else [up])]
         return stored - sum(tensor.nbytes for tensor in tensors)
 
-    def __call__(self, x: Tensor, step: Step, absorbs: bool) -> Tensor:
-        """All of them, in one call if the tokens are few. x [batch, seq, hidden] -> the same shape"""
-        few = absorbs and x.shape[0] * x.shape[1] <= FUSED_TOKENS
-        if few and step.watch is unwatched:
-            return self.call(self.parts, x, step)
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """All of them, in one call if the tokens are few. x [tokens, hidden] -> the same shape
+
+        Whole pieces of a prompt, and where that is asked for everything, attend through torch.
+        """
+        x = x.contiguous()
+        absorbs = step.path in ("auto", "absorbed")
+        few = [i for i, span in enumerate(step.spans) if absorbs and not (span.whole and step.path == "auto")]
+        if len(few) == len(step.spans) and len(x) <= FUSED_TOKENS and step.watch is unwatched:
+            self.call(self.parts, x, step)
+            return x
+        many = [i for i in range(len(step.spans)) if i not in set(few)]
+        pieces = [step.part(each) for each in slices(few, step.spans)]
+        rest = step.part(many) if many else None
         for i, layer in enumerate(self.layers):
-            attend = (
-                partial(self.call, self.each[i], x, step, i, mlp=False)
-                if few
-                else partial(layer.attend, x, step, i)
-            )
-            x = step.watch("attention", attend)
+            x = step.watch("attention", partial(self.attend, i, x, rest, pieces))
             x = step.watch(layer.mlp_name, partial(self.feed, i, x))
+        return x
+
+    def attend(
+        self, i: int, x: Tensor, rest: tuple[Step, Tensor] | None, pieces: list[tuple[Step, Tensor]]
+    ) -> Tensor:
+        """The first half of layer i: of `rest` through torch, of the `pieces` through the kernel.
+
+        x [tokens, hidden] -> the same shape
+        """
+        if rest is not None:
+            step, index = rest
+            x[index] = self.layers[i].attend(x[index], step, i)
+        for step, index in pieces:
+            some = x[index]
+            self.call(self.each[i], some, step, i, mlp=False)
+            x[index] = some
         return x
 
     def call(
         self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, first: int = 0, mlp: bool = True
-    ) -> Tensor:
-        """Layer `first` and those after it, or their attention alone.
-
-        x [batch, seq, hidden] -> the same shape
-        """
-        assert step.cache is not None
-        flat = x.flatten(0, 1).contiguous()
-        addresses = step.cache.addresses(range(first, first + len(parts)), x.shape[1])
-        lengths = (step.positions.flatten() + 1).int()
-        self.kernels.layers(parts, flat, step.rotary.contiguous(), lengths, addresses, mlp)
-        return flat.view_as(x)
+    ) -> None:
+        """Layer `first` and those after it, or their attention alone. x [tokens, hidden] changes in place."""
+        assert step.pool is not None
+        lengths = (step.positions + 1).int()
+        layers = step.pool.layers[first : first + len(parts)]
+        tables = PageTables(layers, [(span.pages, span.count) for span in step.spans])
+        self.kernels.layers(parts, x, step.rotary.contiguous(), lengths, tables, mlp)
 
     def feed(self, i: int, x: Tensor) -> Tensor:
-        """The second half of layer i. x [batch, seq, hidden] -> the same shape"""
-        flat = x.flatten(0, 1).contiguous()
-        self.kernels.mlp(self.each[i], flat)
-        return flat.view_as(x)
+        """The second half of layer i. x [tokens, hidden], which changes in place"""
+        self.kernels.mlp(self.each[i], x)
+        return x
+
+
+def slices(chosen: list[int], spans: list[Span]) -> list[list[int]]:
+    """The chosen spans in order, cut where more than FUSED_TOKENS tokens would come together; one that has
+    more stays alone.
+    """
+    out, tokens = list[list[int]](), 0
+    for i in chosen:
+        if not out or tokens + spans[i].count > FUSED_TOKENS:
+            out, tokens = [*out, []], 0
+        out[-1].append(i)
+        tokens += spans[i].count
+    return out
 
 
 def up_projections(kernels: Kernels, attention: Attention) -> tuple[Weight, Weight]:

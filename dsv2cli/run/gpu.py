@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -9,17 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2cli.formats import PAGE
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.kernels.triton import attention as gpu_attention
 from dsv2cli.kernels.triton import experts as gpu_experts
 from dsv2cli.kernels.triton import linear as gpu_linear
 from dsv2cli.kernels.triton.linear import Table, table
-from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.layers import MLP, ExpertProduct, OneProduct, Weight
-from dsv2cli.model.step import Step
+from dsv2cli.model.pool import LatentPool, pages_for
+from dsv2cli.model.step import Span, Step
 from dsv2cli.model.transformer import DeepseekV2, Layer, MoE
 from dsv2cli.run.cpu import CppProducts
-from dsv2cli.run.runner import PlainRunner, decode_among_all
+from dsv2cli.run.runner import PlainRunner
 
 ABSORBED_TOKENS = 8  # new tokens of a row up to which attention is absorbed; more are a prefill
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # for which graphs are made; steps between are filled up
@@ -49,7 +51,7 @@ class TritonRunner(PlainRunner):
         self.use(TritonProducts(self.device, mlps=not whole, ram=ram))
         self.layers = [GpuLayer(layer) for layer in model.layers] if whole else []
         self.graphs = graphs
-        self.steps: WeakKeyDictionary[LatentCache, DecodeSteps] = WeakKeyDictionary()
+        self.steps: WeakKeyDictionary[LatentPool, DecodeSteps] = WeakKeyDictionary()
 
     @property
     def decodes_ahead(self) -> bool:
@@ -58,32 +60,73 @@ class TritonRunner(PlainRunner):
     def run_layers(self, x: Tensor, step: Step) -> Tensor:
         if not self.layers:
             return super().run_layers(x, step)
+        absorbs = step.path in ("auto", "absorbed")
+        few = [i for i, span in enumerate(step.spans) if absorbs and span.count <= ABSORBED_TOKENS]
+        many = [i for i in range(len(step.spans)) if i not in set(few)]
+        rest = step.part(many) if many else None
+        some = step.part(few) if few and many else (step, None)
+        tokens = FewTokens.of(some[0]) if few else None
         for i, layer in enumerate(self.layers):
-            x = step.watch("attention", partial(layer.attend, x, step, i))
+            x = step.watch("attention", partial(self.attend, i, x, rest, tokens, some[1]))
             x = step.watch(layer.layer.mlp_name, partial(layer.feed, x))
         return x
 
-    def decode(self, ids: Tensor, cache: LatentCache, rows: list[int] | None = None) -> Tensor:
-        """As Runner.decode.
-
-        A cache's steps are kept as long as it lies where it is: a graph serves many answers.
-
-        ids [rows, seq] -> logits [rows, seq, vocab]
+    def attend(
+        self,
+        i: int,
+        x: Tensor,
+        rest: tuple[Step, Tensor] | None,
+        tokens: FewTokens | None,
+        index: Tensor | None,
+    ) -> Tensor:
+        """The first half of layer i: of `rest` through torch, of the few `tokens`, which are x[index] or all
+        of x, through the kernels. x [tokens, hidden] -> the same shape
         """
-        if not self.decodes_ahead:
-            return decode_among_all(self, ids, cache, rows)
-        seq = ids.shape[1]
-        assert seq <= ABSORBED_TOKENS
-        rows = list(range(len(cache.lengths))) if rows is None else rows
-        starts = [cache.lengths[row] for row in rows]
-        cache.reserve(max(starts) + seq)
-        steps = self.steps.get(cache)
-        if steps is None or steps.capacity != cache.capacity:
-            steps = self.steps[cache] = DecodeSteps(self, cache)
-        logits = steps.of(len(rows), seq)(ids, starts, rows)
-        for row in rows:
-            cache.lengths[row] += seq
-        return logits
+        layer = self.layers[i]
+        if tokens is not None and index is None:
+            return layer.attend(x, tokens, i)
+        if rest is not None:
+            x[rest[1]] = layer.layer.attend(x[rest[1]], rest[0], i)
+        if tokens is not None and index is not None:
+            x[index] = layer.attend(x[index], tokens, i)
+        return x
+
+    def decode(self, ids: Tensor, spans: list[Span], pool: LatentPool) -> Tensor:
+        """As Runner.decode. A pool's steps are kept as long as it is: a graph serves many answers.
+
+        ids [spans, seq] -> logits [spans, seq, vocab]
+        """
+        if not self.decodes_ahead or ids.shape[1] > ABSORBED_TOKENS:
+            return super().decode(ids, spans, pool)
+        if pool not in self.steps:
+            self.steps[pool] = DecodeSteps(self, pool)
+        return self.steps[pool].of(len(spans), ids.shape[1])(ids, spans)
+
+
+@dataclass
+class FewTokens:
+    """New tokens as the attention kernels take them."""
+
+    positions: Tensor  # [tokens] int32; below 0 where there is none
+    rotary: Tensor  # [tokens, 2, rope / 2]
+    rows: Tensor  # [tokens] int32: of the tables
+    tables: Tensor  # [rows, pages] int32
+    pool: LatentPool
+
+    @classmethod
+    def of(cls, step: Step) -> FewTokens:
+        """Those of a step, each span of which is a row."""
+        assert step.pool is not None
+        device, most = step.positions.device, max(pages_for(span.end) for span in step.spans)
+        tables = [(span.pages + [0] * most)[:most] for span in step.spans]
+        rows = [i for i, span in enumerate(step.spans) for _ in range(span.count)]
+        return cls(
+            step.positions.int(),
+            step.rotary.contiguous(),
+            torch.tensor(rows, dtype=torch.int32, device=device),
+            torch.tensor(tables, dtype=torch.int32, device=device),
+            step.pool,
+        )
 
 
 class TritonProducts:
@@ -155,14 +198,10 @@ class GpuLayer:
         self.team = layer.self_attn.o_proj.team
         self.first_expert = layer.mlp.experts.here.start if isinstance(layer.mlp, MoE) else 0
 
-    def attend(self, x: Tensor, step: Step, index: int) -> Tensor:
-        """The first half of the layer whose number is `index`. x [batch, seq, hidden] -> the same shape"""
-        attention = self.layer.self_attn
-        if x.shape[1] > ABSORBED_TOKENS or step.path not in ("auto", "absorbed"):
-            return self.layer.attend(x, step, index)
-        assert step.cache is not None
-        flat, norm = x.flatten(0, 1), self.layer.input_layernorm
-        both = gpu_linear.linear(flat, self.first_q, self.kv_a, norm.weight, norm.eps)
+    def attend(self, x: Tensor, tokens: FewTokens, index: int) -> Tensor:
+        """The first half of the layer whose number is `index`. x [tokens, hidden] -> the same shape"""
+        attention, norm = self.layer.self_attn, self.layer.input_layernorm
+        both = gpu_linear.linear(x, self.first_q, self.kv_a, norm.weight, norm.eps)
         q, kv = both.split([self.first_q.rows, self.kv_a.rows], dim=1)
         if self.q_b is not None:
             low = attention.q_a_layernorm
@@ -172,22 +211,22 @@ class GpuLayer:
             kv,
             attention.kv_a_layernorm.weight,
             attention.kv_b_proj.weight,
-            step.rotary.flatten(0, 1),
-            *step.tokens,
-            step.cache.layers[index],
+            tokens.rotary,
+            tokens.positions,
+            tokens.rows,
+            tokens.tables,
+            tokens.pool.layers[index],
             self.shape,
         )
         if self.team.size > 1:
-            return x + self.team.sum(gpu_linear.linear(out, self.o)).view_as(x)
-        return gpu_linear.linear(out, self.o, residual=flat).view_as(x)
+            return x + self.team.sum(gpu_linear.linear(out, self.o))
+        return gpu_linear.linear(out, self.o, residual=x)
 
     def feed(self, x: Tensor) -> Tensor:
-        """The second half. x [batch, seq, hidden] -> the same shape"""
-        flat = x.flatten(0, 1)
+        """The second half. x [tokens, hidden] -> the same shape"""
         if self.team.size > 1:
-            part = gpu_experts.run(flat, self.mlp, torch.zeros_like(flat), self.first_expert)
-            return x + self.team.sum(part).view_as(x)
-        return gpu_experts.run(flat, self.mlp, flat).view_as(x)
+            return x + self.team.sum(gpu_experts.run(x, self.mlp, torch.zeros_like(x), self.first_expert))
+        return gpu_experts.run(x, self.mlp, x)
 
 
 def feed_of(layer: Layer) -> gpu_experts.Feed:
@@ -219,40 +258,41 @@ def held(weight: Weight) -> Table | None:
 
 
 class DecodeSteps:
-    """The decode steps of one cache, by the rows and new tokens they are made for; the cache must not grow
-    meanwhile.
-    """
+    """The decode steps of one pool, by the rows and new tokens they are made for."""
 
-    def __init__(self, runner: TritonRunner, cache: LatentCache) -> None:
-        # Not the cache itself, whose end is to be the end of its steps.
-        self.runner, self.cache, self.capacity = runner, cache.alias(), cache.capacity
+    def __init__(self, runner: TritonRunner, pool: LatentPool) -> None:
+        # Not the pool itself, whose end is to be the end of its steps.
+        self.runner, self.pool = runner, pool.alias()
         self.made: dict[tuple[int, int], DecodeStep] = {}
 
     def of(self, rows: int, seq: int) -> DecodeStep:
         """One for at least so many rows."""
         size = next((size for size in ROWS if size >= rows), rows)
         if (size, seq) not in self.made:
-            self.made[size, seq] = DecodeStep(self.runner, self.cache, size, seq)
+            self.made[size, seq] = DecodeStep(self.runner, self.pool, size, seq)
         return self.made[size, seq]
 
 
 class DecodeStep:
-    """One forward pass by `seq` new tokens for each of `rows` rows of a cache, as a CUDA graph where there is
-    CUDA.
+    """One forward pass by `seq` new tokens for each of `rows` sequences in a pool, as a CUDA graph where
+    there is CUDA.
 
     What changes from step to step lies in three tensors on the GPU: ids [rows, seq], the place of each row's
-    first new token [rows], which moves on by itself, and the row's number in the cache [rows].
+    first new token [rows], which moves on by itself, and the pages of each row's sequence [rows, pages].
     """
 
-    def __init__(self, runner: TritonRunner, cache: LatentCache, rows: int, seq: int) -> None:
+    def __init__(self, runner: TritonRunner, pool: LatentPool, rows: int, seq: int) -> None:
         model, device = runner.model, runner.device
-        self.runner, self.cache = runner, cache
+        self.runner, self.pool = runner, pool
+        longest = min(model.config.max_position_embeddings, pool.pages * PAGE)
         self.ids = torch.zeros(rows, seq, dtype=torch.long, device=device)
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)
-        self.slots = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.known: tuple[list[int], list[int]] | None = None  # starts and slots, as the GPU has them
+        self.tables = torch.zeros(rows, pages_for(longest), dtype=torch.int32, device=device)
+        self.slots = torch.arange(rows, dtype=torch.int32, device=device).repeat_interleave(seq)
+        self.known_starts: list[int] = []  # as the GPU has them
+        self.known_pages: list[list[int]] = [[] for _ in range(rows)]
         self.graph: torch.cuda.CUDAGraph | None = None
-        model.rotary(self.starts[:, None], cache.capacity)
+        model.rotary(self.starts, longest)
         self.table = model.rotary.table  # a graph reads it where it is
         self.logits = torch.empty(0)
         if runner.graphs and device.type == "cuda":
@@ -263,20 +303,24 @@ class DecodeStep:
 
         Every rank of a team makes the step; the leader's ids are everybody's.
         """
-        seq, model = self.ids.shape[1], self.runner.model
+        (rows, seq), model = self.ids.shape, self.runner.model
         if model.team.size > 1:
             dist.broadcast(self.ids, 0)
         offsets = torch.arange(seq, device=self.ids.device)
-        positions = torch.where(self.starts[:, None] >= 0, self.starts[:, None] + offsets, -1)
-        rotary, capacity = self.table[positions], self.cache.capacity
-        step = Step(positions, rotary, self.cache, capacity, path=self.runner.attention, slots=self.slots)
-        self.logits = model.logits(model(self.ids, step, self.runner.run_layers))
+        positions = torch.where(self.starts[:, None] >= 0, self.starts[:, None] + offsets, -1).flatten()
+        step = Step([], positions, self.table[positions], self.pool)
+        tokens = FewTokens(positions.int(), step.rotary, self.slots, self.tables, self.pool)
+
+        def layers(x: Tensor, _: Step) -> Tensor:
+            for i, layer in enumerate(self.runner.layers):
+                x = layer.feed(layer.attend(x, tokens, i))
+            return x
+
+        self.logits = model.logits(model(self.ids.flatten(), step, layers)).unflatten(0, (rows, seq))
         self.starts += torch.where(self.starts >= 0, seq, 0)
 
     def capture(self) -> None:
-        """Once without a graph, so that every kernel is compiled; both runs only write
-        where nothing is yet.
-        """
+        """Once without a graph, so that every kernel is compiled; both runs write nothing."""
         self.starts.fill_(-1)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -288,17 +332,28 @@ class DecodeStep:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.compute()
 
-    def __call__(self, ids: Tensor, starts: list[int], slots: list[int]) -> Tensor:
+    def __call__(self, ids: Tensor, spans: list[Span]) -> Tensor:
         """ids [up to rows, seq] on the GPU -> logits [same, seq, vocab], which the next call overwrites."""
-        count, rows = len(starts), self.ids.shape[0]
-        seq = self.ids.shape[1]
+        count, (rows, seq) = len(spans), self.ids.shape
         self.ids[:count].copy_(ids)
-        if (starts, slots) != self.known:
+        starts = [span.start for span in spans]
+        if starts != self.known_starts:
             self.starts.copy_(torch.tensor([*starts, *[-1] * (rows - count)]))
-            self.slots.copy_(torch.tensor([*slots, *[0] * (rows - count)]))
-        self.known = [start + seq for start in starts], slots
+        self.known_starts = [start + seq for start in starts]
+        for i, span in enumerate(spans):
+            self.tell_pages(i, span.pages[: pages_for(span.end)])
         if self.graph is None:
             self.compute()
         else:
             self.graph.replay()
         return self.logits[:count]
+
+    def tell_pages(self, row: int, pages: list[int]) -> None:
+        """Let the GPU know the pages of a row, as far as it does not."""
+        known = self.known_pages[row]
+        if known == pages:
+            return
+        same = next((i for i, (a, b) in enumerate(zip(known, pages, strict=False)) if a != b), len(known))
+        if same < len(pages):
+            self.tables[row, same : len(pages)] = torch.tensor(pages[same:], dtype=torch.int32)
+        self.known_pages[row] = pages

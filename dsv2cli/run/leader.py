@@ -1,9 +1,9 @@
 """One rank of a team leads: the others do, step by step, what it does with its part of the model and its
-caches.
+pools.
 
-The leader alone knows prompts, sampling and the terminal. Before every call that all ranks make together it
-broadcasts a Message of what it is about to do; `follow` is the others' loop. Caches are alike in all ranks
-and go by numbers.
+The leader alone knows prompts, sampling and which pages belong to whom. Before every call that all ranks make
+together it broadcasts a Message of what it is about to do; `follow` is the others' loop. Pools are alike in
+all ranks and go by numbers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.model.cache import LatentCache
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.step import Watch, unwatched
+from dsv2cli.model.pool import LatentPool, pages_for
+from dsv2cli.model.step import Span, Watch, unwatched
 from dsv2cli.model.transformer import DeepseekV2
 from dsv2cli.run import launch
-from dsv2cli.run.runner import PlainRunner, decode_among_all
+from dsv2cli.run.runner import PlainRunner
 
 NAMING = 3.0  # seconds for the watcher to name the dead rank first
 INLINE = 256  # numbers in one broadcast; what is longer follows in a second one
@@ -38,7 +38,7 @@ INLINE = 256  # numbers in one broadcast; what is longer follows in a second one
 class What(enum.IntEnum):
     """What a message asks for."""
 
-    STOP, NEW, FORGET, REPEAT, FILL, PASS, LOGITS, DECODE = range(8)
+    STOP, ROOM, NEW, FORGET, COPY, FILL, PASS, LOGITS, DECODE = range(9)
 
 
 @dataclass
@@ -48,16 +48,24 @@ class Message:
     """
 
     what: What
-    cache: int = 0  # the number of the cache that it is about
-    copy: int = 0  # REPEAT: the number of the new one
-    row: int = -1  # PASS: the one row of the cache that it is about, or -1 for all
-    capacity: int = 0  # tokens a row for which the cache must have room
-    shape: list[int] = field(
-        default_factory=list
-    )  # of the ids or hidden states; NEW, REPEAT: [rows]; FILL: [tokens]
-    rows: list[int] = field(default_factory=list)  # DECODE: those that go on
-    lengths: list[int] = field(default_factory=list)  # of the cache's rows, or of `rows`, before the step
+    pool: int = 0  # the number of the pool that it is about
+    rank: int = 0  # COPY: whose page
+    count: int = 0  # NEW: pages; FILL: tokens
+    shape: list[int] = field(default_factory=list)  # of the hidden states (LOGITS) or ids (DECODE)
+    starts: list[int] = field(default_factory=list)  # of the spans
+    counts: list[int] = field(default_factory=list)
+    wholes: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # of one span after the other; COPY: from, to
     ids: list[int] = field(default_factory=list)
+
+    def spans(self) -> list[Span]:
+        """Those that it tells of."""
+        out, pages = [], iter(self.pages)
+        for start, count, whole, rank in zip(self.starts, self.counts, self.wholes, self.ranks, strict=True):
+            own = [next(pages) for _ in range(pages_for(start + count))]
+            out.append(Span(own, start, count, bool(whole), rank))
+        return out
 
     def numbers(self) -> list[int]:
         """As whole numbers: a list stands behind its length."""
@@ -74,6 +82,17 @@ class Message:
             first = next(left)
             values[each.name] = [next(left) for _ in range(first)] if each.type == "list[int]" else first
         return cls(**values | {"what": What(values["what"])})
+
+
+def told_of(spans: list[Span]) -> dict[str, list[int]]:
+    """Spans as fields of a Message."""
+    return {
+        "starts": [span.start for span in spans],
+        "counts": [span.count for span in spans],
+        "wholes": [int(span.whole) for span in spans],
+        "ranks": [span.rank for span in spans],
+        "pages": [page for span in spans for page in span.pages[: pages_for(span.end)]],
+    }
 
 
 def tell(message: Message) -> None:
@@ -141,45 +160,13 @@ def interrupted_afterwards() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-class LeaderCache(LatentCache):
-    """The leader's own cache, with the number by which the others know theirs."""
-
-    def __init__(self, leader: Leader, number: int, *arguments: Any) -> None:
-        """`arguments` are LatentCache's."""
-        super().__init__(*arguments)
-        self.leader, self.number, self.index = leader, number, -1
-        weakref.finalize(self, leader.forgotten.append, number).atexit = False
-
-    def row(self, index: int) -> LeaderCache:
-        row = super().row(index)
-        assert isinstance(row, LeaderCache)
-        row.index = index
-        return row
-
-    def repeated(self, count: int) -> LeaderCache:
-        many = super().repeated(count)
-        assert isinstance(many, LeaderCache) and self.index < 0
-        many.number = self.leader.next_number()
-        weakref.finalize(many, self.leader.forgotten.append, many.number).atexit = False
-        with whole():
-            self.leader.tell(What.REPEAT, self.number, copy=many.number, shape=[count], lengths=self.lengths)
-        return many
-
-    def fill(self, latents: list[Tensor]) -> None:
-        """latents each [1, length, latent + rope]; the others take them over, too."""
-        super().fill(latents)
-        with whole():
-            self.leader.tell(What.FILL, self.number, shape=self.lengths)
-            for layer in self.latents(self.lengths[0]):
-                dist.broadcast(layer.contiguous(), 0)
-
-
 class Leader:
     """The Runner of rank 0: every call goes to the others, too, and is then made by `own`, its own runner."""
 
     def __init__(self, own: PlainRunner) -> None:
         self.own = own
-        self.numbers = 0
+        self.numbers: weakref.WeakKeyDictionary[LatentPool, int] = weakref.WeakKeyDictionary()
+        self.last = 0
         self.forgotten: list[int] = []
 
     @property
@@ -206,30 +193,42 @@ class Leader:
     def saved_bytes(self) -> int:
         return self.own.saved_bytes
 
-    def next_number(self) -> int:
-        self.numbers += 1
-        return self.numbers
+    @property
+    def ranks(self) -> int:
+        return self.own.ranks
 
-    def tell(self, what: What, cache: int = 0, **about: Any) -> None:
-        """To all, and first of the caches that are gone; `about` are fields of Message."""
+    @property
+    def alike(self) -> bool:
+        return self.own.alike
+
+    @property
+    def chunk(self) -> int:
+        return self.own.chunk
+
+    def tell(self, what: What, pool: LatentPool | None = None, **about: Any) -> None:
+        """To all, and first of the pools that are gone; `about` are fields of Message."""
         while self.forgotten:
             tell(Message(What.FORGET, self.forgotten.pop()))
-        tell(Message(what, cache, **about))
+        tell(Message(what, 0 if pool is None else self.numbers[pool], **about))
 
-    def new_cache(self, batch: int = 1) -> LeaderCache:
-        number = self.next_number()
+    def new_pool(self, tokens: int | None = None) -> LatentPool:
+        """As Runner.new_pool, where no rank has less room than all others."""
+        if tokens is None:
+            with whole():
+                self.tell(What.ROOM)
+                tokens = self.own.agreed_tokens()
+        pool = self.own.new_pool(tokens)
+        self.last += 1
+        self.numbers[pool] = self.last
+        weakref.finalize(pool, self.forgotten.append, self.last).atexit = False
         with whole():
-            self.tell(What.NEW, number, shape=[batch])
-        return LeaderCache(self, number, self.config, batch, *self.own.cache_layout())
+            self.tell(What.NEW, pool, count=tokens)
+        return pool
 
-    def __call__(self, ids: Tensor, cache: LatentCache, watch: Watch = unwatched) -> Tensor:
-        assert isinstance(cache, LeaderCache)
-        batch, seq = ids.shape
-        cache.reserve(max(cache.lengths) + seq)
-        about = {"row": cache.index, "capacity": cache.capacity, "shape": [batch, seq]}
+    def __call__(self, ids: Tensor, spans: list[Span], pool: LatentPool, watch: Watch = unwatched) -> Tensor:
         with whole():
-            self.tell(What.PASS, cache.number, **about, lengths=cache.lengths, ids=ids.flatten().tolist())
-            return self.own(ids, cache, watch)
+            self.tell(What.PASS, pool, **told_of(spans), ids=ids.tolist())
+            return self.own(ids, spans, pool, watch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with whole():
@@ -237,17 +236,28 @@ class Leader:
             dist.broadcast(hidden.contiguous(), 0)
             return self.own.logits(hidden)
 
-    def decode(self, ids: Tensor, cache: LatentCache, rows: list[int] | None = None) -> Tensor:
+    def decode(self, ids: Tensor, spans: list[Span], pool: LatentPool) -> Tensor:
         if not self.decodes_ahead:
-            return decode_among_all(self, ids, cache, rows)
-        assert isinstance(cache, LeaderCache) and cache.index < 0
-        rows = list(range(len(cache.lengths))) if rows is None else rows
-        lengths = [cache.lengths[row] for row in rows]
-        cache.reserve(max(lengths) + ids.shape[1])
-        about = {"capacity": cache.capacity, "shape": list(ids.shape), "rows": rows, "lengths": lengths}
+            return self.logits(self(ids.flatten(), spans, pool)).unflatten(0, ids.shape)
         with whole():
-            self.tell(What.DECODE, cache.number, **about)  # the ids are broadcast from device to device
-            return self.own.decode(ids, cache, rows)
+            # The ids are broadcast from device to device.
+            self.tell(What.DECODE, pool, shape=list(ids.shape), **told_of(spans))
+            return self.own.decode(ids, spans, pool)
+
+    def copy_page(self, pool: LatentPool, rank: int, source: int, target: int) -> None:
+        with whole():
+            self.tell(What.COPY, pool, rank=rank, pages=[source, target])
+            self.own.copy_page(pool, rank, source, target)
+
+    def read(self, pool: LatentPool, pages: list[int], length: int) -> list[Tensor]:
+        return self.own.read(pool, pages, length)
+
+    def fill(self, pool: LatentPool, pages: list[int], latents: list[Tensor]) -> None:
+        self.own.fill(pool, pages, latents)
+        with whole():
+            self.tell(What.FILL, pool, count=len(latents[0]), pages=pages)
+            for layer in self.own.read(pool, pages, len(latents[0])):
+                dist.broadcast(layer.contiguous(), 0)
 
     def stop(self) -> None:
         """Let the others go."""
@@ -256,54 +266,46 @@ class Leader:
 
 
 class Follower:
-    """A rank above 0: does with its part of the model and its caches what it hears."""
+    """A rank above 0: does with its part of the model and its pools what it hears."""
 
     def __init__(self, own: PlainRunner) -> None:
         self.own = own
-        self.caches: dict[int, LatentCache] = {}
+        self.pools: dict[int, LatentPool] = {}
 
     def obey(self, message: Message) -> None:
         """One message, but for STOP."""
+        own, pool = self.own, self.pools.get(message.pool)
         match message.what:
+            case What.ROOM:
+                own.agreed_tokens()
             case What.NEW:
-                self.caches[message.cache] = self.own.new_cache(message.shape[0])
+                self.pools[message.pool] = own.new_pool(message.count)
             case What.FORGET:
-                self.caches.pop(message.cache, None)
-            case What.REPEAT:
-                self.caches[message.cache].lengths = message.lengths
-                self.caches[message.copy] = self.caches[message.cache].repeated(message.shape[0])
-            case What.FILL:
-                self.fill(self.caches[message.cache], message.shape[0])
+                self.pools.pop(message.pool, None)
             case What.LOGITS:
-                hidden = torch.empty(message.shape, dtype=self.own.dtype, device=self.own.device)
+                hidden = torch.empty(message.shape, dtype=own.dtype, device=own.device)
                 dist.broadcast(hidden, 0)
-                self.own.logits(hidden)
+                own.logits(hidden)
+            case _:
+                assert pool is not None
+                self.work_on(pool, message)
+
+    def work_on(self, pool: LatentPool, message: Message) -> None:
+        """One message about a pool that is here."""
+        own = self.own
+        match message.what:
+            case What.COPY:
+                own.copy_page(pool, message.rank, *message.pages)
+            case What.FILL:
+                like = [layer.new_empty(message.count, layer.shape[-1]) for layer in pool.layers]
+                for layer in like:
+                    dist.broadcast(layer, 0)
+                own.fill(pool, message.pages, like)
             case What.PASS:
-                cache = self.cache_of(message)
-                cache.lengths = message.lengths
-                self.own(torch.tensor(message.ids, device=self.own.device).view(message.shape), cache)
+                own(torch.tensor(message.ids, device=own.device), message.spans(), pool)
             case What.DECODE:
-                cache = self.cache_of(message)
-                for row, length in zip(message.rows, message.lengths, strict=True):
-                    cache.lengths[row] = length
-                ids = torch.zeros(
-                    message.shape, dtype=torch.long, device=self.own.device
-                )  # the leader's follow
-                self.own.decode(ids, cache, message.rows)
-
-    def fill(self, cache: LatentCache, length: int) -> None:
-        """A cache of one row takes over the leader's."""
-        latents = [layer.new_empty(1, length, layer.shape[2]) for layer in cache.layers]
-        for layer in latents:
-            dist.broadcast(layer, 0)
-        cache.fill(latents)
-
-    def cache_of(self, message: Message) -> LatentCache:
-        """The cache that a step is about, as large as the leader's."""
-        cache = self.caches[message.cache]
-        if cache.capacity < message.capacity:
-            cache.grow(message.capacity)
-        return cache if message.row < 0 else cache.row(message.row)
+                ids = torch.zeros(message.shape, dtype=torch.long, device=own.device)  # the leader's follow
+                own.decode(ids, message.spans(), pool)
 
 
 @torch.inference_mode()

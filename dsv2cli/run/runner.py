@@ -9,14 +9,21 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from dsv2cli.model.cache import LatentCache
+from dsv2cli.formats import PAGE
+from dsv2cli.memory import ram_bytes
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.layers import Products
-from dsv2cli.model.step import Step, Watch, unwatched
+from dsv2cli.model.pool import LatentPool, pages_for
+from dsv2cli.model.step import Span, Step, Watch, unwatched
 from dsv2cli.model.transformer import DeepseekV2
 
+# Tokens of prompts in a forward pass: enough for full GEMM speed, few enough to bound memory.
+CPU_CHUNK, GPU_CHUNK = 512, 4096
+MOST_SEQUENCES = 64  # as long as the context, for which a pool has pages at most
+POOL_SHARE = 0.8  # of the memory that the weights have left
 ATTENTION_PATHS = ("auto", "absorbed", "expanded", "reference")
 
 
@@ -38,7 +45,25 @@ class Runner(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and cache."""
+        """Of hidden states and latents."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many pools of pages there are: a team that shares out sequences has one a rank."""
+        ...
+
+    @property
+    def alike(self) -> bool:
+        """Whether what a token gets does not depend on the others in its step, down to the last bit.
+
+        Pieces of a prompt must then begin and end with pages, but for its last tokens, which are no `whole`.
+        """
+        ...
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of prompts that one step should read at most."""
         ...
 
     @property
@@ -53,13 +78,13 @@ class Runner(Protocol):
         """Bytes of the weights that a decode step needs not read, because a kernel has a smaller copy."""
         ...
 
-    def new_cache(self, batch: int = 1) -> LatentCache:
-        """Of `batch` empty rows."""
+    def new_pool(self, tokens: int | None = None) -> LatentPool:
+        """Pages for so many tokens (on each of `ranks`), or for as many as there is room for."""
         ...
 
-    def __call__(self, ids: Tensor, cache: LatentCache, watch: Watch = unwatched) -> Tensor:
-        """ids [batch, seq] continue the cache's rows -> hidden states [batch, seq, hidden]; its lengths
-        follow.
+    def __call__(self, ids: Tensor, spans: list[Span], pool: LatentPool, watch: Watch = unwatched) -> Tensor:
+        """ids [tokens] of the spans, one after the other -> hidden states [tokens, hidden]. What is `whole`
+        stands before what is not, and that of a lower rank before all else.
         """
         ...
 
@@ -67,12 +92,22 @@ class Runner(Protocol):
         """hidden [..., hidden] -> scores for the next token [..., vocab] in fp32"""
         ...
 
-    def decode(self, ids: Tensor, cache: LatentCache, rows: list[int] | None = None) -> Tensor:
-        """Few new tokens: ids [rows, seq] continue these rows of the cache, or all -> logits [rows, seq,
-        vocab]
-
-        The cache's lengths follow; the next call may overwrite the logits.
+    def decode(self, ids: Tensor, spans: list[Span], pool: LatentPool) -> Tensor:
+        """Equally few new tokens in each span, none of them whole: ids [spans, seq] -> logits [spans, seq,
+        vocab], which the next call may overwrite.
         """
+        ...
+
+    def copy_page(self, pool: LatentPool, rank: int, source: int, target: int) -> None:
+        """Let a page of a rank's pool hold what another does."""
+        ...
+
+    def read(self, pool: LatentPool, pages: list[int], length: int) -> list[Tensor]:
+        """The latents of the first `length` tokens in these pages, by layers. Each [length, latent + rope]"""
+        ...
+
+    def fill(self, pool: LatentPool, pages: list[int], latents: list[Tensor]) -> None:
+        """Put tokens [length, latent + rope], layer by layer, into these pages, from their beginning on."""
         ...
 
 
@@ -123,46 +158,66 @@ class PlainRunner:
         """Whether few new tokens take the absorbed attention path, the only one that kernels know."""
         return self.attention in ("auto", "absorbed")
 
-    def new_cache(self, batch: int = 1) -> LatentCache:
-        return LatentCache(self.config, batch, *self.cache_layout())
+    @property
+    def ranks(self) -> int:
+        return self.model.team.size if self.model.team.sequences else 1
 
-    def cache_layout(self) -> tuple[list[torch.device], torch.dtype, int, int]:
-        """Of every cache: each layer's device, the number format, and this rank among those that share the
-        rows.
-        """
+    @property
+    def alike(self) -> bool:
+        return False
+
+    @property
+    def chunk(self) -> int:
+        return CPU_CHUNK if self.device.type == "cpu" else GPU_CHUNK
+
+    def new_pool(self, tokens: int | None = None) -> LatentPool:
         devices = self.layer_devices or [self.device] * self.config.num_hidden_layers
-        team = self.model.team
-        return devices, self.dtype, *((team.rank, team.size) if team.sequences else (0, 1))
+        pages = self.most_pages(devices) if tokens is None else pages_for(tokens)
+        return LatentPool(self.config, pages, devices, self.dtype)
 
-    def __call__(self, ids: Tensor, cache: LatentCache, watch: Watch = unwatched) -> Tensor:
+    def agreed_tokens(self) -> int:
+        """For how many tokens there is room in the pool of every rank; all ranks ask at once."""
+        devices = self.layer_devices or [self.device] * self.config.num_hidden_layers
+        most = torch.tensor(self.most_pages(devices) * PAGE, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MIN)
+        return int(most)
+
+    def most_pages(self, devices: list[torch.device]) -> int:
+        """For how many pages there is room on the layers' devices, up to MOST_SEQUENCES of the longest."""
+        most = MOST_SEQUENCES * pages_for(self.config.max_position_embeddings)
+        page = PAGE * self.config.cached_dim * self.dtype.itemsize  # bytes a layer
+        for device in set(devices):
+            free = ram_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+            most = min(most, int(POOL_SHARE * free) // (page * devices.count(device)))
+        return max(most, 2)
+
+    def __call__(self, ids: Tensor, spans: list[Span], pool: LatentPool, watch: Watch = unwatched) -> Tensor:
         assert self.model.products is self.products, "the model has another runner"
-        step = Step.after(cache, ids, self.model.rotary, self.attention, self.model.team, watch)
-        hidden = self.model(ids, step, self.run_layers)
-        cache.lengths = [length + ids.shape[1] for length in cache.lengths]
-        return hidden
+        rotary, team = self.model.rotary, self.model.team
+        step = Step.of(spans, pool, rotary, ids.device, self.attention, self.alike, team, watch)
+        return self.model(ids, step, self.run_layers)
 
     def run_layers(self, x: Tensor, step: Step) -> Tensor:
-        """x [batch, seq, hidden] -> the same shape"""
+        """x [tokens, hidden] -> the same shape"""
         return self.model.run_layers(x, step)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden).to(self.device)
 
-    def decode(self, ids: Tensor, cache: LatentCache, rows: list[int] | None = None) -> Tensor:
-        return decode_among_all(self, ids, cache, rows)
+    def decode(self, ids: Tensor, spans: list[Span], pool: LatentPool) -> Tensor:
+        return self.logits(self(ids.flatten(), spans, pool)).unflatten(0, ids.shape)
 
+    def copy_page(self, pool: LatentPool, rank: int, source: int, target: int) -> None:
+        if self.ranks == 1 or rank == self.model.team.rank:
+            pool.copy_page(source, target)
 
-def decode_among_all(runner: Runner, ids: Tensor, cache: LatentCache, rows: list[int] | None) -> Tensor:
-    """Runner.decode by a pass of all rows, in which those that are not asked for are carried along and forget
-    it.
+    def read(self, pool: LatentPool, pages: list[int], length: int) -> list[Tensor]:
+        return [
+            pool.read(i, torch.tensor(pages, device=layer.device), length)
+            for i, layer in enumerate(pool.layers)
+        ]
 
-    The shapes are its own.
-    """
-    if rows is None:
-        return runner.logits(runner(ids, cache))
-    before = list(cache.lengths)
-    every = ids.new_zeros(len(before), ids.shape[1])
-    every[rows] = ids
-    logits = runner.logits(runner(every, cache)[rows])
-    cache.lengths = [length + (ids.shape[1] if i in rows else 0) for i, length in enumerate(before)]
-    return logits
+    def fill(self, pool: LatentPool, pages: list[int], latents: list[Tensor]) -> None:
+        slots = torch.tensor(Span(pages, 0, len(latents[0])).slots())
+        for i, (layer, rows) in enumerate(zip(pool.layers, latents, strict=True)):
+            pool.write(i, slots.to(layer.device), rows.to(layer.device))

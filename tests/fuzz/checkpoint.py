@@ -13,8 +13,8 @@ from typing import Any
 from dsv2cli.checkpoint.found import find
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.options import Sampling
-from dsv2cli.engine.generate import stream_text
 from dsv2cli.engine.request import Request, Result, check_prompt
+from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.run.open import Opened
 from tests.fuzz import tiny
 from tests.fuzz.case import compared, same
@@ -136,9 +136,9 @@ class CheckpointDriver:
 
     def answer(self, opened: Opened, tokenizer: Tokenizer, ids: list[int], request: Request) -> Result:
         """All of an answer."""
-        result = Result()
-        list(stream_text(opened.runner, tokenizer, ids, request, opened.runner.new_cache(), result))
-        return result
+        job = Job(ids, request)
+        list(Scheduler(opened.runner, tokenizer).stream(job))
+        return job.result
 
     def judge(self, answer: Any, mutation: Mutation) -> tuple[str, str]:
         return compared(answer, self.reference[mutation.what.partition(":")[0]], mutation)

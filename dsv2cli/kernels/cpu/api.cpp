@@ -63,10 +63,10 @@ void dsv2_mlp(const Mlp* mlp, const uint16_t* x, const int32_t* index, const flo
   parallel(threads, [&](Thread& thread) { run_mlp(*mlp, x, out, {index, weight}, n, scratch, thread); });
 }
 
-// x [n, hidden] through `count` layers, or through their attention or their MLP alone. caches [count, n].
+// x [n, hidden] through `count` layers, or through their attention or their MLP alone.
 void dsv2_layers(const Layer* layers, int count, int attention, int mlp, uint16_t* x, int n,
-                 const float* rotary, const int32_t* lengths, uint16_t* const* caches, int threads) {
-  const Context context(rotary, lengths, caches, n, threads);
+                 const float* rotary, const int32_t* lengths, const Pages* pages, int threads) {
+  const Context context(rotary, lengths, pages, n, threads);
   size_t wanted = 0;
   for (int i = 0; i < count; i++) {
     Scratch one{0}, other{0};

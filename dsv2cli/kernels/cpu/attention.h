@@ -12,8 +12,18 @@ struct Attention {
   float eps, scale;
 };
 
+// The pages of some tokens' sequences; native.py's Pages is its twin. A layer of a page holds PAGE_TOKENS
+// latents, one after the other; `page` is the way from one page to the next, in bytes.
+struct Pages {
+  char* const* layers;         // [layers]: where the first page of each begins
+  const int32_t* const* rows;  // [n]: of each token the numbers of its sequence's pages, in order
+  int64_t page;
+  struct Latents of(int layer, int token, int width) const;
+};
+
 namespace {
 
+constexpr int PAGE_TOKENS = 64;  // formats.py's PAGE
 constexpr int CACHED_AT_A_TIME = 32;  // cached tokens: they and the heads' sums stay near the processor
 constexpr int SCORED_AT_A_TIME = BROAD ? 16 : 4;  // cached tokens whose scores stay in registers
 constexpr float LATENT_EPS = 1e-6f;  // of q_a_layernorm and kv_a_layernorm, fixed in the official code
@@ -27,6 +37,25 @@ NOINLINE void rotate(float* x, const float* table, int size) {
     x[2 * i + 1] = a * sine[i] + b * cosine[i];
   }
 }
+
+}  // namespace
+
+// The latents of one sequence in one layer.
+struct Latents {
+  char* base;
+  const int32_t* pages;
+  int64_t page;
+  int width;
+  uint16_t* row(int token) const {
+    char* const begin = base + pages[token / PAGE_TOKENS] * page;
+    return (uint16_t*)begin + (size_t)(token % PAGE_TOKENS) * width;
+  }
+};
+inline Latents Pages::of(int layer, int token, int width) const {
+  return {layers[layer], rows[token], page, width};
+}
+
+namespace {
 
 // ---- one query over some cached tokens --------------------------------------------------------------------
 // 16 heads are taken at a time, one a lane: scores then need no sums across lanes.
@@ -167,13 +196,13 @@ struct Partial {
 };
 
 // One query of all heads, side by side, over some tokens of a cache.
-NOINLINE void attend(const Attention& p, const uint32_t* query, const uint16_t* cache, Span tokens,
+NOINLINE void attend(const Attention& p, const uint32_t* query, const Latents& latents, Span tokens,
                      Partial out) {
   const int width = p.rank + p.rope, groups = blocks_of(p.heads), end = tokens.begin + tokens.count;
   std::vector<float> most((size_t)groups * LANES, -INFINITY), divisor((size_t)groups * LANES, 0.0f);
   memset(out.sums, 0, (size_t)p.heads * p.rank * sizeof(float));
   for (int at = tokens.begin; at < end; at += CACHED_AT_A_TIME) {
-    const Cached cached = {cache + (size_t)at * width, width, p.rank, std::min(CACHED_AT_A_TIME, end - at)};
+    const Cached cached = {latents.row(at), width, p.rank, std::min(CACHED_AT_A_TIME, end - at)};
     for (int g = 0; g < groups; g++) {
       const int first = g * LANES, heads = std::min(LANES, p.heads - first);
       float* sums = out.sums + (size_t)first * p.rank;
@@ -192,19 +221,25 @@ NOINLINE void attend(const Attention& p, const uint32_t* query, const uint16_t* 
 
 // ---- what lies between the phases -------------------------------------------------------------------------
 
-// What each of n new tokens sees, and the chunks of it that are jobs.
+// What each of n new tokens sees, in chunks that are jobs. Into how many a token's latents are cut follows
+// from their number alone, so that its sums do not depend on the other tokens.
 struct Context {
-  const float* rotary;      // [n, 2, rope / 2]
-  const int32_t* lengths;   // [n]: a token is the last of the first so many rows of its cache
-  uint16_t* const* caches;  // [layers, n]: [capacity, rank + rope] in bf16, for each layer and token
-  int n, chunk = 0, chunks = 0;
-  Context(const float* rotary, const int32_t* lengths, uint16_t* const* caches, int n, int threads)
-      : rotary(rotary), lengths(lengths), caches(caches), n(n) {
+  const float* rotary;     // [n, 2, rope / 2]
+  const int32_t* lengths;  // [n]: a token is the last of the first so many in its pages
+  const Pages* pages;
+  int n, most_chunks;
+  std::vector<int> firsts;  // [n + 1]: the first chunk of each token among those of all
+  Context(const float* rotary, const int32_t* lengths, const Pages* pages, int n, int threads)
+      : rotary(rotary), lengths(lengths), pages(pages), n(n), most_chunks(std::min(4 * threads, 64)) {
     if (!lengths) return;
-    const int longest = *std::max_element(lengths, lengths + n), tile = CACHED_AT_A_TIME;
-    chunk = std::max(tile, (longest * n / (4 * threads) + tile - 1) / tile * tile);
-    chunks = (longest + chunk - 1) / chunk;
+    firsts.push_back(0);
+    for (int t = 0; t < n; t++) firsts.push_back(firsts[t] + (lengths[t] + chunk(t) - 1) / chunk(t));
   }
+  int chunk(int t) const {  // latents in each of its chunks but the last
+    const int tile = CACHED_AT_A_TIME;
+    return std::max(tile, (lengths[t] / most_chunks + tile - 1) / tile * tile);
+  }
+  int all_chunks() const { return firsts.empty() ? 0 : firsts[n]; }
 };
 
 struct AttentionScratch {
@@ -216,7 +251,7 @@ struct AttentionScratch {
 
   AttentionScratch(const Attention& p, const Context& context, int threads, Scratch& scratch) {
     const size_t n = context.n, heads = p.heads, width = p.rank + p.rope;
-    const size_t partials = n * context.chunks * heads;
+    const size_t partials = context.all_chunks() * heads;
     in.claim(scratch, p.kv_a, n);
     if (p.q_a.kind != NONE) low.claim(scratch, p.q, n);
     nope.claim(scratch, p.k_up, n * heads);
@@ -242,7 +277,7 @@ struct AttentionScratch {
 struct AttentionPass {
   const Attention& p;
   const Context& context;
-  uint16_t* const* caches;  // of this layer
+  const int layer;
   Thread& thread;
   AttentionScratch s;
   const int n, heads, width;  // width: numbers of a cached token
@@ -252,7 +287,7 @@ struct AttentionPass {
   AttentionPass(const Attention& p, const Context& context, int layer, Scratch scratch, Thread& thread)
       : p(p),
         context(context),
-        caches(context.caches + (size_t)layer * context.n),
+        layer(layer),
         thread(thread),
         s(p, context, thread.asked, scratch),
         n(context.n),
@@ -314,19 +349,23 @@ struct AttentionPass {
     float* from = s.kv_a + (size_t)t * width;
     norm_row(from, p.kv_a_norm, p.rank, LATENT_EPS, from);
     rotate(from + p.rank, context.rotary + (size_t)t * p.rope, p.rope);
-    narrow_row(from, width, caches[t] + (size_t)(context.lengths[t] - 1) * width);
+    narrow_row(from, width, latents_of(t).row(context.lengths[t] - 1));
   }
+
+  Latents latents_of(int t) const { return context.pages->of(layer, t, width); }
 
   // Softmax and sums of latents, chunk by chunk of what each token sees.
   void attend_chunks() {
-    thread.each(n * context.chunks, [&](int job) {
-      const int t = job / context.chunks, begin = job % context.chunks * context.chunk;
-      const int end = std::min(context.lengths[t], begin + context.chunk);
-      if (begin >= end) return;
+    thread.each(context.all_chunks(), [&](int job) {
+      const auto& firsts = context.firsts;
+      const int t = (int)(std::upper_bound(firsts.begin(), firsts.end(), job) - firsts.begin()) - 1;
+      const int chunk = context.chunk(t), begin = (job - firsts[t]) * chunk;
+      const int end = std::min(context.lengths[t], begin + chunk);
       const size_t at = (size_t)job * heads;
       uint32_t* query = s.laid + thread.number * s.laid_length;
       side_by_side(s.query + (size_t)t * heads * width, heads, width, query);
-      attend(p, query, caches[t], {begin, end - begin}, {s.sums + at * p.rank, s.most + at, s.divisor + at});
+      const Partial out = {s.sums + at * p.rank, s.most + at, s.divisor + at};
+      attend(p, query, latents_of(t), {begin, end - begin}, out);
     });
   }
 
@@ -340,8 +379,8 @@ struct AttentionPass {
     });
   }
   void merge(int t, int h) {
-    const int used = (context.lengths[t] + context.chunk - 1) / context.chunk;
-    const auto partial = [&](int i) { return ((size_t)t * context.chunks + i) * heads + h; };
+    const int used = context.firsts[t + 1] - context.firsts[t];
+    const auto partial = [&](int i) { return ((size_t)context.firsts[t] + i) * heads + h; };
     float top = -INFINITY, divisor = 0;
     for (int i = 0; i < used; i++) top = std::max(top, s.most[partial(i)]);
     std::fill(row, row + p.rank, 0.0f);

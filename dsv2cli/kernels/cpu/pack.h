@@ -90,6 +90,7 @@ struct Packer {
     for (int c = 0; c < p.candidates && top != 0; c++) {
       encode(p.shrinks[c] / top);
       float qx = 0, qq = 0;
+#pragma omp simd reduction(+ : qx, qq)
       for (int i = 0; i < p.group; i++) {
         const float q = values[index[i]];
         qx += q * x[i], qq += q * q;

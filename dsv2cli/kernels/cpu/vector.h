@@ -130,10 +130,13 @@ INLINE F widen16(const uint16_t* p) { return widen_as<F>(p); }
 INLINE float sum(NF x) {
 #if defined(__AVX512VNNI__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+  const __m256 v = (__m256)x;
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
-  float out = 0;
-  for (int i = 0; i < NATIVE / 4; i++) out += x[i];
-  return out;
+  return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
 

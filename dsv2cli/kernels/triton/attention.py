@@ -2,8 +2,8 @@
 
 Three kernels: one turns positions, absorbs queries and writes the cache; one reads the cache, cut into splits
 so that all of the GPU is busy; one puts the splits together and leads out of the latent. Every token has a
-row of the cache and a position; one at a negative position is not there: it writes nothing and its output
-means nothing.
+position and a row of a table that names its sequence's pages in order; one at a negative position is not
+there: it writes nothing and its output means nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv2cli.formats import PAGE
 from dsv2cli.kernels.triton.linear import store_normed
 
 TOKENS_AT_A_TIME = 32  # of the cache
@@ -42,11 +43,13 @@ def prepare_kernel(
     kv_b,
     rotary,
     positions,
-    slots,
+    rows,
+    tables,
     cache,
     q_latent,
     q_rope,
-    cache_stride,
+    table_stride,
+    page_stride,
     q_stride,
     kv_stride,
     eps,
@@ -60,6 +63,7 @@ def prepare_kernel(
     RANK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ABSORB: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Programs (token, head, tile): the query of a head, turned and, tile by tile, absorbed: q_nope W_uk.
 
@@ -90,7 +94,8 @@ def prepare_kernel(
             )
     elif (tile == 0) & (position >= 0):
         kv += token.to(tl.int64) * kv_stride
-        cache += tl.load(slots + token).to(tl.int64) * cache_stride + position.to(tl.int64) * (RANK + ROPE)
+        page = tl.load(tables + tl.load(rows + token).to(tl.int64) * table_stride + position // PAGE)
+        cache += page.to(tl.int64) * page_stride + position % PAGE * (RANK + ROPE)
         store_normed(kv, kv_norm, cache, RANK, eps, RANK_SIZE)
         store_turned(kv + RANK, cache + RANK, cos, sin, pair, turns)
 
@@ -107,10 +112,12 @@ def attend_kernel(
     q_rope,
     cache,
     positions,
-    slots,
+    rows,
+    tables,
     mixed,
     log_sums,
-    cache_stride,
+    table_stride,
+    page_stride,
     scale,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
@@ -120,6 +127,7 @@ def attend_kernel(
     BT: tl.constexpr,
     RANK_SIZE: tl.constexpr,
     ROPE_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Programs (token, heads, split): softmax over a split of the cache; a latent read once is key and value.
 
@@ -143,13 +151,14 @@ def attend_kernel(
     rope_query = tl.load(
         q_rope + row * ROPE + r[None, :], mask=(head < HEADS)[:, None] & (r < ROPE)[None, :], other=0.0
     )
-    cache += tl.load(slots + token).to(tl.int64) * cache_stride
+    tables += tl.load(rows + token).to(tl.int64) * table_stride
     most = tl.full([BH], float("-inf"), tl.float32)
     total = tl.zeros([BH], tl.float32)
     sums = tl.zeros([BH, RANK_SIZE], tl.float32)
     for first in range(start, end, BT):
-        t = first + tl.arange(0, BT)
-        at = cache + t[:, None].to(tl.int64) * (RANK + ROPE)
+        t = first + tl.arange(0, BT)  # all of one page
+        page = tl.load(tables + first // PAGE).to(tl.int64)
+        at = cache + page * page_stride + (t % PAGE)[:, None] * (RANK + ROPE)
         latent = tl.load(at + c[None, :], mask=(t < end)[:, None] & (c < RANK)[None, :], other=0.0)
         key = tl.load(at + RANK + r[None, :], mask=(t < end)[:, None] & (r < ROPE)[None, :], other=0.0)
         scores = tl.dot(latent_query, tl.trans(latent), input_precision="ieee")
@@ -263,7 +272,8 @@ class NewTokens:
     kv_b: Tensor
     rotary: Tensor
     positions: Tensor
-    slots: Tensor
+    rows: Tensor
+    tables: Tensor
     cache: Tensor
     shape: Shape
 
@@ -284,19 +294,20 @@ def attend(
     kv_b: Tensor,
     rotary: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    rows: Tensor,
+    tables: Tensor,
     cache: Tensor,
     shape: Shape,
 ) -> Tensor:
-    """Attention of few new tokens, which enter the cache first. -> [tokens, heads * value]
+    """Attention of few new tokens, which enter the pool first. -> [tokens, heads * value]
 
     q [tokens, heads * (nope + rope)], kv [tokens, rank + rope] and kv_b [heads * (nope + value), rank] are
-    projections, rotary [tokens, 2, rope / 2] in fp32, positions and slots [tokens] int32, cache [slots,
-    capacity, rank + rope]. Rows of q and kv may lie in one tensor. All tokens at once: those of one slot must
-    be neighbours in position.
+    projections, rotary [tokens, 2, rope / 2] in fp32, positions and rows [tokens] and tables [rows, pages]
+    int32, cache [pages, PAGE, rank + rope], a layer of the pool. Rows of q and kv may lie in one tensor. All
+    tokens at once: those of one row must be neighbours in position.
     """
-    assert all(tensor.is_contiguous() for tensor in (rotary, positions, slots, cache[0]))
-    new = NewTokens(q, kv, kv_norm, kv_b, rotary, positions, slots, cache, shape)
+    assert all(tensor.is_contiguous() for tensor in (rotary, positions, rows, tables, cache[0]))
+    new = NewTokens(q, kv, kv_norm, kv_b, rotary, positions, rows, tables, cache, shape)
     return merge(new, *read_cache(new, *prepare(new)))
 
 
@@ -314,10 +325,12 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         new.kv_b,
         new.rotary,
         new.positions,
-        new.slots,
+        new.rows,
+        new.tables,
         new.cache,
         q_latent,
         q_rope,
+        new.tables.stride(0),
         new.cache.stride(0),
         new.q.stride(0),
         new.kv.stride(0),
@@ -332,6 +345,7 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         RANK_SIZE=rank_size,
         TILE=tile,
         ABSORB=new.absorb_each,
+        PAGE=PAGE,
     )
     if not new.absorb_each:  # the weights would be read once a token: a matrix product a head is better
         w_uk = new.kv_b.view(shape.heads, -1, shape.rank)[:, : shape.nope]
@@ -344,7 +358,7 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
     """Each split's mean latent [tokens, splits, heads, rank] and log sum [tokens, splits, heads], in fp32."""
     shape, count = new.shape, new.q.shape[0]
     head_tiles = -(-shape.heads // HEADS_AT_A_TIME)
-    splits = count_splits(count * head_tiles, new.cache.shape[1], new.q.device)
+    splits = count_splits(count * head_tiles, new.tables.shape[1] * PAGE, new.q.device)
     mixed = new.q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
     log_sums = new.q.new_empty(count, splits, shape.heads, dtype=torch.float32)
     attend_kernel[(count, head_tiles, splits)](
@@ -352,9 +366,11 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
         q_rope,
         new.cache,
         new.positions,
-        new.slots,
+        new.rows,
+        new.tables,
         mixed,
         log_sums,
+        new.tables.stride(0),
         new.cache.stride(0),
         shape.scale,
         HEADS=shape.heads,
@@ -365,6 +381,7 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
         BT=TOKENS_AT_A_TIME,
         RANK_SIZE=new.rank_size,
         ROPE_SIZE=max(16, triton.next_power_of_2(shape.rope)),
+        PAGE=PAGE,
         num_warps=4,
         num_stages=2,
     )

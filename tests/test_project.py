@@ -21,7 +21,8 @@ from dsv2cli.cli.completion import completion_script
 # A file imports only from files named before it.
 ORDER = """
 errors outside formats memory places device team
-kernels.build kernels.quantized kernels.native kernels.linear kernels.attention kernels.experts
+kernels.build kernels.quantized kernels.native kernels.linear kernels.latents kernels.attention
+kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
 model.config model.share model.size model.rope model.pool model.step model.layers model.transformer
 checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.found

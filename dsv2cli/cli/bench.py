@@ -192,6 +192,7 @@ def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
         "peak_memory_bytes": peak_memory_bytes(runner.device),
+        "cache": plan.cache,
         "kv_bytes_per_token": runner.new_pool(1).bytes_per_token(),
         "kv_bytes_per_token_expanded": expanded_kv_bytes_per_token(runner.config, plan.dtype),
         "runs": [timing.as_json() | shares(runner, timing) for timing in timings],

@@ -325,7 +325,8 @@ def plan_facts(
         "weights_bytes_by_rank": size.bytes_by_rank(
             config, plan.format, plan.dtype, plan.ranks, plan.sequences
         ),
-        "cache_bytes": length * size.kv_bytes_per_token(config, plan.dtype),
+        "cache": plan.cache,
+        "cache_bytes": length * size.kv_bytes_per_token(config, plan.dtype, plan.cache),
         "attention": plan.attention,
         "kernels": plan.kernels_name,
         "kernels_why": plan.why_slower,

@@ -17,7 +17,8 @@ from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.outside import Number
-from dsv2cli.run.wish import DtypeOption, QuantizeOption, Wish
+from dsv2cli.run.plan import refuse_cache
+from dsv2cli.run.wish import CacheOption, DtypeOption, QuantizeOption, Wish
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +64,7 @@ class Room:
 
     dtype: DtypeOption = "auto"
     quantize: QuantizeOption = "none"
+    cache: CacheOption = "auto"
     gpus: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +103,8 @@ def info(subject: Subject, output: Output, room: Room) -> None:
     model = subject.model
     config = DeepseekV2Config.load(find_config(model))
     dtype = config.torch_dtype if room.dtype == "auto" else room.dtype
-    facts = describe(config, model or "embedded", dtype, subject.context)
+    refuse_cache(config, room.cache)
+    facts = describe(config, model or "embedded", dtype, subject.context, room.cache)
     formats = [format for format in facts["formats"] if room.quantize in ("none", format)]
     facts["fits"] = [fit(config, facts, place, format) for place in room.memories() for format in formats]
     facts["command"] = command(facts, model, bool(config.packed))
@@ -121,7 +124,7 @@ def speeds(
     """The most tokens a second that a memory allows, and where asked for a prediction for GPUs that share the
     model.
     """
-    dtype, context = facts["dtype"], facts["context"]
+    dtype, context, cache = facts["dtype"], facts["context"], facts["cache"]
     predicted = {}
     for place in facts["fits"]:
         if predict and place["fits"]:
@@ -132,19 +135,22 @@ def speeds(
     return {
         "ceiling_context": context,
         "decode_ceiling_tokens_per_second": {
-            format: size.decode_ceiling(config, format, dtype, bytes_per_second, context)
+            format: size.decode_ceiling(config, format, dtype, bytes_per_second, context, cache)
             for format in facts["formats"]
         },
         "predicted_tokens_per_second": predicted,
     }
 
 
-def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 4096) -> dict[str, Any]:
+def describe(
+    config: DeepseekV2Config, name: str, dtype: str, context: int = 4096, cache: str = "auto"
+) -> dict[str, Any]:
     """The numbers that follow from a config; sizes in bytes."""
     formats = [size.own_format(config)] if config.packed is not None else [dtype, *PACKED_BITS]
     by_format = {format: size.parts(config, format, dtype) for format in formats}
     counted = by_format[formats[0]]
-    cached = size.kv_bytes_per_token(config, dtype)
+    cached = size.kv_bytes_per_token(config, dtype, cache)
+    of_numbers = size.kv_bytes_per_token(config, dtype) / ITEM_BYTES[dtype]  # how many there are
     return {
         "model": name,
         "dtype": dtype,
@@ -169,11 +175,12 @@ def describe(config: DeepseekV2Config, name: str, dtype: str, context: int = 409
             }
             for format, listed in by_format.items()
         },
+        "cache": cache,
         "kv_bytes_per_token": cached,
         "kv_bytes_per_token_expanded": size.expanded_kv_bytes_per_token(config, dtype),
         "kv_saving_against_67b": 1 - cached / size.DENSE_67B_KV_BYTES,
         # As the paper counts: 6 bits a number.
-        "kv_saving_against_67b_at_6_bits": 1 - cached / ITEM_BYTES[dtype] * 6 / 8 / size.DENSE_67B_KV_BYTES,
+        "kv_saving_against_67b_at_6_bits": 1 - of_numbers * 6 / 8 / size.DENSE_67B_KV_BYTES,
         "parts": {
             part.name: {
                 "parameters": part.parameters,
@@ -190,7 +197,7 @@ def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: 
     the whole cache.
     """
     share = max(size.bytes_by_rank(config, format, facts["dtype"], place.count))
-    room = size.room(config, share, facts["dtype"], place.bytes, facts["context"])
+    room = size.room(config, share, facts["dtype"], place.bytes, facts["context"], facts["cache"])
     counts = {
         "name": place.name,
         "kind": place.kind,
@@ -231,7 +238,8 @@ def show(facts: dict[str, Any], here: bool) -> None:
     console.print(sizes(facts))
     saved = 1 - facts["kv_bytes_per_token"] / facts["kv_bytes_per_token_expanded"]
     less = f"{saved:.1%} less than full keys and values ({facts['kv_bytes_per_token_expanded']:,})"
-    console.print(f"\ncache {facts['kv_bytes_per_token']:,} bytes a token, {less}")
+    named = "" if facts["cache"] == "auto" else f" in {facts['cache']}"
+    console.print(f"\ncache {facts['kv_bytes_per_token']:,} bytes a token{named}, {less}")
     if facts["kv_lora_rank"] >= 512:  # of tiny models it says nothing
         by_6_bits = (
             f"{facts['kv_saving_against_67b_at_6_bits']:.1%} as the paper counts, with the latent in 6 bits"

@@ -24,7 +24,9 @@ def identity(checkpoint: Path, session: Session) -> str:
     weights = [each for each in session.runner.model.modules() if isinstance(each, Quantized)]
     codes = sorted({f"{each.bits}:{each.group}" for each in weights})
     files = edges(checkpoint, times=True)
-    return hashlib.sha256(f"{session.runner.dtype} {codes} {files}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{session.runner.dtype} {session.runner.cache} {codes} {files}".encode()
+    ).hexdigest()
 
 
 def save_cache(path: Path, session: Session, model: str) -> None:

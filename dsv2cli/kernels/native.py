@@ -62,16 +62,20 @@ class LayerParts(ctypes.Structure):
 
 
 class Pages(ctypes.Structure):
-    """cpu/attention.h's Pages."""
+    """cpu/latents.h's Pages."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("layers", "rows")), ("page", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("layers", "rows")),
+        ("page", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+    ]
 
 
 class PageTables:
     """Where the latents of some tokens' sequences lie."""
 
-    def __init__(self, layers: list[Tensor], spans: list[tuple[list[int], int]]) -> None:
-        """`layers` are those of a pool [pages, PAGE, latent + rope]; spans are pages and a number of tokens,
+    def __init__(self, layers: list[Tensor], bits: int, spans: list[tuple[list[int], int]]) -> None:
+        """`layers` are those of a pool, of so many bits [pages, ...]; spans are pages and a number of tokens,
         for each of which they count.
         """
         tables = [(ctypes.c_int32 * len(pages))(*pages) for pages, _ in spans]
@@ -84,7 +88,7 @@ class PageTables:
             )
         )
         page = layers[0].stride(0) * layers[0].element_size()
-        self.as_c = Pages(ctypes.addressof(self.layers), ctypes.addressof(self.rows), page)
+        self.as_c = Pages(ctypes.addressof(self.layers), ctypes.addressof(self.rows), page, bits)
         self.held = tables  # as long as their addresses are
 
 

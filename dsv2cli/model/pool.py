@@ -12,7 +12,8 @@ import mmap
 import torch
 from torch import Tensor
 
-from dsv2cli.formats import PAGE
+from dsv2cli.formats import CACHE_BITS, PAGE
+from dsv2cli.kernels.latents import Packing
 from dsv2cli.model.config import DeepseekV2Config
 
 
@@ -25,18 +26,33 @@ class LatentPool:
     """Pages of latents, each layer's on its device: one allocation a device, that never moves or grows."""
 
     def __init__(
-        self, config: DeepseekV2Config, pages: int, devices: list[torch.device], dtype: torch.dtype
+        self,
+        config: DeepseekV2Config,
+        pages: int,
+        devices: list[torch.device],
+        dtype: torch.dtype,
+        cache: str = "auto",
     ) -> None:
-        """`devices` are the layers'. In RAM a page takes memory from when it is first written."""
-        self.pages = pages
-        self.layers: list[Tensor] = []  # each [pages, PAGE, latent + rope], a part of its device's block
-        self.blocks: list[Tensor] = []  # each [pages, layers there, PAGE, latent + rope]
+        """`devices` are the layers', `dtype` is that of the activations, and `cache` how latents are held, as
+        --cache names it: in fewer than 16 bits as codes (kernels/latents.py). In RAM a page takes memory from
+        when it is first written.
+        """
+        self.pages, self.dtype, self.bits = pages, dtype, CACHE_BITS.get(cache, 16)
+        self.packing, held = None, torch.bfloat16 if cache == "bf16" else dtype
+        if self.bits < 16:
+            self.packing = Packing(self.bits, config.kv_lora_rank, config.qk_rope_head_dim)
+            held = torch.uint8
+        # Each a part of its device's block: [pages, PAGE, latent + rope], or with codes [pages, bytes].
+        self.layers: list[Tensor] = []
+        self.blocks: list[Tensor] = []  # each [pages, layers there, ...]
         places: dict[torch.device, int] = {}
         for device in devices:
             if device not in places:
                 places[device] = len(self.blocks)
-                shape = (pages, devices.count(device), PAGE, config.cached_dim)
-                self.blocks.append(memory(shape, device, dtype))
+                shape: tuple[int, ...] = (pages, devices.count(device), PAGE, config.cached_dim)
+                if self.packing is not None:
+                    shape = (*shape[:2], self.packing.page_bytes)
+                self.blocks.append(memory(shape, device, held))
         used = [0] * len(self.blocks)
         for device in devices:
             place = places[device]
@@ -45,11 +61,21 @@ class LatentPool:
 
     def write(self, layer: int, slots: Tensor, latents: Tensor) -> None:
         """Store latents [tokens, latent + rope] in slots [tokens]: slot i of page p is p * PAGE + i."""
-        self.layers[layer][slots // PAGE, slots % PAGE] = latents
+        if self.packing is None:
+            whole = self.layers[layer]
+            whole[slots // PAGE, slots % PAGE] = latents.to(whole.dtype)
+            return
+        planes = self.packing.planes(self.layers[layer])
+        for plane, each in zip(planes, self.packing.encode(latents), strict=True):
+            plane[slots // PAGE, slots % PAGE] = each
 
     def read(self, layer: int, pages: Tensor, length: int) -> Tensor:
         """The first `length` tokens in pages [n] of a layer. -> [length, latent + rope]"""
-        return self.layers[layer][pages].flatten(0, 1)[:length]
+        found = self.layers[layer][pages]
+        if self.packing is None:
+            return found.flatten(0, 1)[:length].to(self.dtype)
+        codes, keys, scales = (plane.flatten(0, 1)[:length] for plane in self.packing.planes(found))
+        return self.packing.decode((codes, keys, scales), self.dtype)
 
     def copy_page(self, source: int, target: int) -> None:
         """Let page `target` hold what page `source` does."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv2cli.formats import GROUP, HEAD_BITS, ITEM_BYTES, LANES, PACKED_BITS
+from dsv2cli.formats import CACHE_BITS, GROUP, HEAD_BITS, ITEM_BYTES, LANES, PACKED_BITS, latent_widths
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import Share, share_of
 
@@ -148,9 +148,13 @@ def own_format(config: DeepseekV2Config) -> str:
     return config.torch_dtype if config.packed is None else config.packed.format
 
 
-def kv_bytes_per_token(config: DeepseekV2Config, dtype: str) -> int:
-    """The latent and the rope key of every layer."""
-    return config.num_hidden_layers * config.cached_dim * ITEM_BYTES[dtype]
+def kv_bytes_per_token(config: DeepseekV2Config, dtype: str, cache: str = "auto") -> int:
+    """The latent and the rope key of every layer, in the format that --cache names."""
+    if cache in CACHE_BITS:
+        widths = latent_widths(CACHE_BITS[cache], config.kv_lora_rank, config.qk_rope_head_dim)
+        return config.num_hidden_layers * sum(widths)
+    item = ITEM_BYTES["bfloat16" if cache == "bf16" else dtype]
+    return config.num_hidden_layers * config.cached_dim * item
 
 
 def expanded_kv_bytes_per_token(config: DeepseekV2Config, dtype: str) -> int:
@@ -171,20 +175,27 @@ class Room:
     context: int
 
 
-def room(config: DeepseekV2Config, weights: int, dtype: str, memory_bytes: float, context: int) -> Room:
-    """`weights` in bytes; the cache is in `dtype`."""
+def room(
+    config: DeepseekV2Config, weights: int, dtype: str, memory_bytes: float, context: int, cache: str = "auto"
+) -> Room:
+    """`weights` in bytes; the activations are in `dtype`."""
     context = min(context, config.max_position_embeddings)
-    left, each = max(0.0, memory_bytes - weights), kv_bytes_per_token(config, dtype)
+    left, each = max(0.0, memory_bytes - weights), kv_bytes_per_token(config, dtype, cache)
     longest = min(config.max_position_embeddings, int(left // each))
     return Room(memory_bytes >= weights, longest, int(left // (each * context)), context)
 
 
 def decode_ceiling(
-    config: DeepseekV2Config, format: str, dtype: str, bytes_per_second: float, context: int
+    config: DeepseekV2Config,
+    format: str,
+    dtype: str,
+    bytes_per_second: float,
+    context: int,
+    cache: str = "auto",
 ) -> float:
     """Tokens a second at batch 1 if reading each needed weight and the cache once were the only cost."""
     weights = sum(part.read_bytes for part in parts(config, format, dtype))
-    return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype))
+    return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype, cache))
 
 
 # What a step on GPUs is made of beside reading. From what others have published, not measured by us: the part

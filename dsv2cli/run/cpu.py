@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dsv2cli.formats import CACHE_BITS
+from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, PageTables, matrix
 from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.model.config import DeepseekV2Config
@@ -26,14 +28,19 @@ class CppRunner(PlainRunner):
     """
 
     def __init__(
-        self, model: DeepseekV2, kernels: Kernels, attention: str = "auto", apart: bool = False
+        self,
+        model: DeepseekV2,
+        kernels: Kernels,
+        attention: str = "auto",
+        apart: bool = False,
+        cache: str = "auto",
     ) -> None:
         """`apart`: only the routed experts lie where the kernels run, or are to run as if they did."""
-        super().__init__(model, attention)
+        super().__init__(model, attention, cache=cache)
         whole = not apart and model.team.size == 1
         assert apart or self.dtype == torch.bfloat16, "activations are bf16"
         self.use(CppProducts(kernels, model.config, mlps=not whole))
-        self.fused = FusedLayers(kernels, model) if whole else None
+        self.fused = FusedLayers(kernels, model, CACHE_BITS.get(cache, 16) < 8) if whole else None
 
     @property
     def saved_bytes(self) -> int:
@@ -77,9 +84,10 @@ def lies_here(weight: Weight) -> bool:
 class FusedLayers:
     """Layers through the kernels. The structures hold addresses: the weights must stay where they are."""
 
-    def __init__(self, kernels: Kernels, model: DeepseekV2) -> None:
+    def __init__(self, kernels: Kernels, model: DeepseekV2, turned: bool) -> None:
+        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them."""
         self.kernels, self.layers = kernels, model.layers
-        self.up = [up_projections(kernels, layer.self_attn) for layer in self.layers]
+        self.up = [up_projections(kernels, layer.self_attn, turned) for layer in self.layers]
         parts = [
             LayerParts(attention_part(layer, *up), mlp_part(layer))
             for layer, up in zip(self.layers, self.up, strict=True)
@@ -137,7 +145,8 @@ class FusedLayers:
         assert step.pool is not None
         lengths = (step.positions + 1).int()
         layers = step.pool.layers[first : first + len(parts)]
-        tables = PageTables(layers, [(span.pages, span.count) for span in step.spans])
+        spans = [(span.pages, span.count) for span in step.spans]
+        tables = PageTables(layers, step.pool.bits, spans)
         self.kernels.layers(parts, x, step.rotary.contiguous(), lengths, tables, mlp)
 
     def feed(self, i: int, x: Tensor) -> Tensor:
@@ -159,7 +168,7 @@ def slices(chosen: list[int], spans: list[Span]) -> list[list[int]]:
     return out
 
 
-def up_projections(kernels: Kernels, attention: Attention) -> tuple[Weight, Weight]:
+def up_projections(kernels: Kernels, attention: Attention, turned: bool) -> tuple[Weight, Weight]:
     """kv_b_proj as one token meets it: [heads, rank, nope], whose product is a query for the latent, and
     [heads, value, rank].
 
@@ -168,6 +177,7 @@ def up_projections(kernels: Kernels, attention: Attention) -> tuple[Weight, Weig
     """
     config, like = attention.config, attention.o_proj.weight
     weight = attention.kv_b_proj.weight.unflatten(0, (attention.heads, -1))  # [heads, nope + value, rank]
+    weight = rotated(weight) if turned else weight
     k_up, v_up = weight[:, : config.qk_nope_head_dim].mT, weight[:, config.qk_nope_head_dim :]
     if not isinstance(like, Quantized):
         return k_up.contiguous(), v_up

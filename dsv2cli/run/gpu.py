@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2cli.formats import PAGE
+from dsv2cli.formats import CACHE_BITS, PAGE
+from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.kernels.triton import attention as gpu_attention
 from dsv2cli.kernels.triton import experts as gpu_experts
@@ -41,15 +42,17 @@ class TritonRunner(PlainRunner):
         graphs: bool = False,
         apart: bool = False,
         kernels: Kernels | None = None,
+        cache: str = "auto",
     ) -> None:
         """`apart`: routed experts lie in RAM, or are to run as if they did, where the C++ `kernels` compute
         them.
         """
-        super().__init__(model, attention)
+        super().__init__(model, attention, cache=cache)
         whole = not apart and all(share.heads for share in model.shares) and not model.team.sequences
         ram = None if kernels is None else CppProducts(kernels, model.config, mlps=True)
         self.use(TritonProducts(self.device, mlps=not whole, ram=ram))
-        self.layers = [GpuLayer(layer) for layer in model.layers] if whole else []
+        turned = CACHE_BITS.get(cache, 16) < 8
+        self.layers = [GpuLayer(layer, turned) for layer in model.layers] if whole else []
         self.graphs = graphs
         self.steps: WeakKeyDictionary[LatentPool, DecodeSteps] = WeakKeyDictionary()
 
@@ -179,9 +182,12 @@ def experts_product(gate_up: Table, down: Table, x: Tensor, index: Tensor, weigh
 class GpuLayer:
     """One layer in ten kernels for one token (eleven with q_lora). The input is overwritten by the output."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, turned: bool) -> None:
+        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them."""
         self.layer = layer
         attention, config = layer.self_attn, layer.self_attn.config
+        kv_b: Tensor = attention.kv_b_proj.weight
+        self.kv_b = rotated(kv_b).contiguous() if turned else kv_b
         self.shape = gpu_attention.Shape(
             attention.heads,
             config.qk_nope_head_dim,
@@ -210,13 +216,14 @@ class GpuLayer:
             q,
             kv,
             attention.kv_a_layernorm.weight,
-            attention.kv_b_proj.weight,
+            self.kv_b,
             tokens.rotary,
             tokens.positions,
             tokens.rows,
             tokens.tables,
             tokens.pool.layers[index],
             self.shape,
+            tokens.pool.bits,
         )
         if self.team.size > 1:
             return x + self.team.sum(gpu_linear.linear(out, self.o))

@@ -186,6 +186,10 @@ class Leader:
         return self.own.dtype
 
     @property
+    def cache(self) -> str:
+        return self.own.cache
+
+    @property
     def decodes_ahead(self) -> bool:
         return self.own.decodes_ahead
 
@@ -297,7 +301,8 @@ class Follower:
             case What.COPY:
                 own.copy_page(pool, message.rank, *message.pages)
             case What.FILL:
-                like = [layer.new_empty(message.count, layer.shape[-1]) for layer in pool.layers]
+                shape = (message.count, own.config.cached_dim)
+                like = [torch.empty(shape, dtype=own.dtype, device=layer.device) for layer in pool.layers]
                 for layer in like:
                     dist.broadcast(layer, 0)
                 own.fill(pool, message.pages, like)

@@ -136,7 +136,7 @@ def load_spread(
     scratch = None if plan.offload_folder is None else Path(plan.offload_folder)
     with screen.loading(found.name) as progress:
         model = load_placed(found.folder, found.config, dtype, plan.packing, places, main, scratch, progress)
-    return PlainRunner(model, plan.attention, main, layer_devices(places, main))
+    return PlainRunner(model, plan.attention, main, layer_devices(places, main), plan.cache)
 
 
 def runner_of(model: DeepseekV2, plan: Plan, kernels: native.Kernels | None) -> PlainRunner:
@@ -144,7 +144,7 @@ def runner_of(model: DeepseekV2, plan: Plan, kernels: native.Kernels | None) -> 
     if plan.triton:
         from dsv2cli.run.gpu import TritonRunner  # needs triton
 
-        return TritonRunner(model, plan.attention, plan.graphs, plan.apart, kernels)
+        return TritonRunner(model, plan.attention, plan.graphs, plan.apart, kernels, plan.cache)
     if kernels is not None:
-        return CppRunner(model, kernels, plan.attention, plan.apart)
-    return PlainRunner(model, plan.attention)
+        return CppRunner(model, kernels, plan.attention, plan.apart, plan.cache)
+    return PlainRunner(model, plan.attention, cache=plan.cache)

@@ -50,6 +50,7 @@ class Plan:
     attention: str = "auto"
     threads: int | None = None  # on the CPU; None leaves torch its own
     ranks: int = 1  # processes that share the model
+    cache: str = "auto"  # number format of the latents in the pool
     sequences: bool = False  # whether each rank attends to sequences of its own
     places: dict[str, Any] | None = None  # module -> device, where layers are spread
     offload_folder: str | None = None  # for those on disk
@@ -104,6 +105,7 @@ def make_plan(config: DeepseekV2Config, wish: Wish, here: Here) -> Plan:
         wish.attention,
         threads_of(config, wish, here, ranks),
         ranks,
+        cache_of(config, wish),
         wish.sequences,
         offload_folder=None if wish.offload_folder is None else str(wish.offload_folder),
         experts_on_gpu=experts_that_fit(config, wish, here, device, dtype),
@@ -160,6 +162,20 @@ def format_of(config: DeepseekV2Config, wish: Wish, dtype: str) -> str:
     return wish.packing
 
 
+def cache_of(config: DeepseekV2Config, wish: Wish) -> str:
+    """The number format of the latents. Raises UsageError for one that they can not be held in."""
+    refuse_cache(config, wish.cache)
+    return wish.cache
+
+
+def refuse_cache(config: DeepseekV2Config, cache: str) -> None:
+    """Raises UsageError where codes of so many bits do not fill whole bytes."""
+    unit = {"int6": 4, "int4": 2}.get(cache, 1)
+    if config.kv_lora_rank % unit:
+        why = f"kv_lora_rank is {config.kv_lora_rank}, which {unit} does not divide"
+        raise UsageError(f"--cache {cache} does not fit this model", why=why, fix="--cache int8")
+
+
 def count_ranks(config: DeepseekV2Config, wish: Wish, here: Here, device: str, dtype: str) -> int:
     """How many processes share the model: as many GPUs as its weights need, where nothing is said.
 
@@ -214,7 +230,7 @@ def experts_that_fit(config: DeepseekV2Config, wish: Wish, here: Here, device: s
     routed = size.parts(config, wish.packing or dtype, dtype)
     each = sum(part.bytes for part in routed if part.name == "routed experts") // config.moe_layers
     memory = here.gpu_memories[int(device.removeprefix("cuda:"))]
-    room = SPARE * memory - TALK * size.kv_bytes_per_token(config, dtype)
+    room = SPARE * memory - TALK * size.kv_bytes_per_token(config, dtype, wish.cache)
     if rest > room:
         why = f"the rest takes {rest / 1e9:.1f} GB of its {room / 1e9:.1f} GB"
         fix = "--device cpu --quantize int4"

@@ -67,6 +67,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def cache(self) -> str:
+        """The number format of its pools, as --cache names it."""
+        ...
+
+    @property
     def decodes_ahead(self) -> bool:
         """Whether `decode` only asks the device for its work, so that it can be given more before that is
         done.
@@ -120,11 +125,13 @@ class PlainRunner:
         attention: str = "auto",
         main: torch.device | None = None,
         layer_devices: list[torch.device] | None = None,
+        cache: str = "auto",
     ) -> None:
         """`attention` is one of ATTENTION_PATHS; `main` and `layer_devices` say what computes where weights
-        travel.
+        travel; `cache` is the number format of its pools.
         """
         assert attention in ATTENTION_PATHS, attention
+        self.cache = cache
         self.model, self.attention, self.main, self.layer_devices = model, attention, main, layer_devices
         self.use(None)
 
@@ -173,7 +180,7 @@ class PlainRunner:
     def new_pool(self, tokens: int | None = None) -> LatentPool:
         devices = self.layer_devices or [self.device] * self.config.num_hidden_layers
         pages = self.most_pages(devices) if tokens is None else pages_for(tokens)
-        return LatentPool(self.config, pages, devices, self.dtype)
+        return LatentPool(self.config, pages, devices, self.dtype, self.cache)
 
     def agreed_tokens(self) -> int:
         """For how many tokens there is room in the pool of every rank; all ranks ask at once."""
@@ -185,7 +192,8 @@ class PlainRunner:
     def most_pages(self, devices: list[torch.device]) -> int:
         """For how many pages there is room on the layers' devices, up to MOST_SEQUENCES of the longest."""
         most = MOST_SEQUENCES * pages_for(self.config.max_position_embeddings)
-        page = PAGE * self.config.cached_dim * self.dtype.itemsize  # bytes a layer
+        one = LatentPool(self.config, 1, [torch.device("cpu")], self.dtype, self.cache)
+        page = PAGE * one.bytes_per_token()  # bytes a layer
         for device in set(devices):
             free = ram_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
             most = min(most, int(POOL_SHARE * free) // (page * devices.count(device)))

@@ -13,12 +13,19 @@ from typer import Option
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Packing = Literal["none", "int8", "int4", "int4-all"]
+Cache = Literal["auto", "bf16", "int8", "int6", "int4"]
 KernelsChoice = Literal["auto", "triton", "triton-eager", "native", "avx2", "portable", "off"]
 TRITON = ("triton", "triton-eager")
 
 DtypeOption = Annotated[Dtype, Option(help="Number format of the weights; auto is the checkpoint's own.")]
 QuantizeOption = Annotated[
     Packing, Option(help="Weights in 8 or 4 bits, made while loading; int4-all: attention in 4 bits too.")
+]
+CacheOption = Annotated[
+    Cache,
+    Option(
+        help="Number format of the latent cache; auto is that of the activations. int6 halves it, and more."
+    ),
 ]
 KernelsOption = Annotated[
     KernelsChoice,
@@ -38,6 +45,7 @@ class Wish:
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     dtype: DtypeOption = "auto"
     quantize: QuantizeOption = "none"
+    cache: CacheOption = "auto"
     gpus: Annotated[
         int | None,
         Option(

@@ -1,7 +1,7 @@
 // The attention of a layer over the compressed cache: heads mix latents, not values. attention.py says in
 // plain torch what is computed here (attend_reference, and `attend` for what is absorbed).
 #pragma once
-#include "streams.h"
+#include "latents.h"
 
 // A layer's attention as Python hands it over; native.py's AttentionPart is its twin. k_up and v_up are
 // kv_b_proj by heads: [rank, nope], which is transposed there, and [value, rank]. q_a may be NONE.
@@ -12,18 +12,8 @@ struct Attention {
   float eps, scale;
 };
 
-// The pages of some tokens' sequences; native.py's Pages is its twin. A layer of a page holds PAGE_TOKENS
-// latents, one after the other; `page` is the way from one page to the next, in bytes.
-struct Pages {
-  char* const* layers;         // [layers]: where the first page of each begins
-  const int32_t* const* rows;  // [n]: of each token the numbers of its sequence's pages, in order
-  int64_t page;
-  struct Latents of(int layer, int token, int width) const;
-};
-
 namespace {
 
-constexpr int PAGE_TOKENS = 64;  // formats.py's PAGE
 constexpr int CACHED_AT_A_TIME = 32;  // cached tokens: they and the heads' sums stay near the processor
 constexpr int SCORED_AT_A_TIME = BROAD ? 16 : 4;  // cached tokens whose scores stay in registers
 constexpr float LATENT_EPS = 1e-6f;  // of q_a_layernorm and kv_a_layernorm, fixed in the official code
@@ -37,25 +27,6 @@ NOINLINE void rotate(float* x, const float* table, int size) {
     x[2 * i + 1] = a * sine[i] + b * cosine[i];
   }
 }
-
-}  // namespace
-
-// The latents of one sequence in one layer.
-struct Latents {
-  char* base;
-  const int32_t* pages;
-  int64_t page;
-  int width;
-  uint16_t* row(int token) const {
-    char* const begin = base + pages[token / PAGE_TOKENS] * page;
-    return (uint16_t*)begin + (size_t)(token % PAGE_TOKENS) * width;
-  }
-};
-inline Latents Pages::of(int layer, int token, int width) const {
-  return {layers[layer], rows[token], page, width};
-}
-
-namespace {
 
 // ---- one query over some cached tokens --------------------------------------------------------------------
 // 16 heads are taken at a time, one a lane: scores then need no sums across lanes.
@@ -195,14 +166,15 @@ struct Partial {
   float *sums, *most, *divisor;
 };
 
-// One query of all heads, side by side, over some tokens of a cache.
+// One query of all heads, side by side, over some tokens of a sequence; room [CACHED_AT_A_TIME, width].
 NOINLINE void attend(const Attention& p, const uint32_t* query, const Latents& latents, Span tokens,
-                     Partial out) {
+                     uint16_t* room, Partial out) {
   const int width = p.rank + p.rope, groups = blocks_of(p.heads), end = tokens.begin + tokens.count;
   std::vector<float> most((size_t)groups * LANES, -INFINITY), divisor((size_t)groups * LANES, 0.0f);
   memset(out.sums, 0, (size_t)p.heads * p.rank * sizeof(float));
   for (int at = tokens.begin; at < end; at += CACHED_AT_A_TIME) {
-    const Cached cached = {latents.row(at), width, p.rank, std::min(CACHED_AT_A_TIME, end - at)};
+    const int count = std::min(CACHED_AT_A_TIME, end - at);
+    const Cached cached = {latents.rows(at, count, room), width, p.rank, count};
     for (int g = 0; g < groups; g++) {
       const int first = g * LANES, heads = std::min(LANES, p.heads - first);
       float* sums = out.sums + (size_t)first * p.rank;
@@ -247,6 +219,7 @@ struct AttentionScratch {
   float *q_a, *q, *kv_a, *out, *sums, *most, *divisor, *rows;
   uint16_t* query;          // [n, heads, rank + rope]: absorbed, and rotated
   uint32_t* laid;           // a thread's query, side by side
+  uint16_t* unpacked;       // a thread's latents, where they lie in codes
   size_t row, laid_length;  // numbers of a thread's `rows` and `laid`
 
   AttentionScratch(const Attention& p, const Context& context, int threads, Scratch& scratch) {
@@ -263,6 +236,7 @@ struct AttentionScratch {
     query = scratch.take<uint16_t>(n * heads * width);
     laid_length = blocks_of(heads) * LANES * width / 2;
     laid = scratch.take<uint32_t>(threads * laid_length);
+    unpacked = scratch.take<uint16_t>(threads * CACHED_AT_A_TIME * width);
     sums = scratch.take<float>(partials * p.rank);
     most = scratch.take<float>(partials);
     divisor = scratch.take<float>(partials);
@@ -349,10 +323,10 @@ struct AttentionPass {
     float* from = s.kv_a + (size_t)t * width;
     norm_row(from, p.kv_a_norm, p.rank, LATENT_EPS, from);
     rotate(from + p.rank, context.rotary + (size_t)t * p.rope, p.rope);
-    narrow_row(from, width, latents_of(t).row(context.lengths[t] - 1));
+    latents_of(t).put(context.lengths[t] - 1, from, row);
   }
 
-  Latents latents_of(int t) const { return context.pages->of(layer, t, width); }
+  Latents latents_of(int t) const { return {*context.pages, layer, t, p.rank, p.rope}; }
 
   // Softmax and sums of latents, chunk by chunk of what each token sees.
   void attend_chunks() {
@@ -365,7 +339,8 @@ struct AttentionPass {
       uint32_t* query = s.laid + thread.number * s.laid_length;
       side_by_side(s.query + (size_t)t * heads * width, heads, width, query);
       const Partial out = {s.sums + at * p.rank, s.most + at, s.divisor + at};
-      attend(p, query, latents_of(t), {begin, end - begin}, out);
+      uint16_t* const room = s.unpacked + (size_t)thread.number * CACHED_AT_A_TIME * width;
+      attend(p, query, latents_of(t), {begin, end - begin}, room, out);
     });
   }
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2cli.formats import PAGE
+from dsv2cli.formats import KEY_BITS, PAGE
 from dsv2cli.kernels.triton.linear import store_normed
 
 TOKENS_AT_A_TIME = 32  # of the cache
@@ -36,6 +36,135 @@ def store_turned(x, out, cos, sin, pair, turns):
 
 
 @triton.jit
+def unpacked(codes, i, inside, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """What number i of `codes` stands for, in scales: kernels/latents.py's `apart` and `meant`."""
+    HALF: tl.constexpr = SIZE // 2
+    QUARTER: tl.constexpr = SIZE // 4
+    if BITS == 8:
+        code = tl.load(codes + i, mask=inside, other=0).to(tl.int32)
+    else:
+        fours = codes + SIZE if BITS == 12 else codes
+        code = tl.load(fours + i % HALF, mask=inside, other=0).to(tl.int32) >> i // HALF * 4 & 15
+        if BITS == 12:
+            code = code << 8 | tl.load(codes + i, mask=inside, other=0).to(tl.int32)
+        if BITS == 6:
+            twos = tl.load(codes + HALF + i % QUARTER, mask=inside, other=0).to(tl.int32)
+            code = code | (twos >> i // QUARTER * 2 & 3) << 4
+    return code.to(tl.float32) - (2**BITS - 1) / 2
+
+
+@triton.jit
+def bf16_at(at, inside):
+    """The bf16 number in two bytes."""
+    low = tl.load(at, mask=inside, other=0).to(tl.uint32)
+    high = tl.load(at + 1, mask=inside, other=0).to(tl.uint32)
+    return (high << 24 | low << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_bf16(at, x, inside):
+    """A number as two bytes, rounded to bf16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = bits + 0x7FFF + (bits >> 16 & 1)
+    tl.store(at, (bits >> 16 & 255).to(tl.uint8), mask=inside)
+    tl.store(at + 1, (bits >> 24).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def code_of(room, i, inside, scale, BITS: tl.constexpr):
+    """The code of number i."""
+    x = tl.load(room + i, mask=inside, other=0.0) / scale + (2**BITS - 1) / 2
+    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 2.0**BITS - 1).to(tl.int32)
+
+
+@triton.jit
+def store_codes(room, to, scale_at, SIZE: tl.constexpr, BITS: tl.constexpr, PADDED: tl.constexpr):
+    """Numbers room [SIZE] as codes and a scale: kernels/latents.py's `even_codes` and `together`."""
+    i = tl.arange(0, PADDED)
+    HALF: tl.constexpr = SIZE // 2
+    QUARTER: tl.constexpr = SIZE // 4
+    most = tl.max(tl.abs(tl.load(room + i, mask=i < SIZE, other=0.0)))
+    exact = tl.maximum(most / ((2**BITS - 1) / 2), 1e-30)
+    store_bf16(scale_at, exact, True)
+    bits = exact.to(tl.uint32, bitcast=True)
+    scale = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    if BITS == 8:
+        tl.store(to + i, code_of(room, i, i < SIZE, scale, BITS).to(tl.uint8), mask=i < SIZE)
+    else:
+        low = code_of(room, i, i < HALF, scale, BITS)
+        high = code_of(room, HALF + i, i < HALF, scale, BITS)
+        if BITS == 12:
+            tl.store(to + i, (low & 255).to(tl.uint8), mask=i < HALF)
+            tl.store(to + HALF + i, (high & 255).to(tl.uint8), mask=i < HALF)
+            tl.store(to + SIZE + i, (low >> 8 | high >> 8 << 4).to(tl.uint8), mask=i < HALF)
+        else:
+            tl.store(to + i, (low & 15 | (high & 15) << 4).to(tl.uint8), mask=i < HALF)
+        if BITS == 6:
+            upper = tl.zeros([PADDED], tl.int32)
+            for q in tl.static_range(4):
+                upper |= code_of(room, q * QUARTER + i, i < QUARTER, scale, BITS) >> 4 << 2 * q
+            tl.store(to + HALF + i, upper.to(tl.uint8), mask=i < QUARTER)
+
+
+@triton.jit
+def store_packed(
+    kv,
+    norm,
+    room,
+    page,
+    place,
+    cos,
+    sin,
+    pair,
+    eps,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    RANK_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """The new latent, normed, and below 8 bits turned, and the new key, as codes in a page.
+
+    room [RANK + ROPE] in fp32. The largest power of two that divides RANK is 2^STAGES.
+    """
+    BLOCK: tl.constexpr = 2**STAGES
+    c = tl.arange(0, RANK_SIZE)
+    x = tl.load(kv + c, mask=c < RANK, other=0.0).to(tl.float32)
+    rms = tl.rsqrt(tl.sum(x * x) / RANK + eps)
+    weight = tl.load(norm + c, mask=c < RANK, other=0.0)
+    x = ((x * rms).to(kv.dtype.element_ty) * weight).to(tl.float32)
+    if BITS < 8:
+        x = tl.reshape(x, [RANK_SIZE // BLOCK, BLOCK])
+        for _ in tl.static_range(STAGES):
+            even, odd = tl.split(tl.reshape(x, [RANK_SIZE // BLOCK, BLOCK // 2, 2]))
+            both = tl.permute(tl.join(even + odd, even - odd), (0, 2, 1))
+            x = tl.reshape(both, [RANK_SIZE // BLOCK, BLOCK])
+        x = (tl.reshape(x, [RANK_SIZE]) / tl.sqrt(BLOCK * 1.0)).to(kv.dtype.element_ty).to(tl.float32)
+    tl.store(room + c, x, mask=c < RANK)
+    turns = pair < ROPE // 2
+    even = tl.load(kv + RANK + 2 * pair, mask=turns, other=0.0).to(tl.float32)
+    odd = tl.load(kv + RANK + 2 * pair + 1, mask=turns, other=0.0).to(tl.float32)
+    first = (even * cos - odd * sin).to(kv.dtype.element_ty).to(tl.float32)
+    second = (even * sin + odd * cos).to(kv.dtype.element_ty).to(tl.float32)
+    tl.store(room + RANK + 2 * pair, first, mask=turns)
+    tl.store(room + RANK + 2 * pair + 1, second, mask=turns)
+    tl.debug_barrier()  # what one thread stored others load
+    CODES: tl.constexpr = RANK * BITS // 8
+    KEYS: tl.constexpr = ROPE * KEY_BITS // 8
+    SCALES: tl.constexpr = 2 if KEY_BITS == 16 else 4
+    scales = page + PAGE * (CODES + KEYS) + place * SCALES
+    store_codes(room, page + place * CODES, scales, RANK, BITS, RANK_SIZE)
+    keys = page + PAGE * CODES + place * KEYS
+    if KEY_BITS == 16:
+        store_bf16(keys + 4 * pair, first, turns)
+        store_bf16(keys + 4 * pair + 2, second, turns)
+    else:
+        store_codes(room + RANK, keys, scales + 2, ROPE, KEY_BITS, 2 * pair.shape[0])
+
+
+@triton.jit
 def prepare_kernel(
     q,
     kv,
@@ -46,6 +175,7 @@ def prepare_kernel(
     rows,
     tables,
     cache,
+    room,
     q_latent,
     q_rope,
     table_stride,
@@ -64,6 +194,9 @@ def prepare_kernel(
     TILE: tl.constexpr,
     ABSORB: tl.constexpr,
     PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Programs (token, head, tile): the query of a head, turned and, tile by tile, absorbed: q_nope W_uk.
 
@@ -95,9 +228,32 @@ def prepare_kernel(
     elif (tile == 0) & (position >= 0):
         kv += token.to(tl.int64) * kv_stride
         page = tl.load(tables + tl.load(rows + token).to(tl.int64) * table_stride + position // PAGE)
-        cache += page.to(tl.int64) * page_stride + position % PAGE * (RANK + ROPE)
-        store_normed(kv, kv_norm, cache, RANK, eps, RANK_SIZE)
-        store_turned(kv + RANK, cache + RANK, cos, sin, pair, turns)
+        cache += page.to(tl.int64) * page_stride
+        if BITS == 16:
+            cache += position % PAGE * (RANK + ROPE)
+            store_normed(kv, kv_norm, cache, RANK, eps, RANK_SIZE)
+            store_turned(kv + RANK, cache + RANK, cos, sin, pair, turns)
+        else:
+            room += token * (RANK + ROPE)
+            place = position % PAGE
+            store_packed(
+                kv,
+                kv_norm,
+                room,
+                cache,
+                place,
+                cos,
+                sin,
+                pair,
+                eps,
+                RANK,
+                ROPE,
+                RANK_SIZE,
+                BITS,
+                KEY_BITS,
+                STAGES,
+                PAGE,
+            )
 
 
 @triton.jit
@@ -128,6 +284,8 @@ def attend_kernel(
     RANK_SIZE: tl.constexpr,
     ROPE_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
 ):
     """Programs (token, heads, split): softmax over a split of the cache; a latent read once is key and value.
 
@@ -158,9 +316,30 @@ def attend_kernel(
     for first in range(start, end, BT):
         t = first + tl.arange(0, BT)  # all of one page
         page = tl.load(tables + first // PAGE).to(tl.int64)
-        at = cache + page * page_stride + (t % PAGE)[:, None] * (RANK + ROPE)
-        latent = tl.load(at + c[None, :], mask=(t < end)[:, None] & (c < RANK)[None, :], other=0.0)
-        key = tl.load(at + RANK + r[None, :], mask=(t < end)[:, None] & (r < ROPE)[None, :], other=0.0)
+        here = cache + page * page_stride
+        place = t % PAGE
+        some_latent = (t < end)[:, None] & (c < RANK)[None, :]
+        some_key = (t < end)[:, None] & (r < ROPE)[None, :]
+        if BITS == 16:
+            at = here + place[:, None] * (RANK + ROPE)
+            latent = tl.load(at + c[None, :], mask=some_latent, other=0.0).to(latent_query.dtype)
+            key = tl.load(at + RANK + r[None, :], mask=some_key, other=0.0).to(latent_query.dtype)
+        else:
+            CODES: tl.constexpr = RANK * BITS // 8
+            KEYS: tl.constexpr = ROPE * KEY_BITS // 8
+            SCALES: tl.constexpr = 2 if KEY_BITS == 16 else 4
+            scales = here + PAGE * (CODES + KEYS) + place * SCALES
+            codes = here + place[:, None] * CODES
+            numbers = unpacked(codes, c[None, :], some_latent, RANK, BITS)
+            sizes = bf16_at(scales, t < end)[:, None]
+            latent = tl.where(some_latent, numbers * sizes, 0.0).to(latent_query.dtype)
+            keys = here + PAGE * CODES + place[:, None] * KEYS
+            if KEY_BITS == 16:
+                key = bf16_at(keys + 2 * r[None, :], some_key).to(latent_query.dtype)
+            else:
+                numbers = unpacked(keys, r[None, :], some_key, ROPE, KEY_BITS)
+                sizes = bf16_at(scales + 2, t < end)[:, None]
+                key = tl.where(some_key, numbers * sizes, 0.0).to(latent_query.dtype)
         scores = tl.dot(latent_query, tl.trans(latent), input_precision="ieee")
         scores = tl.dot(rope_query, tl.trans(key), scores, input_precision="ieee") * scale
         scores = tl.where((t < end)[None, :], scores, float("-inf"))
@@ -276,6 +455,12 @@ class NewTokens:
     tables: Tensor
     cache: Tensor
     shape: Shape
+    bits: int
+
+    @property
+    def key_bits(self) -> int:
+        """Of a key beside codes."""
+        return KEY_BITS.get(self.bits, 16)
 
     @property
     def absorb_each(self) -> bool:
@@ -298,16 +483,18 @@ def attend(
     tables: Tensor,
     cache: Tensor,
     shape: Shape,
+    bits: int = 16,
 ) -> Tensor:
     """Attention of few new tokens, which enter the pool first. -> [tokens, heads * value]
 
     q [tokens, heads * (nope + rope)], kv [tokens, rank + rope] and kv_b [heads * (nope + value), rank] are
     projections, rotary [tokens, 2, rope / 2] in fp32, positions and rows [tokens] and tables [rows, pages]
-    int32, cache [pages, PAGE, rank + rope], a layer of the pool. Rows of q and kv may lie in one tensor. All
+    int32, cache [pages, PAGE, rank + rope], a layer of the pool, or below 16 `bits` [pages, bytes]; below 8
+    kv_b is that of turned latents. Rows of q and kv may lie in one tensor. All
     tokens at once: those of one row must be neighbours in position.
     """
     assert all(tensor.is_contiguous() for tensor in (rotary, positions, rows, tables, cache[0]))
-    new = NewTokens(q, kv, kv_norm, kv_b, rotary, positions, rows, tables, cache, shape)
+    new = NewTokens(q, kv, kv_norm, kv_b, rotary, positions, rows, tables, cache, shape, bits)
     return merge(new, *read_cache(new, *prepare(new)))
 
 
@@ -316,6 +503,7 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
     shape, count, rank_size = new.shape, new.q.shape[0], new.rank_size
     q_latent = new.q.new_empty(count, shape.heads, shape.rank)
     q_rope = new.q.new_empty(count, shape.heads, shape.rope)
+    room = new.q.new_empty(count, shape.rank + shape.rope if new.bits < 16 else 0, dtype=torch.float32)
     tile = min(64, rank_size)
     tiles = -(-shape.rank // tile) if new.absorb_each else 1
     prepare_kernel[(count, shape.heads + 1, tiles)](
@@ -328,6 +516,7 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         new.rows,
         new.tables,
         new.cache,
+        room,
         q_latent,
         q_rope,
         new.tables.stride(0),
@@ -346,6 +535,9 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         TILE=tile,
         ABSORB=new.absorb_each,
         PAGE=PAGE,
+        BITS=new.bits,
+        KEY_BITS=new.key_bits,
+        STAGES=(shape.rank & -shape.rank).bit_length() - 1,
     )
     if not new.absorb_each:  # the weights would be read once a token: a matrix product a head is better
         w_uk = new.kv_b.view(shape.heads, -1, shape.rank)[:, : shape.nope]
@@ -382,6 +574,8 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
         RANK_SIZE=new.rank_size,
         ROPE_SIZE=max(16, triton.next_power_of_2(shape.rope)),
         PAGE=PAGE,
+        BITS=new.bits,
+        KEY_BITS=new.key_bits,
         num_warps=4,
         num_stages=2,
     )

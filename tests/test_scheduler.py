@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import resource
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from conftest import CPU, golden_folders
@@ -18,7 +20,7 @@ from dsv2cli.engine.grammar import Grammar
 from dsv2cli.engine.pages import Pages
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.formats import PAGE
 from dsv2cli.kernels import native
 from dsv2cli.run.cpu import CppRunner
@@ -293,3 +295,17 @@ def test_memory_is_that_of_the_tokens_held(v2):
     used = scheduler.books[0].touched * PAGE * scheduler.pool.bytes_per_token()
     assert config.max_position_embeddings > 2000 < most
     assert used <= 1.05 * (most + 16 * PAGE) * scheduler.pool.bytes_per_token()
+
+
+def test_where_address_space_is_short_the_pool_is_smaller_and_at_last_refused(embedded):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    whole = embedded.new_pool().pages
+    size = embedded.new_pool(1).bytes_per_token() * PAGE * whole
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + size // 3, before[1]))
+        pool = embedded.new_pool()
+        with pytest.raises(Dsv2Error, match="no memory for the latents"):
+            embedded.new_pool(whole * PAGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert whole // 8 <= pool.pages < whole

@@ -53,6 +53,7 @@ class Job:
     reading: Reading = unheard
     deadline: float | None = None  # by time.monotonic
     failure: Dsv2Error | None = None  # what `error` says
+    names: list[Name] | None = None  # of the prompt's pages but the last, once they were asked for
 
     @property
     def ended(self) -> bool:
@@ -326,7 +327,9 @@ class Scheduler:
         ids = job.prompt_ids
         scored = job.request.prompt_logprobs is not None
         # The last page, which may be full, is none of them: its last token must be computed.
-        names = [] if scored or job.after is not None else names_of(ids[:-1])
+        if job.names is None:
+            job.names = [] if scored or job.after is not None else names_of(ids[:-1])
+        names = job.names
         book = self.books[0]
         if job.after is not None:
             sequence = job.after

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv2cli.checkpoint.blueprint import state_of
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import PAGE
 from dsv2cli.memory import ram_bytes
 from dsv2cli.model.config import DeepseekV2Config
@@ -84,7 +86,9 @@ class Runner(Protocol):
         ...
 
     def new_pool(self, tokens: int | None = None) -> LatentPool:
-        """Pages for so many tokens (on each of `ranks`), or for as many as there is room for."""
+        """Pages for so many tokens (on each of `ranks`), or for as many as there is room for. Raises
+        Dsv2Error where there is none.
+        """
         ...
 
     def __call__(self, ids: Tensor, spans: list[Span], pool: LatentPool, watch: Watch = unwatched) -> Tensor:
@@ -180,7 +184,16 @@ class PlainRunner:
     def new_pool(self, tokens: int | None = None) -> LatentPool:
         devices = self.layer_devices or [self.device] * self.config.num_hidden_layers
         pages = self.most_pages(devices) if tokens is None else pages_for(tokens)
-        return LatentPool(self.config, pages, devices, self.dtype, self.cache)
+        while True:
+            try:
+                return LatentPool(self.config, pages, devices, self.dtype, self.cache)
+            except OSError as error:  # a limit on address space
+                if tokens is not None or pages <= 2:
+                    why = error.strerror or str(error)
+                    raise Dsv2Error(
+                        "There is no memory for the latents", why=why, fix="--cache int6"
+                    ) from None
+                pages //= 2
 
     def agreed_tokens(self) -> int:
         """For how many tokens there is room in the pool of every rank; all ranks ask at once."""
@@ -195,9 +208,14 @@ class PlainRunner:
         one = LatentPool(self.config, 1, [torch.device("cpu")], self.dtype, self.cache)
         page = PAGE * one.bytes_per_token()  # bytes a layer
         for device in set(devices):
-            free = ram_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+            free = self.free_ram() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
             most = min(most, int(POOL_SHARE * free) // (page * devices.count(device)))
         return max(most, 2)
+
+    def free_ram(self) -> int:
+        """Bytes of RAM that the weights leave."""
+        tensors = state_of(self.model).values()
+        return ram_bytes() - sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
 
     def __call__(self, ids: Tensor, spans: list[Span], pool: LatentPool, watch: Watch = unwatched) -> Tensor:
         assert self.model.products is self.products, "the model has another runner"

@@ -128,8 +128,9 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
 
     # What is wrong with the prompt is said before the weights are read.
     checkpoint = find(prompt.model)
-    request = sampling.request(checkpoint, output.logprobs, sampling.ignore_eos, sampling.speculate)
-    request = replace(request, prompt_logprobs=output.prompt_logprobs)
+    request = sampling.request(
+        checkpoint, output.logprobs, sampling.ignore_eos, sampling.speculate, output.prompt_logprobs
+    )
     asked, tokenizer = None, None
     if not prompt.many:
         from dsv2cli.engine.request import check_prompt

@@ -220,6 +220,7 @@ class Sampling:
         logprobs: int | None = None,
         ignore_eos: bool = False,
         speculate: bool = False,
+        prompt_logprobs: int | None = None,
     ) -> Request:
         """The checkpoint's sampling defaults with these on top. Raises UsageError for senseless values."""
         from dsv2cli.engine.request import Request, SamplingParams
@@ -232,11 +233,12 @@ class Sampling:
                 checkpoint.settings, str(checkpoint.folder / "generation_config.json"), **chosen
             ),
             self.max_new_tokens,
-            frozenset() if ignore_eos else checkpoint.eos_ids,
-            tuple(self.stop or ()),
-            secrets.randbits(32) if self.seed is None else self.seed,
-            logprobs,
-            speculate,
+            eos_ids=frozenset() if ignore_eos else checkpoint.eos_ids,
+            stop=tuple(self.stop or ()),
+            seed=secrets.randbits(32) if self.seed is None else self.seed,
+            logprobs=logprobs,
+            speculate=speculate,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -170,13 +170,8 @@ class Ours:
         tokens = len(prompts) * (room + PAGE)
         self.scheduler = Scheduler(self.runner, None, len(prompts), tokens, self.watch)
         self.before = prompts
-        self.sequences = [
-            Sequence(
-                self.scheduler.books[i * self.runner.ranks // len(prompts)],
-                i * self.runner.ranks // len(prompts),
-            )
-            for i in range(len(prompts))
-        ]
+        ranks = [i * self.runner.ranks // len(prompts) for i in range(len(prompts))]
+        self.sequences = [Sequence(self.scheduler.books[rank], rank) for rank in ranks]
         if prompts[0]:
             self.run(prompts, 1)
 

@@ -188,6 +188,12 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     length: int = 0
 
+    def begin_with(self, pages: list[int]) -> None:
+        """Let an empty sequence hold these full pages, which are in the pool."""
+        for page in pages:
+            self.book.hold(page)
+        self.pages, self.length = list(pages), PAGE * len(pages)
+
     def fork(self, length: int | None = None) -> Sequence:
         """Another with the same tokens (the first `length` of them) in the same pages."""
         length = self.length if length is None else min(length, self.length)

@@ -108,7 +108,8 @@ class Active:
     @property
     def plain(self) -> bool:
         request = self.job.request
-        return request.plain and not request.speculate and not self.siblings
+        scored = request.prompt_logprobs is not None
+        return request.plain and not request.speculate and not scored and not self.siblings
 
     def take(self, token: Token) -> str:
         """Note the next token; end the answer where it is the last. Gives the text that is safe to show."""
@@ -341,9 +342,8 @@ class Scheduler:
                 return False
             if self.active and book.available < 1 + (len(ids) - PAGE * len(pages)) // PAGE:
                 return False
-            for page in pages:
-                book.hold(page)
-            sequence = Sequence(book, rank, list(pages), PAGE * len(pages))
+            sequence = Sequence(book, rank)
+            sequence.begin_with(pages)
             if not scored:
                 self.begin_with_part(sequence, ids, names)
         limits = (self.runner.config.max_position_embeddings, sequence.book.count * PAGE)
@@ -365,10 +365,19 @@ class Scheduler:
         )
         job.result.prompt_ids, job.result.reused_tokens = ids, sequence.length
         self.reused += sequence.length
-        self.active.append(active)
-        for name in names[active.named :]:
-            self.expected.setdefault(name, active)
+        self.enter(active)
         return True
+
+    def enter(self, active: Active) -> None:
+        """Let a job run: others wait for the pages that it is about to read."""
+        self.active.append(active)
+        for name in active.names[active.named :]:
+            self.expected.setdefault(name, active)
+
+    def withdraw(self, active: Active) -> None:
+        """The other way round."""
+        self.active.remove(active)
+        self.expected = {name: who for name, who in self.expected.items() if who is not active}
 
     def begin_with_part(self, sequence: Sequence, ids: list[int], names: list[Name]) -> None:
         """Let a sequence of full pages begin with a copy of what another has of its next page, too."""
@@ -397,13 +406,9 @@ class Scheduler:
     def begin_again(self, active: Active) -> None:
         """Let a job that was given up read again what it had, but for what is still there."""
         found = active.sequence.book.find(active.names)
-        for page in found:
-            active.sequence.book.hold(page)
-        active.sequence.pages, active.sequence.length = list(found), PAGE * len(found)
+        active.sequence.begin_with(found)
         active.named = len(found)
-        self.active.append(active)
-        for name in active.names[active.named :]:
-            self.expected.setdefault(name, active)
+        self.enter(active)
 
     def pieces(self) -> list[Piece]:
         """What the next step computes: the next token of all that run, and pieces of prompts. Every one has
@@ -449,8 +454,7 @@ class Scheduler:
 
     def give_up(self, active: Active) -> None:
         """Let an active job lose its pages; it is read again when there is room."""
-        self.active.remove(active)
-        self.expected = {name: who for name, who in self.expected.items() if who is not active}
+        self.withdraw(active)
         active.sequence.end()
         self.given_up.appendleft(active)
         self.preempted += 1
@@ -459,8 +463,7 @@ class Scheduler:
         """A job has ended: its pages go, unless they are somebody's. Siblings that still wait for it run by
         themselves.
         """
-        self.active.remove(active)
-        self.expected = {name: who for name, who in self.expected.items() if who is not active}
+        self.withdraw(active)
         active.sequence.truncate(len(active.history))
         if active.job.after is None:
             active.sequence.end()
@@ -645,10 +648,7 @@ class Scheduler:
         rows = [piece.active for piece in pieces]
         sampling = rows[0].job.request.sampling
         return all(
-            piece.completes
-            and active.plain
-            and active.job.request.prompt_logprobs is None
-            and active.job.request.sampling == sampling
+            piece.completes and active.plain and active.job.request.sampling == sampling
             for piece, active in zip(pieces, rows, strict=True)
         )
 

@@ -157,7 +157,7 @@ class Step:
                 span, rows = self.spans[0], len(self.spans)
                 yield slice(None), rows, span, latents.unflatten(0, (rows, span.count))
                 return
-        if self.pool is not None and not self.pages:
+        elif not self.pages:
             device = self.positions.device
             self.pages = [
                 torch.tensor(span.pages[: pages_for(span.end)], device=device) for span in self.spans

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv2cli.formats import CACHE_BITS
 from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, PageTables, matrix
 from dsv2cli.kernels.quantized import Quantized
@@ -40,7 +39,7 @@ class CppRunner(PlainRunner):
         whole = not apart and model.team.size == 1
         assert apart or self.dtype == torch.bfloat16, "activations are bf16"
         self.use(CppProducts(kernels, model.config, mlps=not whole))
-        self.fused = FusedLayers(kernels, model, CACHE_BITS.get(cache, 16) < 8) if whole else None
+        self.fused = FusedLayers(kernels, model, self.turned) if whole else None
 
     @property
     def saved_bytes(self) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv2cli.formats import CACHE_BITS, PAGE
+from dsv2cli.formats import PAGE
 from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.kernels.triton import attention as gpu_attention
@@ -51,8 +51,7 @@ class TritonRunner(PlainRunner):
         whole = not apart and all(share.heads for share in model.shares) and not model.team.sequences
         ram = None if kernels is None else CppProducts(kernels, model.config, mlps=True)
         self.use(TritonProducts(self.device, mlps=not whole, ram=ram))
-        turned = CACHE_BITS.get(cache, 16) < 8
-        self.layers = [GpuLayer(layer, turned) for layer in model.layers] if whole else []
+        self.layers = [GpuLayer(layer, self.turned) for layer in model.layers] if whole else []
         self.graphs = graphs
         self.steps: WeakKeyDictionary[LatentPool, DecodeSteps] = WeakKeyDictionary()
 

@@ -97,6 +97,7 @@ def make_plan(config: DeepseekV2Config, wish: Wish, here: Here) -> Plan:
         raise UsageError(
             "--split-attention sequences is for several ranks", fix="--gpus N with it, or leave it out"
         )
+    refuse_cache(config, wish.cache)
     plan = Plan(
         device,
         dtype,
@@ -105,7 +106,7 @@ def make_plan(config: DeepseekV2Config, wish: Wish, here: Here) -> Plan:
         wish.attention,
         threads_of(config, wish, here, ranks),
         ranks,
-        cache_of(config, wish),
+        wish.cache,
         wish.sequences,
         offload_folder=None if wish.offload_folder is None else str(wish.offload_folder),
         experts_on_gpu=experts_that_fit(config, wish, here, device, dtype),
@@ -160,12 +161,6 @@ def format_of(config: DeepseekV2Config, wish: Wish, dtype: str) -> str:
     if config.packed is not None and config.packed.format != wish.packing:
         raise UsageError(f"The checkpoint is packed in {config.packed.format}", fix="leave --quantize out")
     return wish.packing
-
-
-def cache_of(config: DeepseekV2Config, wish: Wish) -> str:
-    """The number format of the latents. Raises UsageError for one that they can not be held in."""
-    refuse_cache(config, wish.cache)
-    return wish.cache
 
 
 def refuse_cache(config: DeepseekV2Config, cache: str) -> None:

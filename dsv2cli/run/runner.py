@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dsv2cli.checkpoint.blueprint import state_of
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.formats import PAGE
+from dsv2cli.formats import CACHE_BITS, PAGE
 from dsv2cli.memory import ram_bytes
+from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.layers import Products
 from dsv2cli.model.pool import LatentPool, pages_for
@@ -57,9 +58,8 @@ class Runner(Protocol):
 
     @property
     def alike(self) -> bool:
-        """Whether what a token gets does not depend on the others in its step, down to the last bit.
-
-        Pieces of a prompt must then begin and end with pages, but for its last tokens, which are no `whole`.
+        """Whether what a token gets does not depend on the others in its step, down to the last bit; only on
+        whether it is of a `whole` piece.
         """
         ...
 
@@ -165,6 +165,11 @@ class PlainRunner:
         return 0
 
     @property
+    def turned(self) -> bool:
+        """Whether latents lie in the pool rotated."""
+        return CACHE_BITS.get(self.cache, 16) < 8
+
+    @property
     def absorbs(self) -> bool:
         """Whether few new tokens take the absorbed attention path, the only one that kernels know."""
         return self.attention in ("auto", "absorbed")
@@ -182,7 +187,7 @@ class PlainRunner:
         return CPU_CHUNK if self.device.type == "cpu" else GPU_CHUNK
 
     def new_pool(self, tokens: int | None = None) -> LatentPool:
-        devices = self.layer_devices or [self.device] * self.config.num_hidden_layers
+        devices = self.pool_devices
         pages = self.most_pages(devices) if tokens is None else pages_for(tokens)
         while True:
             try:
@@ -195,18 +200,22 @@ class PlainRunner:
                     ) from None
                 pages //= 2
 
+    @property
+    def pool_devices(self) -> list[torch.device]:
+        """Where each layer's latents lie."""
+        return self.layer_devices or [self.device] * self.config.num_hidden_layers
+
     def agreed_tokens(self) -> int:
         """For how many tokens there is room in the pool of every rank; all ranks ask at once."""
-        devices = self.layer_devices or [self.device] * self.config.num_hidden_layers
-        most = torch.tensor(self.most_pages(devices) * PAGE, device=self.device)
+        most = torch.tensor(self.most_pages(self.pool_devices) * PAGE, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MIN)
         return int(most)
 
     def most_pages(self, devices: list[torch.device]) -> int:
         """For how many pages there is room on the layers' devices, up to MOST_SEQUENCES of the longest."""
         most = MOST_SEQUENCES * pages_for(self.config.max_position_embeddings)
-        one = LatentPool(self.config, 1, [torch.device("cpu")], self.dtype, self.cache)
-        page = PAGE * one.bytes_per_token()  # bytes a layer
+        token = size.kv_bytes_per_token(self.config, str(self.dtype).removeprefix("torch."), self.cache)
+        page = PAGE * token // self.config.num_hidden_layers  # bytes a layer
         for device in set(devices):
             free = self.free_ram() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
             most = min(most, int(POOL_SHARE * free) // (page * devices.count(device)))

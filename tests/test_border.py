@@ -29,7 +29,7 @@ from dsv2cli.engine.grammar import Grammar
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels import build, native
-from dsv2cli.run import launch
+from dsv2cli.run import launch, page_store
 
 V2 = str(DATA / "golden" / "v2")
 COMMANDS = {
@@ -517,7 +517,7 @@ def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded
     fresh = talk()
     assert latents.load_cache(path, fresh, "this model") == "" and fresh.cached_ids == session.cached_ids
     tensors, data = load_file(path), bytearray(path.read_bytes())
-    metadata = {"model": "this model", "sha256": latents.digest_of(tensors)}
+    metadata = {"model": "this model", "sha256": page_store.digest_of(tensors)}
     names = sorted(tensors)
     if damage == 0:
         data[-100] ^= 1
@@ -532,7 +532,7 @@ def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded
         save_file(tensors, path, metadata)
     elif damage == 4:
         tensors["layers.0"][0, 0] = float("nan")
-        save_file(tensors, path, metadata | {"sha256": latents.digest_of(tensors)})
+        save_file(tensors, path, metadata | {"sha256": page_store.digest_of(tensors)})
     elif damage == 5:
         save_file({name: each for name, each in tensors.items() if name != "layers.2"}, path, metadata)
     elif damage == 6:
@@ -552,8 +552,8 @@ def test_a_cache_is_used_only_if_it_is_what_was_written(home, embedded, embedded
 def test_a_model_with_another_byte_anywhere_is_another_model(home, embedded, embedded_tokenizer, tmp_path):
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
     session = Session(embedded, embedded_tokenizer)
-    before = latents.identity(folder, session)
-    assert latents.identity(folder, session) == before
+    before = page_store.identity(folder, session.runner)
+    assert page_store.identity(folder, session.runner) == before
     file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     times = file.stat()
     with file.open("r+b") as opened:
@@ -562,7 +562,7 @@ def test_a_model_with_another_byte_anywhere_is_another_model(home, embedded, emb
         opened.seek(times.st_size // 2)
         opened.write(bytes([byte[0] ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert latents.identity(folder, session) != before
+    assert page_store.identity(folder, session.runner) != before
 
 
 def test_no_message_that_was_sent_is_missing_after_kill_9(in_terminal, home):

@@ -28,7 +28,8 @@ model.config model.share model.size model.rope model.pool model.step model.layer
 checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.found
 checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
 checkpoint.placement
-run.wish run.plan run.launch run.machine run.runner run.cpu run.gpu run.leader run.open run.worker
+run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
+run.worker
 engine.grammar engine.request engine.sampling engine.text engine.pages engine.scheduler engine.session
 engine.store engine.latents engine.journal engine.benchmark engine.needle
 cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete

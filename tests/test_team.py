@@ -28,12 +28,14 @@ from dsv2cli.checkpoint.pack import quantize_checkpoint
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import UsageError
+from dsv2cli.formats import PAGE
 from dsv2cli.kernels import native
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import share_of, split
 from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.leader import Leader, follow
+from dsv2cli.run.page_store import PageStore
 from dsv2cli.run.plan import Plan, ranks_needed, refuse_what_does_not_fit
 from dsv2cli.team import Team
 
@@ -127,6 +129,33 @@ def test_ranks_together_say_what_one_says(size, format, tmp_path):
     assert len(results) == len(golden_folders())
     for name, (worst, same) in results.items():
         assert worst < 1e-3 and same, (name, worst, same)
+
+
+def keep_pages(rank, size, port, folder, out):
+    """A rank: the leader writes down how many tokens it computes for a prompt at first, and how many where
+    all ranks get its pages from a store.
+    """
+    join(rank, size, port)
+    own = load(Path(V2), team=Team(rank, size))
+    if rank > 0:
+        follow(own)
+    else:
+        model, request, told = Leader(own), Request(SamplingParams(0.0), STEPS), []
+        for _ in range(2):
+            store = PageStore(Path(folder), 10**9, "a" * 64)
+            scheduler, job = Scheduler(model, store=store), Job([*range(3, 150)], request)
+            list(scheduler.in_order([job]))
+            store.close()
+            told.append((scheduler.computed, job.result.token_ids))
+        model.stop()
+        Path(out).write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def test_every_rank_gets_the_pages_of_a_store(tmp_path):
+    in_ranks(keep_pages, 3, str(tmp_path / "pages"), str(tmp_path / "out"))
+    (computed, ids), (again, same) = json.loads((tmp_path / "out").read_text())
+    assert computed == 147 + STEPS - 1 and again == computed - 2 * PAGE and same == ids
 
 
 def compare_packed(rank, size, port, folder, out):

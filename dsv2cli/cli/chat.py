@@ -18,7 +18,7 @@ from dsv2cli.cli import ui
 from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import path_of, read_text, reason
-from dsv2cli.run.wish import Wish
+from dsv2cli.run.wish import KeepingWish, Wish
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
@@ -95,7 +95,7 @@ class Output:
 
 
 @opt.unfolded
-def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: Wish) -> None:
+def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: KeepingWish) -> None:
     """Talk with the model, at a prompt or line by line.
 
     From a pipe, each line is a turn and only the answers are printed.
@@ -163,7 +163,7 @@ def glance(checkpoint: Checkpoint, wish: Wish) -> None:
     """Raises UsageError for what was asked and is not there, as far as that is known without looking long."""
     from dsv2cli import device
 
-    if wish != Wish() and not device.may_be_there():
+    if wish != type(wish)() and not device.may_be_there():
         from dsv2cli.run import machine
         from dsv2cli.run.plan import make_plan
 

@@ -15,7 +15,7 @@ import typer
 from dsv2cli.cli import asking, ui
 from dsv2cli.cli import options as opt
 from dsv2cli.errors import INTERRUPTED, Dsv2Error, UsageError
-from dsv2cli.run.wish import BatchWish, Wish
+from dsv2cli.run.wish import CompleteWish, Wish
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
@@ -106,7 +106,7 @@ class Output:
 
 
 @opt.unfolded
-def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: BatchWish) -> None:
+def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: CompleteWish) -> None:
     """Continue a text: the argument, or all of stdin, or both.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 with --fail-on-length, 130 interrupted.
@@ -158,6 +158,10 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Ba
         several(sampling.samples, asked, tokenizer, opened, request, output)
     else:
         one(asked, tokenizer, opened, request, output)
+    if opened.store is not None:
+        opened.store.close()
+        if (trouble := opened.store.complaint()) is not None:
+            ui.show_error(trouble)
 
 
 def refuse_mixtures(
@@ -202,7 +206,7 @@ def one(
     try:
         shown = without_first_blank if asked.blank else iter
         # No name holds the stream: where this is interrupted it ends at once, and says so in the result.
-        for piece in shown(Scheduler(opened.runner, tokenizer).stream(job)):
+        for piece in shown(Scheduler(opened.runner, tokenizer, store=opened.store).stream(job)):
             if piece and not output.as_json:
                 ui.write(piece)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -254,7 +258,7 @@ def several(
         ui.write_json(report(job.result, opened, job.request, asked, output.echo, job.error))
 
     try:
-        for job in Scheduler(opened.runner, tokenizer, width=count).samples(jobs):
+        for job in Scheduler(opened.runner, tokenizer, count, store=opened.store).samples(jobs):
             cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
             tell(left.pop(0))
     except (KeyboardInterrupt, SystemExit) as error:

@@ -168,7 +168,7 @@ class Lines:
 
     def answer_stdin(self) -> None:
         """Each line answered on stdout before the next is read, so that a program may wait for its answer."""
-        scheduler = Scheduler(self.opened.runner, self.tokenizer)
+        scheduler = Scheduler(self.opened.runner, self.tokenizer, store=self.opened.store)
         for line in self.read(ui.stdin_bytes(), "stdin"):
             assert line is not None
             for job in scheduler.in_order([line.job]):
@@ -248,7 +248,8 @@ class Lines:
             except UsageError as error:
                 self.bad = error
 
-        for job in Scheduler(self.opened.runner, self.tokenizer, width).in_order(jobs()):
+        scheduler = Scheduler(self.opened.runner, self.tokenizer, width, store=self.opened.store)
+        for job in scheduler.in_order(jobs()):
             line = running.pop(0)
             answer = self.answer(line, job) | {"fingerprint": "-".join([line.digest, *marks])}
             file.write(json_text(answer).encode() + b"\n")

@@ -80,6 +80,10 @@ TOPICS = {
         "earlier prompt finds its pages there. --cache int8, int6 or int4 holds them in fewer bits: for "
         "V2-Lite 17,334, 13,068 or 9,612 bytes a token instead of 31,104. On a CPU with its kernels an "
         "answer does not depend, to the last bit, on what else runs; elsewhere it may differ by rounding.",
+        "--cache-store DIR keeps full pages of prompts in files, readable by their owner only, and finds "
+        "them again in any later run: a long document or system prompt is read once. A page counts only "
+        "for the model, number formats and kernels that made it, and only as it was written; one that is "
+        "damaged is read anew. Latents say nearly as much as the text itself: keep the folder as private.",
         "--attention fixes the attention path. auto counts the multiplications: a first prefill expands "
         "keys and values from the cached latents, a decode step attends to the latents themselves.",
     ),

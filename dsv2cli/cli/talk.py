@@ -95,7 +95,7 @@ class Model:
 
             from dsv2cli.engine.session import Session
 
-            self.made |= {"opened": opened, "session": Session(opened.runner, self.tokenizer)}
+            self.made |= {"opened": opened, "session": Session(opened.runner, self.tokenizer, opened.store)}
         except BaseException as error:
             self.failure = error
         finally:
@@ -242,6 +242,9 @@ class Talk:
             self.journal.move(head)
         if failure is not None:
             raise failure
+        opened = self.model.opened
+        if opened is not None and opened.store is not None and (trouble := opened.store.complaint()):
+            self.screen.show_error(trouble)
         self.result = result
         return node is not None and node.text.strip() != before.strip()
 
@@ -432,8 +435,9 @@ class Talk:
         if not name or session.cached_ids:
             return
         from dsv2cli.engine import latents
+        from dsv2cli.run import page_store
 
-        model = latents.identity(self.model.checkpoint.folder, session)
+        model = page_store.identity(self.model.checkpoint.folder, session.runner)
         why = latents.load_cache(cache_path(name), session, model)
         if why not in ("", "none was saved"):
             self.screen.note(f"the saved cache is not used: {why}")
@@ -446,9 +450,10 @@ class Talk:
         if session is None or not inside or not session.cached_ids or self.journal.waiting:
             return
         from dsv2cli.engine import latents
+        from dsv2cli.run import page_store
 
         try:
-            model = latents.identity(self.model.checkpoint.folder, session)
+            model = page_store.identity(self.model.checkpoint.folder, session.runner)
             latents.save_cache(cache_path(self.name), session, model)
         except Dsv2Error as error:
             self.screen.show_error(error)

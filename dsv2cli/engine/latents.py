@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.engine.session import Session
 from dsv2cli.engine.store import replacing
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.outside import reason, require_file
-
-
-def identity(checkpoint: Path, session: Session) -> str:
-    """Tells one model in one number format from another without reading it whole: whoever changes a file
-    changes its times. Raises Dsv2Error where it can not be looked at.
-    """
-    weights = [each for each in session.runner.model.modules() if isinstance(each, Quantized)]
-    codes = sorted({f"{each.bits}:{each.group}" for each in weights})
-    files = edges(checkpoint, times=True)
-    return hashlib.sha256(
-        f"{session.runner.dtype} {session.runner.cache} {codes} {files}".encode()
-    ).hexdigest()
+from dsv2cli.run.page_store import digest_of
 
 
 def save_cache(path: Path, session: Session, model: str) -> None:
@@ -41,15 +27,6 @@ def save_cache(path: Path, session: Session, model: str) -> None:
             save_file(tensors, new, metadata={"model": model, "sha256": digest_of(tensors)})
         except SafetensorError as error:
             raise Dsv2Error(f"{path} could not be written", why=str(error), fix="make room") from None
-
-
-def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of the names and bytes of tensors on the CPU, of any shapes, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 @torch.inference_mode()  # as the cache itself was made

@@ -23,6 +23,7 @@ from dsv2cli.engine.text import Answer, look_up
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.formats import PAGE
 from dsv2cli.model.step import Span, Watch, unwatched
+from dsv2cli.run.page_store import PageStore
 from dsv2cli.run.runner import Runner
 
 DRAFT = 7  # tokens drafted at most
@@ -161,9 +162,13 @@ class Scheduler:
         width: int = WIDTH,
         tokens: int | None = None,
         watch: Watch = unwatched,
+        store: PageStore | None = None,
     ) -> None:
-        """At most `width` jobs run at once; the pool holds `tokens`, or as many as there is room for."""
+        """At most `width` jobs run at once; the pool holds `tokens`, or as many as there is room for; pages
+        of prompts come from `store` and go there.
+        """
         self.runner, self.tokenizer, self.width, self.watch = runner, tokenizer, width, watch
+        self.store = store
         self.pool = runner.new_pool(tokens)
         page = max(1, self.pool.bytes_per_token() * PAGE)
         keep = KEPT_BYTES // page if runner.device.type == "cpu" else None
@@ -328,12 +333,15 @@ class Scheduler:
         ids = job.prompt_ids
         scored = job.request.prompt_logprobs is not None
         # The last page, which may be full, is none of them: its last token must be computed.
+        goes_on = job.after is not None and job.after.length > 0
         if job.names is None:
-            job.names = [] if scored or job.after is not None else names_of(ids[:-1])
+            job.names = [] if scored or goes_on else names_of(ids[:-1])
         names = job.names
-        book = self.books[0]
         if job.after is not None:
             sequence = job.after
+            if not goes_on and not scored:
+                self.begin_with_pages(sequence, sequence.book.find(names), names)
+                self.begin_with_part(sequence, ids, names)
         else:
             found = [each.find(names) for each in self.books]
             rank = max(range(len(self.books)), key=lambda i: (len(found[i]), self.books[i].available))
@@ -343,7 +351,7 @@ class Scheduler:
             if self.active and book.available < 1 + (len(ids) - PAGE * len(pages)) // PAGE:
                 return False
             sequence = Sequence(book, rank)
-            sequence.begin_with(pages)
+            self.begin_with_pages(sequence, pages, names)
             if not scored:
                 self.begin_with_part(sequence, ids, names)
         limits = (self.runner.config.max_position_embeddings, sequence.book.count * PAGE)
@@ -361,7 +369,7 @@ class Scheduler:
             time.perf_counter(),
             siblings,
             named=sequence.length // PAGE if names else 0,
-            shows=job.after is None and not scored,
+            shows=not goes_on and not scored,
         )
         job.result.prompt_ids, job.result.reused_tokens = ids, sequence.length
         self.reused += sequence.length
@@ -378,6 +386,25 @@ class Scheduler:
         """The other way round."""
         self.active.remove(active)
         self.expected = {name: who for name, who in self.expected.items() if who is not active}
+
+    def begin_with_pages(self, sequence: Sequence, pages: list[int], names: list[Name]) -> None:
+        """Let an empty sequence begin with these pages of the pool, which have the first of the names, and
+        with those that follow in the store.
+        """
+        sequence.begin_with(pages)
+        size = self.pool.bytes_per_token() * PAGE
+        for name in names[len(pages) :] if self.store is not None else ():
+            held = self.store.load(name, size)  # type: ignore[union-attr]
+            if held is None:
+                return
+            try:
+                sequence.make_room(sequence.length + PAGE, self.copier(sequence))
+            except Full:
+                return
+            page = sequence.pages[-1]
+            self.runner.set_page(self.pool, page, held)
+            sequence.book.call(page, name)
+            sequence.length += PAGE
 
     def begin_with_part(self, sequence: Sequence, ids: list[int], names: list[Name]) -> None:
         """Let a sequence of full pages begin with a copy of what another has of its next page, too."""
@@ -405,9 +432,8 @@ class Scheduler:
 
     def begin_again(self, active: Active) -> None:
         """Let a job that was given up read again what it had, but for what is still there."""
-        found = active.sequence.book.find(active.names)
-        active.sequence.begin_with(found)
-        active.named = len(found)
+        self.begin_with_pages(active.sequence, active.sequence.book.find(active.names), active.names)
+        active.named = len(active.sequence.pages)
         self.enter(active)
 
     def pieces(self) -> list[Piece]:
@@ -544,10 +570,13 @@ class Scheduler:
         sequence, ids = active.sequence, active.job.prompt_ids
         full = min(sequence.length // PAGE, len(active.names))
         for i in range(active.named, full):
-            sequence.book.call(sequence.pages[i], active.names[i])
+            name, page = active.names[i], sequence.pages[i]
+            sequence.book.call(page, name)
+            if self.store is not None and not self.store.has(name):
+                self.store.save(name, self.pool.page(page))
             sequence.book.show(sequence.pages[i], self.part(ids, active.names, i))
-            if self.expected.get(active.names[i]) is active:
-                del self.expected[active.names[i]]
+            if self.expected.get(name) is active:
+                del self.expected[name]
         active.named = max(active.named, full)
         if active.shows and sequence.length >= len(ids):
             sequence.book.show(sequence.pages[full], self.part(ids, active.names, full))

@@ -11,15 +11,16 @@ from dsv2cli.engine.pages import Full, Sequence, common_prefix
 from dsv2cli.engine.request import Request, Result, check_prompt
 from dsv2cli.engine.scheduler import Job, Reading, Scheduler, unheard
 from dsv2cli.engine.text import without_first_blank
+from dsv2cli.run.page_store import PageStore
 from dsv2cli.run.runner import Runner
 
 
 class Session:
     """What the model remembers of a conversation. messages[i] is {"role", "content"}."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer) -> None:
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, store: PageStore | None = None) -> None:
         self.runner, self.tokenizer = runner, tokenizer
-        self.scheduler = Scheduler(runner, tokenizer)
+        self.scheduler = Scheduler(runner, tokenizer, store=store)
         self.sequence = Sequence(self.scheduler.books[0])
         self.cached_ids: list[int] = []  # the tokens in the pool, in order
 

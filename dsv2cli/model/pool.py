@@ -82,6 +82,17 @@ class LatentPool:
         for block in self.blocks:
             block[target] = block[source]
 
+    def page(self, page: int) -> Tensor:
+        """What a page holds, layer by layer, as it lies there. -> [bytes] on the CPU"""
+        layers = [layer[page].contiguous().view(-1).view(torch.uint8).cpu() for layer in self.layers]
+        return torch.cat(layers)
+
+    def set_page(self, page: int, held: Tensor) -> None:
+        """Let a page hold `held` [bytes], as `page` gave it."""
+        for layer, mine in zip(self.layers, held.chunk(len(self.layers)), strict=True):
+            place = layer[page]
+            place.copy_(mine.view(layer.dtype).view(place.shape))
+
     def alias(self) -> LatentPool:
         """Another pool with the same pages in the same memory."""
         return copy.copy(self)

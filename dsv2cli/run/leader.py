@@ -38,7 +38,7 @@ INLINE = 256  # numbers in one broadcast; what is longer follows in a second one
 class What(enum.IntEnum):
     """What a message asks for."""
 
-    STOP, ROOM, NEW, FORGET, COPY, FILL, PASS, LOGITS, DECODE = range(9)
+    STOP, ROOM, NEW, FORGET, COPY, SET, FILL, PASS, LOGITS, DECODE = range(10)
 
 
 @dataclass
@@ -50,13 +50,15 @@ class Message:
     what: What
     pool: int = 0  # the number of the pool that it is about
     rank: int = 0  # COPY: whose page
-    count: int = 0  # NEW: pages; FILL: tokens
+    count: int = 0  # NEW, FILL: tokens; SET: bytes
     shape: list[int] = field(default_factory=list)  # of the hidden states (LOGITS) or ids (DECODE)
     starts: list[int] = field(default_factory=list)  # of the spans
     counts: list[int] = field(default_factory=list)
     wholes: list[int] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)  # of one span after the other; COPY: from, to
+    pages: list[int] = field(
+        default_factory=list
+    )  # of one span after the other; COPY: from, to; SET: the one
     ids: list[int] = field(default_factory=list)
 
     def spans(self) -> list[Span]:
@@ -253,6 +255,12 @@ class Leader:
             self.tell(What.COPY, pool, rank=rank, pages=[source, target])
             self.own.copy_page(pool, rank, source, target)
 
+    def set_page(self, pool: LatentPool, page: int, held: Tensor) -> None:
+        with whole():
+            self.tell(What.SET, pool, count=len(held), pages=[page])
+            dist.broadcast(held, 0)
+            self.own.set_page(pool, page, held)
+
     def read(self, pool: LatentPool, pages: list[int], length: int) -> list[Tensor]:
         return self.own.read(pool, pages, length)
 
@@ -300,6 +308,10 @@ class Follower:
         match message.what:
             case What.COPY:
                 own.copy_page(pool, message.rank, *message.pages)
+            case What.SET:
+                held = torch.empty(message.count, dtype=torch.uint8)
+                dist.broadcast(held, 0)
+                own.set_page(pool, message.pages[0], held)
             case What.FILL:
                 shape = (message.count, own.config.cached_dim)
                 like = [torch.empty(shape, dtype=own.dtype, device=layer.device) for layer in pool.layers]

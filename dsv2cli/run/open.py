@@ -5,6 +5,7 @@ runner.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from dsv2cli.run import launch
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.leader import Leader, whole
 from dsv2cli.run.machine import look_around
+from dsv2cli.run.page_store import PageStore, identity, require_room
 from dsv2cli.run.plan import Plan, apart_line, make_plan
 from dsv2cli.run.runner import PlainRunner, Runner
 from dsv2cli.run.wish import Wish
@@ -52,6 +54,7 @@ class Opened(Checkpoint):
     runner: Runner
     plan: Plan
     load_seconds: float
+    store: PageStore | None = None
 
 
 def open_model(
@@ -66,6 +69,11 @@ def open_model(
     `random_weights` names a config to make a model from; `found` is what the name means, where that is known
     already. Raises Dsv2Error for whatever stands in the way.
     """
+    if wish.kept is not None:
+        if wish.sequences:
+            why = "each rank has pages of its own"
+            raise UsageError("--cache-store goes without --split-attention sequences", why=why)
+        require_room(wish.kept[0])
     found = found or find(name, random_weights)
     plan = make_plan(found.config, wish, look_around())
     if plan.surprising:
@@ -84,7 +92,22 @@ def open_model(
         leader = runner = Leader(runner)  # type: ignore[arg-type]
         if launch.torchrun_size() > 1:
             atexit.register(leader.stop)
-    return Opened(**vars(found), runner=runner, plan=plan, load_seconds=time.perf_counter() - began)
+    store = None
+    if wish.kept is not None:
+        store = open_store(*wish.kept, found.folder, runner, plan)
+    return Opened(
+        **vars(found), runner=runner, plan=plan, load_seconds=time.perf_counter() - began, store=store
+    )
+
+
+def open_store(folder: Path, limit: int, checkpoint: Path, runner: Runner, plan: Plan) -> PageStore:
+    """Where a loaded model keeps pages. Kernels that differ in the last bit do not share them.
+
+    Raises Dsv2Error where the checkpoint can not be looked at.
+    """
+    made_by = (plan.device.partition(":")[0], plan.kernels_name, plan.kernels, plan.attention, plan.ranks)
+    model = hashlib.sha256(f"{identity(checkpoint, runner)} {made_by}".encode()).hexdigest()
+    return PageStore(folder, limit, model)
 
 
 def kernels_of(plan: Plan) -> native.Kernels | None:

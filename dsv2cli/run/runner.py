@@ -111,6 +111,10 @@ class Runner(Protocol):
         """Let a page of a rank's pool hold what another does."""
         ...
 
+    def set_page(self, pool: LatentPool, page: int, held: Tensor) -> None:
+        """Let a page hold `held` [bytes], as LatentPool.page gave it, in every rank's pool."""
+        ...
+
     def read(self, pool: LatentPool, pages: list[int], length: int) -> list[Tensor]:
         """The latents of the first `length` tokens in these pages, by layers. Each [length, latent + rope]"""
         ...
@@ -245,6 +249,9 @@ class PlainRunner:
     def copy_page(self, pool: LatentPool, rank: int, source: int, target: int) -> None:
         if self.ranks == 1 or rank == self.model.team.rank:
             pool.copy_page(source, target)
+
+    def set_page(self, pool: LatentPool, page: int, held: Tensor) -> None:
+        pool.set_page(page, held)
 
     def read(self, pool: LatentPool, pages: list[int], length: int) -> list[Tensor]:
         return [

@@ -85,6 +85,11 @@ class Wish:
     ] = None
 
     @property
+    def kept(self) -> tuple[Path, int] | None:
+        """The folder where pages of latents are kept, and how many bytes of them."""
+        return None
+
+    @property
     def sequences(self) -> bool:
         """Whether each rank is to attend to sequences of its own."""
         return False
@@ -98,6 +103,29 @@ class Wish:
     def placed(self) -> bool:
         """Whether layers are to be spread over devices."""
         return self.placement is not None or self.max_memory is not None
+
+
+@dataclass(frozen=True)
+class KeepingWish(Wish):
+    """The same for commands that may go on with what was read before."""
+
+    cache_store: Annotated[
+        str,
+        Option(
+            metavar="DIR|off",
+            help="Keep the latents of prompts in a folder: one that begins like an earlier one, today or "
+            "tomorrow, is read from there on.",
+        ),
+    ] = "off"
+    cache_store_gb: Annotated[
+        int, Option(min=1, help="GB that --cache-store may hold; the least recently used go first.")
+    ] = 20
+
+    @property
+    def kept(self) -> tuple[Path, int] | None:
+        if self.cache_store == "off":
+            return None
+        return Path(self.cache_store).expanduser(), self.cache_store_gb * 10**9
 
 
 @dataclass(frozen=True)
@@ -115,3 +143,8 @@ class BatchWish(Wish):
     @property
     def sequences(self) -> bool:
         return self.split_attention == "sequences"
+
+
+@dataclass(frozen=True)
+class CompleteWish(KeepingWish, BatchWish):
+    """Both."""

@@ -21,6 +21,7 @@ from dsv2cli.cli.typewriter import Typewriter
 from dsv2cli.engine import latents, store
 from dsv2cli.engine.request import Result
 from dsv2cli.engine.session import Session
+from dsv2cli.run import page_store
 from tests.fuzz import tiny
 from tests.fuzz.case import compared, same
 from tests.fuzz.checkpoint import mutate_entry, mutate_json, never
@@ -58,7 +59,7 @@ class SessionDriver:
             "model": "tiny",
         }
         store.write(store.path_of(NAME).with_suffix(".json"), store.as_json(talk))
-        model = latents.identity(self.opened.folder, session)
+        model = page_store.identity(self.opened.folder, session.runner)
         latents.save_cache(cache_path(NAME), session, model)
 
     def session(self) -> Session:
@@ -138,7 +139,7 @@ class JournalDriver(SessionDriver):
         talk.journal.move(talk.journal.head, "other")
         talk.journal.keep_draft("What was I")
         talk.journal.close()
-        model = latents.identity(self.opened.folder, session)
+        model = page_store.identity(self.opened.folder, session.runner)
         latents.save_cache(cache_path(NAME), session, model)
 
     def mutate(self, folder: Path, numbers: random.Random) -> Mutation:

@@ -144,7 +144,7 @@ def test_a_damaged_page_is_read_again_and_written_anew(open_store, fast, damage)
 
 
 def test_another_model_or_format_has_other_pages(tmp_path):
-    prompt, folder, bf16 = PROMPT, str(tmp_path / "pages"), ("--dtype", "bfloat16")
+    prompt, folder, bf16 = PROMPT, str(tmp_path / "pages"), ("--dtype", "bfloat16", "--cache-store-gb", "1")
     reused = []
     for options in ((), (), ("--cache", "int8"), bf16, (*bf16, "--kernels", "native"), ()):
         asked = ("--json", "--max-new-tokens", "1", "--cache-store", folder, *options)

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from dsv2cli.cli import options as opt
-from dsv2cli.cli.bench import numbers, ranged, shares
+from dsv2cli.cli.bench import shares
+from dsv2cli.cli.figures import numbers, ranged
 from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
 from dsv2cli.formats import PACKED_BITS

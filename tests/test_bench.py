@@ -15,9 +15,10 @@ from rows import scores_of
 from running import run_dsv2, run_process
 
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.cli.bench import numbers
+from dsv2cli.cli.figures import numbers
 from dsv2cli.engine.benchmark import Ours, Timing, Work, compare, profile, random_prompts
 from dsv2cli.engine.needle import Haystack, make_prompt, sentences
+from dsv2cli.engine.traffic import Traffic, drive
 from dsv2cli.errors import UsageError
 from dsv2cli.kernels import native
 from dsv2cli.run.cpu import CppRunner
@@ -90,6 +91,92 @@ def test_depth_is_in_the_cache_and_not_in_the_prompt(v2):
             for row, again in zip(before, latents(), strict=True)
             for old, new in zip(row, again, strict=True)
         )
+
+
+def requests(*options):
+    done = run_dsv2("bench", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["runs"]
+
+
+def test_traffic_counts_every_token_every_hit_and_every_page():
+    """One after the other: the first reads all, each later one what is its own, in two pages and a part."""
+    asked = ("--prompt", "170", "--generate", "4", "-r", "2", "--requests", "5", "--shared-prefix", "0.9")
+    one, all_at_once = requests("--concurrency", "1,5", *asked)
+    assert one["hit_rate"] == pytest.approx(4 * 153 / (5 * 170), abs=2 / 170)
+    assert one["pages_used"] == 3 and one["preempted"] == 0
+    assert all_at_once["hit_rate"] >= 4 * 128 / (5 * 170) and 3 < all_at_once["pages_used"] <= 11
+    for run in (one, all_at_once):
+        spent = [5 * 4 / rate for rate in run["output_tokens_per_second"]["all"]]
+        assert run["total_tokens_per_second"]["all"] == pytest.approx([5 * 174 / each for each in spent])
+        assert run["requests_per_second"]["all"] == pytest.approx([5 / each for each in spent])
+        for name in ("ttft_seconds", "itl_seconds"):
+            assert 0 < run[name]["p50"] <= run[name]["p90"] <= run[name]["p99"] < max(spent)
+
+
+def test_a_request_that_waits_for_its_turn_waits_for_its_first_token(embedded):
+    """All come at once to one place: the last waits for all the others."""
+    crowd = Traffic(1, 8, 4, requests=6, rate=1e9)
+    run = drive(embedded, crowd, seed=1)
+    firsts = [each.first for each in run.served]
+    assert [len(each.times) for each in run.served] == [4] * 6
+    assert firsts == sorted(firsts) and firsts[-1] > 0.7 * run.seconds
+    each_in_turn = drive(embedded, Traffic(1, 8, 4, requests=6), seed=1)
+    assert max(each.first for each in each_in_turn.served) < 0.5 * each_in_turn.seconds
+
+
+def test_requests_arrive_at_the_rate_that_was_asked_for(embedded):
+    many = Traffic(8, 8, 2, requests=2000, rate=40.0)
+    arrivals = many.arrivals(seed=3)
+    assert arrivals[0] == 0 and arrivals == sorted(arrivals)
+    assert len(arrivals) / arrivals[-1] == pytest.approx(40, rel=0.1)
+    few = Traffic(8, 8, 2, requests=4, rate=10.0)
+    run = drive(embedded, few, seed=3)
+    assert run.seconds >= few.arrivals(seed=3)[-1]
+    begins = [each.arrived - run.served[0].arrived for each in run.served]
+    assert begins == pytest.approx(few.arrivals(seed=3))
+
+
+def test_formats_of_the_cache_are_compared_each_with_itself(tmp_path):
+    path = str(tmp_path / "a.json")
+    asked = ("bench", *SHORT, "--cache", "auto,int8,int6")
+    done = run_dsv2(*asked, "--save", path)
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:5]] == ["cache", "auto", "int8", "int6"]
+    runs = json.loads(run_dsv2(*asked, "--compare", path, "--json").stdout)
+    sizes = [run["kv_bytes_per_token"] for run in runs["runs"]]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert [each["cache"] for each in runs["compared"]] == ["auto", "int8", "int6"]
+    (run,) = requests("--concurrency", "2", "--cache", "int4", *SHORT)
+    assert run["cache"] == "int4" and run["kv_bytes_per_token"] < sizes[-1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--cache", "int7"),
+        ("--cache", "auto,,int8"),
+        ("--cache", "auto,int8", "--device", "cpu", "--gpus", "2"),
+        ("--rate", "5"),
+        ("--requests", "5"),
+        ("--shared-prefix", "0.5"),
+        ("--concurrency", "2", "--shared-prefix", "1.5"),
+        ("--concurrency", "0"),
+        ("--concurrency", "5000"),
+        ("--concurrency", "2", "--rate", "0"),
+        ("--concurrency", "2", "--rate", "nan"),
+        ("--concurrency", "2", "--batch", "2"),
+        ("--concurrency", "2", "--depth", "2"),
+        ("--plot", "--concurrency", "2"),
+        ("--profile", "--concurrency", "2"),
+        ("--concurrency", "2", "--against", "transformers"),
+    ],
+    ids=" ".join,
+)
+def test_what_can_not_be_measured_is_wrong_usage(wrong):
+    done = run_dsv2("bench", *wrong)
+    assert (
+        done.returncode == 2 and done.stdout == "" and wrong[-2].replace("--gpus", "--cache") in done.stderr
+    )
 
 
 def test_transformers_does_the_same_work_at_every_depth():

@@ -209,7 +209,7 @@ def test_bench_measures_and_its_json_adds_up():
         for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "ttft_seconds"):
             assert len(run[name]["all"]) == 2
             assert 0 < run[name]["min"] <= run[name]["median"] <= run[name]["max"]
-    assert out["kv_bytes_per_token"] == 6 * (64 + 16) * 4
+    assert {run["kv_bytes_per_token"] for run in out["runs"]} == {6 * (64 + 16) * 4}
     assert out["kv_bytes_per_token_expanded"] == 6 * 7 * (48 + 32) * 4
     assert (
         out["weights_bytes"] > 20e6
@@ -350,13 +350,16 @@ def printed(command, folder):
         "chat --json": brief,
         "info --json": ("--bandwidth", "100", "--gpus", "2"),
         "doctor --json": (),
+        "bench --concurrency --json": ("2", "--prompt", "4", "--generate", "2", "-r", "1"),
         "bench --json": ("--prompt", "4", "--generate", "2", "-r", "1", "--profile", "--save", saved),
         "niah --json": ("--lengths", "128", "--depths", "50"),
         "sessions --json": (),
     }[command]
-    if command.startswith("bench"):
+    if command == "bench --json":
         run_dsv2(*command.split(), *words)
         words += ("--compare", saved)
+    if command.startswith("bench --concurrency"):
+        return run_dsv2("bench", "--json", "--concurrency", *words).stdout
     return run_dsv2(*command.split(), *words, stdin='[{"role": "user", "content": "Hello"}]').stdout
 
 
@@ -366,7 +369,10 @@ def test_the_manual_says_what_every_field_of_json_means(command, tmp_path):
     known = set(FIELDS[command]) - {"..."} | (set(COMPLETE) if "..." in FIELDS[command] else set())
     shown = paths(json.loads(printed(command, tmp_path)))
     # What the manual says "and so on" about, and what stands there only where something went wrong.
-    loose = {"info --json": FIELDS["info --json"]["layers"]}.get(command, "")
+    loose = {
+        "info --json": FIELDS["info --json"]["layers"],
+        "bench --concurrency --json": " ".join(FIELDS["bench --json"]),
+    }.get(command, "")
     unknown = {path for path in shown if not any(f"{path}.".startswith(f"{name}.") for name in known)}
     parents = {name.rpartition(".")[0] for name in known}
     assert {path for path in unknown - parents if path not in loose} == set()

@@ -31,10 +31,11 @@ checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
 run.worker
 engine.grammar engine.request engine.sampling engine.text engine.pages engine.scheduler engine.session
-engine.store engine.latents engine.journal engine.benchmark engine.needle
+engine.store engine.latents engine.journal engine.benchmark engine.traffic engine.needle
 cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete
 cli.attach cli.talk cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
-cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__
+cli.figures cli.traffic cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.fields
+cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path

@@ -9,28 +9,29 @@ import io
 import itertools
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from dsv2cli.cli import options as opt
-from dsv2cli.cli import ui
+from dsv2cli.cli import traffic, ui
+from dsv2cli.cli.figures import RANGE_HELP, digits, numbers, ranged
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import json_text, parse_json, read_bytes, reason
-from dsv2cli.run.wish import BatchWish
+from dsv2cli.run.wish import BatchWish, Cache
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from dsv2cli.engine.benchmark import Timing, Work
+    from dsv2cli.engine.traffic import Traffic
     from dsv2cli.run.open import Opened
     from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
-MOST = 10_000  # numbers of a range
 BAR = 40  # characters of the longest bar
 COLUMNS = {  # of the table, with the number a run has there
     "engine": "engine",
@@ -42,9 +43,6 @@ COLUMNS = {  # of the table, with the number a run has there
     "decode tok/s": "decode_tokens_per_second",
     "first token s": "ttft_seconds",
 }
-
-
-RANGE_HELP = "a number, a list (64,512), or a range (512-2048+512, 64-4096*2)"
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,24 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class BenchWish(BatchWish):
+    """The same, with the format of the cache as one more thing to compare."""
+
+    cache: Annotated[
+        str, typer.Option(help="Number formats of the latent cache, one after the other, as auto,int8,int6.")
+    ] = "auto"  # type: ignore[assignment]
+
+    def wishes(self) -> list[BatchWish]:
+        """One for each format. Raises UsageError for what is none."""
+        names = list(dict.fromkeys(name.strip() for name in self.cache.split(",")))
+        for name in names:
+            if name not in get_args(Cache):
+                why = f"formats are {', '.join(get_args(Cache))}"
+                raise UsageError(f"--cache {name[:80]} is unknown", why=why, fix="--cache auto,int6")
+        return [replace(self, cache=name) for name in names]
+
+
+@dataclass(frozen=True)
 class Output:
     """How the result is shown and kept."""
 
@@ -127,23 +143,33 @@ class Output:
 
 
 @opt.unfolded
-def bench(measure: Measure, output: Output, wish: BatchWish) -> None:
+def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish) -> None:
     """Measure speed, load time, memory and cache size.
 
-    Every combination of --prompt, --generate, --depth and --batch is measured: prefill, decode, time to the
-    first token and between tokens.
+    Every combination of --prompt, --generate, --depth, --batch and --cache is measured: prefill, decode, time
+    to the first token and between tokens; or with --concurrency what each of many gets who ask at once.
     """
-    works = measure.works()
+    works, wishes = measure.works(), wish.wishes()
+    traffics = many.traffics(
+        numbers("--prompt", measure.prompt, 1), numbers("--generate", measure.generate, 2)
+    )
+    if traffics:
+        refuse_beside_traffic(measure, output)
+        most = max(each.concurrency for each in traffics)
+        opt.refuse_too_many("--concurrency", many.concurrency, most)
     opt.refuse_too_many("--batch", measure.batch, max(work.batch for work in works))
     then = None if output.compare is None else read_saved(output.compare)
     if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     refuse_what_has_no_place(measure, output)
-    opened = opt.open_model(measure.model, wish, measure.random_weights)
+    if len(wishes) > 1 and (wish.gpus or 1) > 1:
+        why = "the processes that share a model have one format"
+        raise UsageError("Several --cache formats go without --gpus", why=why, fix="one after the other")
+    opened = opt.open_model(measure.model, wishes[0], measure.random_weights)
     if measure.against is not None and opened.plan.format.startswith("int"):
         why, fix = "transformers has no such codes", "the checkpoint unpacked"
         raise UsageError("--against compares the same weights", why=why, fix=fix)
-    facts, timings = measured(opened, works, measure)
+    facts, timings = measured(opened, wishes, works, traffics, measure)
     if then is not None:
         from dsv2cli.engine.benchmark import compare
 
@@ -163,24 +189,55 @@ def refuse_what_has_no_place(measure: Measure, output: Output) -> None:
             raise UsageError(f"{option} goes with the table or JSON", why=why, fix="--format json")
 
 
-def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[str, Any], list[Timing]]:
-    """All works, one after the other, and what else is to be told of the run."""
+def refuse_beside_traffic(measure: Measure, output: Output) -> None:
+    """Raises UsageError for what --concurrency does not go with."""
+    for option, given in (
+        ("--batch", measure.batch != "1"),
+        ("--depth", measure.depth != "0"),
+        ("--against", measure.against is not None),
+        ("--profile", measure.profile),
+        ("--plot", output.plot),
+        ("--svg", output.svg is not None),
+    ):
+        if given:
+            raise UsageError(f"{option} goes without --concurrency", fix="leave one of them out")
+
+
+def measured(
+    opened: Opened, wishes: list[BatchWish], works: list[Work], traffics: list[Traffic], measure: Measure
+) -> tuple[dict[str, Any], list[Timing]]:
+    """All works, or all traffic, one after the other in each format of the cache, and what else is to be told
+    of the run.
+    """
     from dsv2cli.checkpoint.blueprint import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
+    from dsv2cli.engine import traffic as under_load
     from dsv2cli.model.size import expanded_kv_bytes_per_token
-    from dsv2cli.run.open import kernels_of
+    from dsv2cli.run.open import kernels_of, with_wish
 
     runner, plan = opened.runner, opened.plan
     loaded_peak, twin = peak_memory_bytes(runner.device), None
     if measure.against is not None:
         twin = benchmark.transformers_twin(runner, opened.folder)
     timings: list[Timing] = []
-    count = len(works) * (measure.repetitions + 1) * (1 if twin is None else 2)
+    runs, profiles = list[dict[str, Any]](), list[dict[str, Any]]()
+    each = len(traffics) or len(works) * (1 if twin is None else 2)
     kernels = kernels_of(plan)
-    with ui.counting("measuring", count) as tick:
-        for work in works:
-            timings += benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, kernels)
+    with ui.counting("measuring", each * len(wishes) * (measure.repetitions + 1)) as tick:
+        for wish in wishes:
+            if wish is not wishes[0]:
+                runner = with_wish(opened, wish)
+            about = {"cache": wish.cache, "kv_bytes_per_token": runner.new_pool(1).bytes_per_token()}
+            for many in traffics:
+                run = under_load.measure(runner, many, measure.repetitions, tick, kernels)
+                runs.append(run | about)
+            for work in [] if traffics else works:
+                found = benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, kernels)
+                timings += found
+                runs += [timing.as_json() | shares(runner, timing) | about for timing in found]
+                if measure.profile:
+                    profiles.append(work.as_json() | benchmark.profile(runner, work) | about)
     facts: dict[str, Any] = {
         "model": opened.name,
         "device": device_name(runner.device),
@@ -192,37 +249,12 @@ def measured(opened: Opened, works: list[Work], measure: Measure) -> tuple[dict[
         "load_seconds": opened.load_seconds,
         "peak_memory_after_load_bytes": loaded_peak,
         "peak_memory_bytes": peak_memory_bytes(runner.device),
-        "cache": plan.cache,
-        "kv_bytes_per_token": runner.new_pool(1).bytes_per_token(),
         "kv_bytes_per_token_expanded": expanded_kv_bytes_per_token(runner.config, plan.dtype),
-        "runs": [timing.as_json() | shares(runner, timing) for timing in timings],
+        "runs": runs,
     }
     if measure.profile:
-        facts["profile"] = [work.as_json() | benchmark.profile(runner, work) for work in works]
+        facts["profile"] = profiles
     return facts, timings
-
-
-def numbers(option: str, text: str, least: int) -> list[int]:
-    """`64,512`, `512-2048+512` or `64-4096*2`. Raises UsageError for anything else, or below `least`."""
-    found: list[int] = []
-    for entry in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?:([+*])(\d+))?)?\s*", entry)
-        value, last, times, by = 0, 0, False, 0
-        if match is not None and len(entry) < 60:
-            value, last = int(match[1]), int(match[2] or match[1])
-            times, by = match[3] == "*", int(match[4] or 1)
-        endless = by < 1 or (times and (by < 2 or value == 0))
-        if match is None or len(entry) >= 60 or value < least or (match[4] and endless):
-            why = f"it is {RANGE_HELP}, from {least} on"
-            raise UsageError(f"{option} {text} can not be used", why=why, fix=f"{option} 64,512")
-        if value > last:
-            raise UsageError(f"{option} {text} is an empty range", why=f"{value} is above {last}")
-        while value <= last:
-            if len(found) == MOST:
-                raise UsageError(f"{option} {text[:80]} is too long", why=f"{MOST:,} numbers are the most")
-            found.append(value)
-            value = value * by if times else value + by
-    return list(dict.fromkeys(found))
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -295,6 +327,18 @@ def title(facts: dict[str, Any]) -> str:
     return " · ".join(str(facts[key]) for key in ("model", "weights", "device", "kernels"))
 
 
+def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """The heads of the table, and a row a run; the cache's format stands there where there are several."""
+    under_load = "concurrency" in runs[0]
+    several = len({run["cache"] for run in runs}) > 1
+    heads = traffic.COLUMNS if under_load else (*COLUMNS, "ms a token")
+    out = [["cache"] * several + list(heads)]
+    for run in runs:
+        row = traffic.cells(run) if under_load else cells(run)
+        out.append([run["cache"]] * several + row)
+    return out
+
+
 def cells(run: dict[str, Any]) -> list[str]:
     """One row: medians, with the range of the repetitions beside them, and the time between tokens as
     p50/p90/p99.
@@ -309,17 +353,19 @@ def as_table(runs: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in (*COLUMNS, "ms a token"):
-        table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
-    for run in runs:
-        table.add_row(*cells(run))
+    heads, *cells_of_runs = rows(runs)
+    for column in heads:
+        table.add_column(column, justify="left" if column in ("engine", "cache") else "right", no_wrap=True)
+    for row in cells_of_runs:
+        table.add_row(*row)
     return table
 
 
 def as_markdown(runs: list[dict[str, Any]]) -> str:
     """The same rows as a Markdown table."""
-    rows = [[*COLUMNS, "ms a token"], ["---"] * (len(COLUMNS) + 1), *(cells(run) for run in runs)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    heads, *cells_of_runs = rows(runs)
+    lines = [heads, ["---"] * len(heads), *cells_of_runs]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
 
 
 def as_csv(facts: dict[str, Any]) -> str:
@@ -384,8 +430,10 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
     for ours, theirs in zip(timings[::2], timings[1::2], strict=False):
         if theirs.engine != ours.engine:
             console.print(f"{label(ours.as_json())}: {ratios(ours, theirs)}")
+    if "concurrency" in facts["runs"][0]:
+        traffic.remarks(console, facts["runs"])
     for run in facts["runs"]:
-        if run["engine"] == "dsv2":
+        if run["engine"] == "dsv2" and "gemm_flops_per_second" in run:
             console.print(f"{label(run)}: {ceilings(run)}")
     for times in facts.get("profile", []):
         for phase, name in (("prefill", "prefill"), ("decode", "a decode step")):
@@ -398,7 +446,9 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
     memory = f"peak memory {loaded:.2f} GiB after load, {peak:.2f} GiB in all"
     console.print(f"load {facts['load_seconds']:.2f} s · weights {weights:.2f} GiB · {memory}")
     expanded = f"(expanded keys and values: {facts['kv_bytes_per_token_expanded']:,})"
-    console.print(f"cache {facts['kv_bytes_per_token']:,} bytes a token {expanded}")
+    for cache, size in dict.fromkeys((run["cache"], run["kv_bytes_per_token"]) for run in facts["runs"]):
+        name = "" if cache == "auto" else f" in {cache}"
+        console.print(f"cache{name} {size:,} bytes a token {expanded}")
 
 
 def ceilings(run: dict[str, Any]) -> str:
@@ -427,7 +477,9 @@ def show_comparison(console: Console, facts: dict[str, Any], then: dict[str, Any
             for name, label in (
                 ("decode_tokens_per_second", "decode"),
                 ("prefill_tokens_per_second", "prefill"),
+                ("output_tokens_per_second", "output"),
             )
+            if name in run
         ]
         console.print(
             f"{run['engine']}, {label(run)}, against the saved result: {', '.join(rates)}; "
@@ -437,20 +489,12 @@ def show_comparison(console: Console, facts: dict[str, Any], then: dict[str, Any
 
 def label(run: dict[str, Any]) -> str:
     """What was measured, with what is not plain."""
+    if "concurrency" in run:
+        return traffic.label(run)
+    cache = "" if run.get("cache", "auto") == "auto" else f", {run['cache']} cache"
     depth = f", depth {run['depth']}" if run["depth"] else ""
     batch = f", batch {run['batch']}" if run["batch"] > 1 else ""
-    return f"prompt {run['prompt_tokens']}, {run['generated_tokens']} new{depth}{batch}"
-
-
-def digits(value: float) -> str:
-    """Three digits that count."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
-
-
-def ranged(rate: dict[str, Any]) -> str:
-    """Median and range, to the same place."""
-    places = len(digits(rate["median"]).partition(".")[2])
-    return f"{rate['median']:.{places}f} ({rate['min']:.{places}f}-{rate['max']:.{places}f})"
+    return f"prompt {run['prompt_tokens']}, {run['generated_tokens']} new{depth}{batch}{cache}"
 
 
 def ratios(ours: Timing, theirs: Timing) -> str:

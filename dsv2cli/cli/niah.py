@@ -10,7 +10,7 @@ import typer
 
 from dsv2cli.cli import options as opt
 from dsv2cli.cli import ui
-from dsv2cli.cli.bench import numbers
+from dsv2cli.cli.figures import numbers
 from dsv2cli.errors import UsageError
 from dsv2cli.run.wish import Wish
 

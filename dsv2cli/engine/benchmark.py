@@ -77,11 +77,7 @@ class Timing:
 
     def itl_seconds(self) -> dict[str, float]:
         """Percentiles of the time between tokens, over all repetitions."""
-        ordered = sorted(gap for gaps in self.gaps for gap in gaps)
-        return {
-            f"p{percent}": ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
-            for percent in (50, 90, 99)
-        }
+        return percentiles([gap for gaps in self.gaps for gap in gaps])
 
     def as_json(self) -> dict[str, Any]:
         lists = (
@@ -97,6 +93,15 @@ class Timing:
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """The 50th, 90th and 99th of some values."""
+    ordered = sorted(values)
+    return {
+        f"p{percent}": ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+        for percent in (50, 90, 99)
+    }
 
 
 def read_bytes_per_token(runner: Runner, context: int) -> float:
@@ -349,7 +354,14 @@ def profile(runner: Runner, work: Work) -> dict[str, dict[str, float]]:
     return out
 
 
-LISTS = ("prefill_tokens_per_second", "decode_tokens_per_second")
+LISTS = ("prefill_tokens_per_second", "decode_tokens_per_second", "output_tokens_per_second")
+WORK = ("engine", "prompt_tokens", "generated_tokens", "cache", "depth", "batch")
+TRAFFIC = ("concurrency", "requests", "rate", "shared_prefix")  # of a run under load besides
+
+
+def work_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What was done in a run, by which it is known again."""
+    return {"cache": "auto"} | {key: run[key] for key in (*WORK, *TRAFFIC) if key in run}
 
 
 def compare(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -357,15 +369,13 @@ def compare(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[
 
     A rate differs where it does so by more than both ranges together.
     """
-    same = ("engine", "prompt_tokens", "generated_tokens", "depth", "batch")
-    old = {tuple(run[key] for key in same): run for run in then}
     out = []
     for run in now:
-        before = old.get(tuple(run[key] for key in same))
+        before = next((old for old in then if work_of(old) == work_of(run)), None)
         if before is None:
             continue
-        found: dict[str, Any] = {key: run[key] for key in same}
-        for name in LISTS:
+        found = work_of(run)
+        for name in (name for name in LISTS if name in run):
             a, b = run[name], before[name]
             known = min(len(a["all"]), len(b["all"])) > 1
             ratio, noise = (

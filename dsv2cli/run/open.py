@@ -110,6 +110,18 @@ def open_store(folder: Path, limit: int, checkpoint: Path, runner: Runner, plan:
     return PageStore(folder, limit, model)
 
 
+def with_wish(opened: Opened, wish: Wish) -> PlainRunner:
+    """Another runner for a loaded model, as planned for a wish that differs in --cache alone; the one before
+    can not go on. Raises Dsv2Error where that can not be.
+    """
+    runner = opened.runner
+    assert isinstance(runner, PlainRunner), "a team has one format"
+    plan = make_plan(opened.config, wish, look_around())
+    if plan.places is not None:
+        return PlainRunner(runner.model, runner.attention, runner.main, runner.layer_devices, plan.cache)
+    return runner_of(runner.model, plan, kernels_of(plan))
+
+
 def kernels_of(plan: Plan) -> native.Kernels | None:
     """The C++ kernels that the plan names."""
     return None if plan.kernels is None else native.load(plan.kernels)[0]

@@ -47,17 +47,20 @@ struct Span {
 // One row of Rows.
 struct Row {
   const uint16_t* bf16;
+  const float* floats;
   const int8_t* int8;
   const float* scale;
   const int32_t* shift;
   int group, groups;
 };
 
-// Activations ready to be multiplied with a kind of weights. For bf16: bf16. For int8 and int4: int8, and for
+// Activations ready to be multiplied with a kind of weights. For bf16: bf16, and where products are of floats the
+// same as floats, of each vector of bf16 first the even numbers and then the odd ones. For int8 and int4: int8, and for
 // each group a scale and a shift: -128 times its sum, because codes are 128 more than the numbers meant.
 struct Rows {
   int kind, cols, padded, group, groups;
   uint16_t* bf16;
+  float* floats;
   int8_t* int8;
   float* scale;
   int32_t* shift;
@@ -68,9 +71,10 @@ struct Rows {
     group = kind == BF16 ? 32 : w.group;
     groups = (cols + group - 1) / group;
     padded = groups * group;
-    bf16 = nullptr, int8 = nullptr, scale = nullptr, shift = nullptr;
+    bf16 = nullptr, floats = nullptr, int8 = nullptr, scale = nullptr, shift = nullptr;
     if (kind == BF16) {
       bf16 = scratch.take<uint16_t>((size_t)count * padded);
+      if (FLOATS) floats = scratch.take<float>((size_t)count * padded);
     } else {
       int8 = scratch.take<int8_t>((size_t)count * padded);
       scale = scratch.take<float>((size_t)count * groups);
@@ -79,8 +83,8 @@ struct Rows {
   }
   Row row(int number) const {
     const size_t at = (size_t)number * padded, group_at = (size_t)number * groups;
-    if (kind == BF16) return {bf16 + at, nullptr, nullptr, nullptr, group, groups};
-    return {nullptr, int8 + at, scale + group_at, shift + group_at, group, groups};
+    if (kind == BF16) return {bf16 + at, FLOATS ? floats + at : nullptr, nullptr, nullptr, nullptr, group, groups};
+    return {nullptr, nullptr, int8 + at, scale + group_at, shift + group_at, group, groups};
   }
   // Columns [from, from + count) of one row; `from` begins a group and only the last call may end within one.
   NOINLINE void put(int row, int from, int count, const float* x) {
@@ -91,9 +95,16 @@ struct Rows {
 
  private:
   INLINE void put_bf16(int row, int from, int count, const float* x) {
-    narrow_row(x, count, bf16 + (size_t)row * padded + from);
+    uint16_t* const to = bf16 + (size_t)row * padded;
+    narrow_row(x, count, to + from);
     const int end = std::min(padded, (from + count + 31) / 32 * 32);
-    for (int i = from + count; i < end; i++) bf16[(size_t)row * padded + i] = 0;
+    for (int i = from + count; i < end; i++) to[i] = 0;
+    if (!FLOATS) return;
+    for (int i = from; i < end; i += NATIVE / 2) {
+      const NB both = load_as<NB>(to + i);
+      float* const wide = floats + (size_t)row * padded + i;
+      store(wide, evens(both)), store(wide + NATIVE / 4, odds(both));
+    }
   }
   INLINE void put_group(int row, int g, int count, const float* x) {
     const float most = largest(x, count), inverse = most > 0 ? 127.0f / most : 0.0f;

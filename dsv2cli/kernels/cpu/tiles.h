@@ -108,9 +108,11 @@ template <int BITS> NOINLINE void tiles_codes(const Address* from, const Row* x,
 }
 
 // ---- bf16 -------------------------------------------------------------------------------------------------
-
-// out[token][TILE_ROWS] = R rows of w, `cols` long, times M tokens; what is beyond a token's end is not read.
+//
+// out[token][TILE_ROWS] = some rows of w, `cols` long, times M tokens; what is beyond a token's end is not read.
 // Every fourth vector goes into one sum, as in stream_bf16, so that a token gets the same bits from both.
+
+// R rows at once, a quarter of the sums after the other.
 template <int R, int M>
 NOINLINE void tile_bf16(const uint16_t* const* w, const Row* x, int cols, float* out) {
   constexpr int lanes = NATIVE / 2, four = 4 * lanes;
@@ -148,11 +150,55 @@ template <int R>
 NOINLINE void tiles_bf16(const uint16_t* const* w, const Row* x, int count, int cols, float* out) {
   while (count > 0) {
     int done = 1;
-    if (BROAD && count >= 6) tile_bf16<R, 6>(w, x, cols, out), done = 6;
-    else if (BROAD && count >= 4) tile_bf16<R, 4>(w, x, cols, out), done = 4;
+    if (count >= 6) tile_bf16<R, 6>(w, x, cols, out), done = 6;
+    else if (count >= 4) tile_bf16<R, 4>(w, x, cols, out), done = 4;
     else if (count >= 2) tile_bf16<R, 2>(w, x, cols, out), done = 2;
     else tile_bf16<R, 1>(w, x, cols, out);
     count -= done, x += done, out += done * TILE_ROWS;
+  }
+}
+
+// Row after row, where products are of floats: the tokens' numbers are floats already, and a weight becomes one
+// once for all of them. There are registers for all four sums of three tokens.
+template <int M>
+NOINLINE void rows_bf16(const uint16_t* const* rows, int count, const Row* x, int cols, float* out) {
+  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
+  const int whole = cols / four * four, end = cols / lanes * lanes;
+  for (int r = 0; r < count; r++) {
+    const uint16_t* w = rows[r];
+    NF acc[4][M] = {};
+    const auto add = [&](int part, int k) {
+      const NB both = load_as<NB>(w + k);
+      const NF even = evens(both), odd = odds(both);
+      for (int m = 0; m < M; m++) acc[part][m] += even * load_as<NF>(x[m].floats + k);
+      for (int m = 0; m < M; m++) acc[part][m] += odd * load_as<NF>(x[m].floats + k + lanes / 2);
+    };
+    for (int k = 0; k < whole; k += four) {
+      for (int i = 0; i < four; i += 32) __builtin_prefetch(w + k + i + AHEAD / 2);
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) add(part, k + part * lanes);
+    }
+    for (int k = whole; k < end; k += lanes) add(0, k);
+    for (int m = 0; m < M; m++) {
+      float total = sum((acc[0][m] + acc[1][m]) + (acc[2][m] + acc[3][m]));
+      for (int i = end; i < cols; i++) total += widen(w[i]) * widen(x[m].bf16[i]);
+      out[m * TILE_ROWS + r] = total;
+    }
+  }
+}
+
+// A block of rows, whichever way is the faster.
+NOINLINE void block_bf16(const uint16_t* const* rows, const Row* x, int count, int cols, float* out) {
+  if constexpr (!FLOATS) {
+    for (int r = 0; r < LANES; r += 4) tiles_bf16<4>(rows + r, x, count, cols, out + r);
+  } else {
+    while (count > 0) {
+      const int done = std::min(count, 3);
+      if (done == 3) rows_bf16<3>(rows, LANES, x, cols, out);
+      else if (done == 2) rows_bf16<2>(rows, LANES, x, cols, out);
+      else rows_bf16<1>(rows, LANES, x, cols, out);
+      count -= done, x += done, out += done * TILE_ROWS;
+    }
   }
 }
 
@@ -163,12 +209,11 @@ NOINLINE void tiles_bf16(const uint16_t* const* w, const Row* x, int count, int 
 // that was not asked for anything.
 NOINLINE void multiply(const Matrix& w, const int* firsts, int blocks, const Row* x, int count, float* out) {
   if (w.kind == BF16) {
-    for (int b = 0; b < blocks; b++)
-      for (int r = 0; r < LANES; r += 4) {
-        const uint16_t* from[4];
-        for (int i = 0; i < 4; i++) from[i] = (const uint16_t*)address_of(w, firsts[b] + r + i).codes;
-        tiles_bf16<4>(from, x, count, w.cols, out + b * LANES + r);
-      }
+    for (int b = 0; b < blocks; b++) {
+      const uint16_t* rows[LANES];
+      for (int r = 0; r < LANES; r++) rows[r] = (const uint16_t*)address_of(w, firsts[b] + r).codes;
+      block_bf16(rows, x, count, w.cols, out + b * LANES);
+    }
     return;
   }
   const Address from[2] = {address_of(w, firsts[0]), address_of(w, firsts[blocks - 1])};

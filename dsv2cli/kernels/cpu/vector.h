@@ -187,16 +187,22 @@ template <class V> INLINE Pair<V> from_code(Pair<V> code) {
   return {from_code(code.low), from_code(code.high)};
 }
 
-// acc += products of bf16 with bf16, in any order of lanes.
-INLINE void dot_bf16(NF& acc, NB w, NB x) {
+// acc += products of bf16 with bf16, in any order of lanes. A processor that has no such products (FLOATS) takes
+// those of floats: of the even numbers of a vector, and of the odd ones.
+INLINE NF evens(NB x) { return (NF)((NU)x << 16); }
+INLINE NF odds(NB x) { return (NF)((NU)x & ((NU){} + 0xffff0000u)); }
 #if defined(__AVX512BF16__)
+constexpr bool FLOATS = false;
+INLINE void dot_bf16(NF& acc, NB w, NB x) {
   acc = (NF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
-#else
-  const NU high = (NU){} + 0xffff0000u;
-  acc += (NF)((NU)w << 16) * (NF)((NU)x << 16);
-  acc += (NF)((NU)w & high) * (NF)((NU)x & high);
-#endif
 }
+#else
+constexpr bool FLOATS = true;
+INLINE void dot_bf16(NF& acc, NB w, NB x) {
+  acc += evens(w) * evens(x);
+  acc += odds(w) * odds(x);
+}
+#endif
 template <class V, class W> INLINE void dot_bf16(Pair<V>& acc, Pair<W> w, Pair<W> x) {
   dot_bf16(acc.low, w.low, x.low), dot_bf16(acc.high, w.high, x.high);
 }

@@ -33,33 +33,43 @@ NOINLINE void rotate(float* x, const float* table, int size) {
 
 // Cached tokens, one after the other: rows [count, width], whose first `rank` numbers are the latent.
 struct Cached {
-  const uint16_t* rows;
+  const Cell* rows;
   int width, rank, count;
 };
 
-// A query [heads, width] laid out so that for each pair of its numbers those of 16 heads are side by side.
-NOINLINE void side_by_side(const uint16_t* query, int heads, int width, uint32_t* out) {
-  for (int g = 0; g < heads; g += LANES, out += (size_t)width / 2 * LANES)
-    for (int c = 0; c < width / 2; c++)
+// What of a query, or of weights, lies beside that of the next head: a pair of bf16, or one float.
+typedef std::conditional_t<FLOATS, float, uint32_t> Side;
+constexpr int SIDE = FLOATS ? 1 : 2;  // numbers in it
+
+// A query [heads, width] laid out so that for each Side of it those of 16 heads are side by side.
+NOINLINE void side_by_side(const uint16_t* query, int heads, int width, Side* out) {
+  for (int g = 0; g < heads; g += LANES, out += (size_t)width / SIDE * LANES)
+    for (int c = 0; c < width / SIDE; c++)
       for (int h = 0; h < LANES; h++) {
-        const uint16_t* pair = query + (size_t)(g + h) * width + 2 * c;
-        out[(size_t)c * LANES + h] = g + h < heads ? load_as<uint32_t>(pair) : 0;
+        const uint16_t* const at = query + (size_t)(g + h) * width + SIDE * c;
+        Side& to = out[(size_t)c * LANES + h];
+        if (g + h >= heads) to = 0;
+        else if constexpr (FLOATS) to = widen(*at);
+        else to = load_as<uint32_t>(at);
       }
 }
 
 // scores[t] = 16 heads of one query times T cached tokens.
-template <int T> void score(const uint32_t* query, const uint16_t* rows, int width, F* scores) {
+template <int T> void score(const Side* query, const Cell* rows, int width, F* scores) {
   F acc[T];
   for (int t = 0; t < T; t++) acc[t] = (F){};
 #pragma GCC unroll 4
-  for (int k = 0; k < width; k += 2) {
-    const B q = load_as<B>(query + (size_t)k / 2 * LANES);
-    for (int t = 0; t < T; t++)
-      dot_bf16(acc[t], (B)((U){} + load_as<uint32_t>(rows + (size_t)t * width + k)), q);
+  for (int k = 0; k < width; k += SIDE) {
+    const Side* const side = query + (size_t)k / SIDE * LANES;
+    for (int t = 0; t < T; t++) {
+      const Cell* const cell = rows + (size_t)t * width + k;
+      if constexpr (FLOATS) acc[t] += load_as<F>(side) * *cell;
+      else dot_bf16(acc[t], (B)((U){} + load_as<uint32_t>(cell)), load_as<B>(side));
+    }
   }
   for (int t = 0; t < T; t++) scores[t] = acc[t];
 }
-INLINE void score_each(const uint32_t* query, const Cached& cached, F* scores) {
+INLINE void score_each(const Side* query, const Cached& cached, F* scores) {
   const int width = cached.width;
   int t = 0;
   for (; t + SCORED_AT_A_TIME <= cached.count; t += SCORED_AT_A_TIME)
@@ -67,9 +77,9 @@ INLINE void score_each(const uint32_t* query, const Cached& cached, F* scores) {
   for (; t < cached.count; t++) score<1>(query, cached.rows + (size_t)t * width, width, scores + t);
 }
 
-// Softmax goes on: scores -> weights[t / 2][16 heads], which are pairs of bf16; the pair of a last odd token
-// ends in a zero. most and divisor [16] follow. Gives the factor by which earlier sums have to shrink.
-INLINE F weigh(F* scores, int count, float scale, float* most, float* divisor, uint32_t* weights) {
+// Softmax goes on: scores -> weights[t / SIDE][16 heads]; the pair of a last odd token ends in a zero. most and
+// divisor [16] follow. Gives the factor by which earlier sums have to shrink.
+INLINE F weigh(F* scores, int count, float scale, float* most, float* divisor, Side* weights) {
   const F before = load_as<F>(most);
   F top = before, added = {};
   for (int t = 0; t < count; t++) {
@@ -79,6 +89,10 @@ INLINE F weigh(F* scores, int count, float scale, float* most, float* divisor, u
   for (int t = 0; t < count; t += 2) {
     const F one = exp_of(scores[t] - top), two = t + 1 < count ? exp_of(scores[t + 1] - top) : (F){};
     added += one + two;
+    if constexpr (FLOATS) {
+      store(weights + t * LANES, one), store(weights + (t + 1) * LANES, two);
+      continue;
+    }
     const U high = (U){} + 0xffff0000u, half = (U){} + 0x8000u;  // rounded; they are positive and finite
     const U pair = (((U)one + half) >> 16) | (((U)two + half) & high);
     store(weights + t / 2 * LANES, pair);
@@ -92,6 +106,11 @@ INLINE void shrink_sums(const F& shrink, int heads, int rank, float* sums) {
   for (int h = 0; h < heads; h++)
     if (shrink[h] != 1.0f)
       for (int c = 0; c < rank; c++) sums[(size_t)h * rank + c] *= shrink[h];
+}
+
+INLINE float weight_of(const float* weights, int t) { return weights[t * LANES]; }
+INLINE float weight_of(const uint32_t* weights, int t) {
+  return widen((uint16_t)(weights[t / 2 * LANES] >> (t % 2 * 16)));
 }
 
 #if defined(__AVX512BF16__)
@@ -127,22 +146,20 @@ INLINE int mix_pairs(const uint32_t* weights, const Cached& cached, float* sums,
   return c;
 }
 #else
-template <int HEADS> INLINE int mix_pairs(const uint32_t*, const Cached&, float*, const char*&) { return 0; }
+template <int HEADS> INLINE int mix_pairs(const Side*, const Cached&, float*, const char*&) { return 0; }
 #endif
 
 // sums [HEADS, rank] += sum over the cached tokens of weights times the token's latent. Meanwhile the memory
 // from `soon` on is asked for.
-template <int HEADS> void mix(const uint32_t* weights, const Cached& cached, float* sums, const char*& soon) {
+template <int HEADS> void mix(const Side* weights, const Cached& cached, float* sums, const char*& soon) {
   const int rank = cached.rank, width = cached.width, count = cached.count;
-  const auto weight = [&](int h, int t) {
-    return widen((uint16_t)(weights[t / 2 * LANES + h] >> (t % 2 * 16)));
-  };
+  const auto weight = [&](int h, int t) { return weight_of(weights + h, t); };
   int c = mix_pairs<HEADS>(weights, cached, sums, soon);
   for (; c + 16 <= rank; c += 16) {
     F acc[HEADS];
     for (int h = 0; h < HEADS; h++) acc[h] = load_as<F>(sums + (size_t)h * rank + c);
     for (int t = 0; t < count; t++) {
-      const F v = widen16(cached.rows + (size_t)t * width + c);
+      const F v = floats_of(cached.rows + (size_t)t * width + c);
       for (int h = 0; h < HEADS; h++) acc[h] += v * weight(h, t);
     }
     for (int h = 0; h < HEADS; h++) store(sums + (size_t)h * rank + c, acc[h]);
@@ -150,9 +167,9 @@ template <int HEADS> void mix(const uint32_t* weights, const Cached& cached, flo
   for (; c < rank; c++)
     for (int h = 0; h < HEADS; h++)
       for (int t = 0; t < count; t++)
-        sums[(size_t)h * rank + c] += weight(h, t) * widen(cached.rows[(size_t)t * width + c]);
+        sums[(size_t)h * rank + c] += weight(h, t) * float_of(cached.rows[(size_t)t * width + c]);
 }
-INLINE void mix_heads(const uint32_t* weights, const Cached& cached, int heads, float* sums) {
+INLINE void mix_heads(const Side* weights, const Cached& cached, int heads, float* sums) {
   const char* soon = (const char*)(cached.rows + (size_t)cached.count * cached.width);
   int h = 0;
   for (; h + 6 <= heads; h += 6) mix<6>(weights + h, cached, sums + (size_t)h * cached.rank, soon);
@@ -167,8 +184,8 @@ struct Partial {
 };
 
 // One query of all heads, side by side, over some tokens of a sequence; room [CACHED_AT_A_TIME, width].
-NOINLINE void attend(const Attention& p, const uint32_t* query, const Latents& latents, Span tokens,
-                     uint16_t* room, Partial out) {
+NOINLINE void attend(const Attention& p, const Side* query, const Latents& latents, Span tokens,
+                     Cell* room, Partial out) {
   const int width = p.rank + p.rope, groups = blocks_of(p.heads), end = tokens.begin + tokens.count;
   std::vector<float> most((size_t)groups * LANES, -INFINITY), divisor((size_t)groups * LANES, 0.0f);
   memset(out.sums, 0, (size_t)p.heads * p.rank * sizeof(float));
@@ -179,8 +196,8 @@ NOINLINE void attend(const Attention& p, const uint32_t* query, const Latents& l
       const int first = g * LANES, heads = std::min(LANES, p.heads - first);
       float* sums = out.sums + (size_t)first * p.rank;
       F scores[CACHED_AT_A_TIME];
-      uint32_t weights[CACHED_AT_A_TIME / 2 * LANES];
-      score_each(query + (size_t)first * width / 2, cached, scores);
+      Side weights[CACHED_AT_A_TIME / SIDE * LANES];
+      score_each(query + (size_t)first * width / SIDE, cached, scores);
       const F shrink =
           weigh(scores, cached.count, p.scale, most.data() + first, divisor.data() + first, weights);
       shrink_sums(shrink, heads, p.rank, sums);
@@ -218,8 +235,8 @@ struct AttentionScratch {
   Rows in, low, nope, mixed, last;
   float *q_a, *q, *kv_a, *out, *sums, *most, *divisor, *rows;
   uint16_t* query;          // [n, heads, rank + rope]: absorbed, and rotated
-  uint32_t* laid;           // a thread's query, side by side
-  uint16_t* unpacked;       // a thread's latents, where they lie in codes
+  Side* laid;               // a thread's query, side by side
+  Cell* unpacked;           // a thread's latents, where they do not lie as they are taken
   size_t row, laid_length;  // numbers of a thread's `rows` and `laid`
 
   AttentionScratch(const Attention& p, const Context& context, int threads, Scratch& scratch) {
@@ -234,9 +251,9 @@ struct AttentionScratch {
     q = scratch.take<float>(n * heads * (p.nope + p.rope));
     kv_a = scratch.take<float>(n * width);
     query = scratch.take<uint16_t>(n * heads * width);
-    laid_length = blocks_of(heads) * LANES * width / 2;
-    laid = scratch.take<uint32_t>(threads * laid_length);
-    unpacked = scratch.take<uint16_t>(threads * CACHED_AT_A_TIME * width);
+    laid_length = blocks_of(heads) * LANES * width / SIDE;
+    laid = scratch.take<Side>(threads * laid_length);
+    unpacked = scratch.take<Cell>(threads * CACHED_AT_A_TIME * width);
     sums = scratch.take<float>(partials * p.rank);
     most = scratch.take<float>(partials);
     divisor = scratch.take<float>(partials);
@@ -336,10 +353,10 @@ struct AttentionPass {
       const int chunk = context.chunk(t), begin = (job - firsts[t]) * chunk;
       const int end = std::min(context.lengths[t], begin + chunk);
       const size_t at = (size_t)job * heads;
-      uint32_t* query = s.laid + thread.number * s.laid_length;
+      Side* const query = s.laid + thread.number * s.laid_length;
       side_by_side(s.query + (size_t)t * heads * width, heads, width, query);
       const Partial out = {s.sums + at * p.rank, s.most + at, s.divisor + at};
-      uint16_t* const room = s.unpacked + (size_t)thread.number * CACHED_AT_A_TIME * width;
+      Cell* const room = s.unpacked + (size_t)thread.number * CACHED_AT_A_TIME * width;
       attend(p, query, latents_of(t), {begin, end - begin}, room, out);
     });
   }

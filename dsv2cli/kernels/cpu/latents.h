@@ -23,10 +23,21 @@ INLINE uint16_t narrow_finite(float x) {
 }
 INLINE float middle_of(int bits) { return ((1 << bits) - 1) * 0.5f; }  // what is taken from a code
 
+// A number of a cached token as attention takes it; and numbers in bf16 as such, in `room` where they must be.
+typedef std::conditional_t<FLOATS, float, uint16_t> Cell;
+INLINE void to_cells(const uint16_t* x, int size, float* out) { widen_row(x, size, out); }
+INLINE void to_cells(const uint16_t* x, int size, uint16_t* out) { memcpy(out, x, 2 * size); }
+INLINE const float* as_cells(const uint16_t* x, int size, float* room) { return widen_row(x, size, room), room; }
+INLINE const uint16_t* as_cells(const uint16_t* x, int, uint16_t*) { return x; }
+
 // Codes of `bits` bits as numbers, in plane after plane, see latents.py's `together`.
-NOINLINE void apart(const uint8_t* data, int bits, int size, float scale, uint16_t* out) {
+NOINLINE void apart(const uint8_t* data, int bits, int size, float scale, Cell* out) {
   const float middle = middle_of(bits);
-  const auto put = [&](int i, int code) { out[i] = narrow_finite(((float)code - middle) * scale); };
+  const auto put = [&](int i, int code) {
+    const float value = ((float)code - middle) * scale;
+    if constexpr (FLOATS) out[i] = value;
+    else out[i] = narrow_finite(value);
+  };
   const int half = size / 2, quarter = size / 4;
   if (bits == 8)
     for (int i = 0; i < size; i++) put(i, data[i]);
@@ -116,16 +127,16 @@ struct Latents {
   }
   uint16_t* row(int token) const { return (uint16_t*)page_of(token) + (size_t)(token % PAGE_TOKENS) * width(); }
 
-  // Tokens of one page, one after the other, in bf16: where they lie, or in `room`. Of codes below 8 bits it is
-  // the turned latent.
-  const uint16_t* rows(int first, int count, uint16_t* room) const {
-    if (bits == 16) return row(first);
+  // Tokens of one page, one after the other: where they lie, if they lie as they are taken, else in `room`. Of
+  // codes below 8 bits it is the turned latent.
+  const Cell* rows(int first, int count, Cell* room) const {
+    if (bits == 16) return as_cells(row(first), count * width(), room);
     for (int t = first; t < first + count; t++) {
-      uint16_t* const out = room + (size_t)(t - first) * width();
+      Cell* const out = room + (size_t)(t - first) * width();
       const uint16_t* const scale = scales(t);
       apart(codes(t), bits, rank, widen(scale[0]), out);
-      if (key_bits() == 16) memcpy(out + rank, key(t), 2 * rope);
-      else apart(key(t), 12, rope, widen(scale[1]), out + rank);
+      if (key_bits() == 12) apart(key(t), 12, rope, widen(scale[1]), out + rank);
+      else to_cells((uint16_t*)key(t), rope, out + rank);
     }
     return room;
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -126,6 +127,10 @@ template <class T> INLINE T widen_as(const uint16_t* p) {
   }
 }
 INLINE F widen16(const uint16_t* p) { return widen_as<F>(p); }
+INLINE F floats_of(const uint16_t* p) { return widen16(p); }
+INLINE F floats_of(const float* p) { return load_as<F>(p); }
+INLINE float float_of(uint16_t x) { return widen(x); }
+INLINE float float_of(float x) { return x; }
 
 INLINE float sum(NF x) {
 #if defined(__AVX512VNNI__)

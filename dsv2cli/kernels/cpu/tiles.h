@@ -158,14 +158,19 @@ NOINLINE void tiles_bf16(const uint16_t* const* w, const Row* x, int count, int 
   }
 }
 
-// Row after row, where products are of floats: the tokens' numbers are floats already, and a weight becomes one
-// once for all of them. There are registers for all four sums of three tokens.
+// A block row after row, where products are of floats: the tokens' numbers are floats already, and a weight
+// becomes one once for all of them. There are registers for all four sums of three tokens, and so a block is read
+// in several turns: in the first what comes next in a row is asked for, in the others the block behind this one,
+// each time other rows of it.
+constexpr int IN_A_TURN = 3;
 template <int M>
-NOINLINE void rows_bf16(const uint16_t* const* rows, int count, const Row* x, int cols, float* out) {
+NOINLINE void rows_bf16(const uint16_t* const* rows, const Row* x, int cols, int turn, int turns, float* out) {
   constexpr int lanes = NATIVE / 2, four = 4 * lanes;
   const int whole = cols / four * four, end = cols / lanes * lanes;
-  for (int r = 0; r < count; r++) {
+  for (int r = 0; r < LANES; r++) {
     const uint16_t* w = rows[r];
+    const bool asks = turn == 0 || r % (turns - 1) == turn - 1;
+    const uint16_t* soon = turn == 0 ? w + AHEAD / 2 : w + (size_t)LANES * cols;
     NF acc[4][M] = {};
     const auto add = [&](int part, int k) {
       const NB both = load_as<NB>(w + k);
@@ -174,7 +179,7 @@ NOINLINE void rows_bf16(const uint16_t* const* rows, int count, const Row* x, in
       for (int m = 0; m < M; m++) acc[part][m] += odd * load_as<NF>(x[m].floats + k + lanes / 2);
     };
     for (int k = 0; k < whole; k += four) {
-      for (int i = 0; i < four; i += 32) __builtin_prefetch(w + k + i + AHEAD / 2);
+      for (int i = 0; asks && i < four; i += 32) __builtin_prefetch(soon + k + i);
 #pragma GCC unroll 4
       for (int part = 0; part < 4; part++) add(part, k + part * lanes);
     }
@@ -192,12 +197,14 @@ NOINLINE void block_bf16(const uint16_t* const* rows, const Row* x, int count, i
   if constexpr (!FLOATS) {
     for (int r = 0; r < LANES; r += 4) tiles_bf16<4>(rows + r, x, count, cols, out + r);
   } else {
-    while (count > 0) {
-      const int done = std::min(count, 3);
-      if (done == 3) rows_bf16<3>(rows, LANES, x, cols, out);
-      else if (done == 2) rows_bf16<2>(rows, LANES, x, cols, out);
-      else rows_bf16<1>(rows, LANES, x, cols, out);
-      count -= done, x += done, out += done * TILE_ROWS;
+    const int turns = (count + IN_A_TURN - 1) / IN_A_TURN;
+    for (int turn = 0; turn < turns; turn++) {
+      const int left = count - turn * IN_A_TURN;
+      const Row* const some = x + turn * IN_A_TURN;
+      float* const to = out + turn * IN_A_TURN * TILE_ROWS;
+      if (left >= 3) rows_bf16<3>(rows, some, cols, turn, turns, to);
+      else if (left == 2) rows_bf16<2>(rows, some, cols, turn, turns, to);
+      else rows_bf16<1>(rows, some, cols, turn, turns, to);
     }
   }
 }

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from dsv2cli.checkpoint.hub import EMBEDDED
-from dsv2cli.cli.asking import FIM_TOKENS
+from dsv2cli.engine.fill import FIM_TOKENS
 from dsv2cli.engine.grammar import Grammar
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler

@@ -30,12 +30,13 @@ checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load che
 checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
 run.worker
-engine.grammar engine.request engine.sampling engine.text engine.pages engine.scheduler engine.session
-engine.store engine.latents engine.journal engine.benchmark engine.traffic engine.needle
+engine.grammar engine.fill engine.request engine.sampling engine.text engine.pages engine.scheduler
+engine.session engine.store engine.latents engine.journal engine.benchmark engine.traffic engine.needle
+serve.desk serve.fields serve.openai serve.metrics serve.app
 cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete
 cli.attach cli.talk cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
-cli.figures cli.traffic cli.bench cli.niah cli.info cli.doctor cli.quantize cli.completion cli.fields
-cli.manual cli.app __main__
+cli.figures cli.traffic cli.bench cli.serve cli.niah cli.info cli.doctor cli.quantize cli.completion
+cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path

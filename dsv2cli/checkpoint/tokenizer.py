@@ -35,6 +35,16 @@ MARK = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 PROBE = "  Hello, World!\r\n\t a\u0300 e\u0301 \ufb01 \uff11 \u0130 \u4f60 \U0001f642 123\u200b\x01  end \n "
 
 
+def letters_of_bytes() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes (GPT-2's bytes_to_unicode)."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 256)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = letters_of_bytes()
+
+
 class Tokenizer:
     """The checkpoint's tokenizer with its BOS rule and chat template.
 
@@ -90,6 +100,7 @@ class Tokenizer:
         if len(ids) != len(vocabulary):
             raise Dsv2Error(f"{self.path} gives one id to two tokens", fix=AGAIN)
         self.largest_id = max(ids)
+        self.by_bytes = "ByteLevel" in repr(self.fast.decoder)  # whether a letter of a token is a byte
         self.longest = max(map(len, vocabulary))  # bytes of a token: a letter there is one
         for text in (PROBE, PROBE.strip()):
             if (again := self.decode(self.ids_of(text))) != text:
@@ -202,6 +213,20 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.guarded(lambda: self.fast.decode(ids, skip_special_tokens=True), None))
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is none of the text's, such as BOS."""
+        added = self.fast.get_added_tokens_decoder().get(token_id)
+        return added is not None and bool(added.special)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for, which may be a part of a character."""
+        piece = self.fast.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if token_id in self.fast.get_added_tokens_decoder() or not self.by_bytes:
+            return piece.encode()
+        return bytes(BYTES[letter] for letter in piece)
 
     def encode_chat(self, messages: list[Message], prefix: str = "") -> list[int]:
         """The whole conversation through the chat template, ending where the assistant's answer begins, or

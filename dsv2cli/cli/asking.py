@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
 
-# The tokens of the DeepSeek-Coder family, with full-width bars; their order is prefix, suffix, middle.
-FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -140,7 +137,12 @@ def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked
     tokenizer = checkpoint.tokenizer()
     if prompt.fim is not None or prompt.fim_file is not None:
         prefix, suffix = prompt.fim or split_at_cursor(prompt.fim_file)
-        return fill_in(prefix, suffix, tokenizer), tokenizer
+        if not prefix + suffix:
+            fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
+            raise UsageError("There is nothing around the hole", fix=fix)
+        from dsv2cli.engine.fill import fill_in
+
+        return Asked(fill_in(prefix, suffix, tokenizer), before=prefix, after=suffix), tokenizer
     start = prompt.prefix
     if prompt.messages is not None:
         from dsv2cli.engine.store import parse_messages
@@ -191,20 +193,3 @@ def split_at_cursor(path: Path | None) -> tuple[str, str]:
         why = f"{opt.CURSOR} says where the text is to be put, once"
         raise UsageError(f"{path} has {len(rest) or 'no'} cursor marks", why=why)
     return before, rest[0]
-
-
-def fill_in(prefix: str, suffix: str, tokenizer: Tokenizer) -> Asked:
-    """The hole between two texts, in the order the checkpoint was trained for.
-
-    Raises UsageError where it has no such tokens.
-    """
-    if not prefix + suffix:
-        fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
-        raise UsageError("There is nothing around the hole", fix=fix)
-    tokenizer.refuse_too_long(prefix, suffix)
-    begin, hole, end = (tokenizer.fast.token_to_id(token) for token in FIM_TOKENS)
-    if begin is None or hole is None or end is None:
-        why, fix = f"its tokenizer has no {FIM_TOKENS[0]}", "a Coder-V2 base checkpoint"
-        raise UsageError("This checkpoint can not fill in the middle", why=why, fix=fix)
-    start, after = tokenizer.encode_plain(prefix), tokenizer.encode_plain(suffix)
-    return Asked([*tokenizer.encode(""), begin, *start, hole, *after, end], before=prefix, after=suffix)

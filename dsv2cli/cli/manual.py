@@ -87,6 +87,18 @@ TOPICS = {
         "--attention fixes the attention path. auto counts the multiplications: a first prefill expands "
         "keys and values from the cached latents, a decode step attends to the latents themselves.",
     ),
+    "SERVING": (
+        "dsv2 serve answers other programs by OpenAI's API: /v1/models, /v1/chat/completions and "
+        "/v1/completions (texts, token ids, lists of them, suffix, echo with the prompt's logprobs), "
+        "streamed or whole, with seeds, n, stop, logprobs and response_format; and /tokenize, "
+        "/detokenize, /tokenizer_info, /health and /metrics. A field is done or refused by its name, and "
+        "a prompt is never cut. Requests run side by side, prompts that begin alike are read once, and "
+        "who goes away frees the place at once. It needs the extra serve.",
+        "It listens on this machine alone, goes by the names localhost, 127.0.0.1 and ::1 only, and lets "
+        "no web page from elsewhere in but those of --allow-origin. Any other --host needs a key, best "
+        "in DSV2_API_KEY, or --no-auth. SIGTERM and Ctrl-C end it when open answers are done, within "
+        "--grace.",
+    ),
     "SEVERAL DEVICES": (
         "--gpus N shares one model out over N GPUs: attention heads, columns of the dense and shared "
         "MLPs, routed experts and vocabulary are split, each process reads only its slices of the "
@@ -121,6 +133,7 @@ ENVIRONMENT = {
         "file, and the command line before both"
     ),
     "DSV2_CONFIG": "the configuration file; dsv2 config says where it is otherwise, and shows an example",
+    "DSV2_API_KEY": "the key that clients of dsv2 serve must send",
     "NO_COLOR": "no colours, and Markdown as it is written",
     "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "where models are kept, the key to private ones, and no downloads",
     "CXX": "the C++ compiler for the CPU kernels",
@@ -143,6 +156,7 @@ EXAMPLES = {
     "dsv2 complete --chat < question.txt": "one answer",
     "dsv2 complete --batch in.jsonl --output out.jsonl -m DIR": "many, going on where it was stopped",
     "dsv2 quantize DIR OUT --to int4": "a checkpoint in a quarter of its size",
+    "dsv2 serve -m DIR": "for programs that speak OpenAI's API: http://127.0.0.1:8000/v1",
     "dsv2 doctor DIR --hash": "whether its files are what was published",
 }
 KINDS = {"<str>": "TEXT", "<path>": "FILE", "<list[str]>": "TEXT", "<int>": "N", "<int range>": "N"}

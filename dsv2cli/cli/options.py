@@ -8,6 +8,7 @@ heading. What is asked about where and how a model runs is run/wish.py's.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import inspect
@@ -52,7 +53,11 @@ def unfolded(command: Callable[..., None]) -> Callable[..., None]:
             continue
         inner = get_type_hints(groups[name], include_extras=True)
         for field in fields(groups[name]):
-            inner[field.name].__metadata__[0].rich_help_panel = getattr(groups[name], "heading", None)
+            # A copy: an option that several groups share has a heading of its own in each.
+            kind_of, (option, *more) = inner[field.name].__origin__, inner[field.name].__metadata__
+            option = copy.copy(option)
+            option.rich_help_panel = getattr(groups[name], "heading", None)
+            inner[field.name] = Annotated[kind_of, option, *more]
             kind = inspect.Parameter.KEYWORD_ONLY
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             parameters.append(

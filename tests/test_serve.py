@@ -1,0 +1,489 @@
+"""The server as other programs meet it: over a socket, in OpenAI's words."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from rows import answered
+from running import run_dsv2
+
+from dsv2cli.checkpoint.found import find
+from dsv2cli.cli.options import Sampling
+from dsv2cli.cli.serve import listen, run
+from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.engine.scheduler import Scheduler
+from dsv2cli.errors import Dsv2Error
+from dsv2cli.serve.app import Door, Server
+from dsv2cli.serve.desk import Desk
+from dsv2cli.serve.openai import Model
+
+HELLO = [{"role": "user", "content": "Hello"}]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+KEY = "a-key-that-nobody-knows"
+
+
+class Client:
+    """Asks one server."""
+
+    def __init__(self, port, **headers):
+        self.port, self.headers = port, headers
+
+    def open(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        given = {name.replace("_", "-"): value for name, value in (self.headers | headers).items()}
+        connection.request(method, path, data, {"content-type": "application/json"} | given)
+        return connection, connection.getresponse()
+
+    def ask(self, method, path, body=None, **headers):
+        """Status, headers and what the body holds."""
+        connection, response = self.open(method, path, body, **headers)
+        text = response.read()
+        connection.close()
+        is_json = (response.headers.get("content-type") or "").startswith("application/json")
+        return response.status, response.headers, json.loads(text) if is_json else text.decode()
+
+    def post(self, path, status=200, **body):
+        found, _, content = self.ask("POST", path, body)
+        assert found == status, content
+        return content
+
+    def chat(self, **body):
+        return self.post("/v1/chat/completions", **({"messages": HELLO} | GREEDY | body))
+
+    def complete(self, **body):
+        return self.post("/v1/completions", **({"prompt": "Once upon a time"} | GREEDY | body))
+
+    def events(self, path, **body):
+        """All objects of a stream, which ends as it should."""
+        connection, response = self.open("POST", path, GREEDY | {"stream": True} | body)
+        assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
+        text = response.read().decode()
+        connection.close()
+        lines = [line for line in text.split("\n\n") if line]
+        assert all(line.startswith("data: ") for line in lines) and lines.pop() == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def start_server(embedded, embedded_tokenizer):
+    """Starts servers in this process; gives each with its client."""
+    ends = []
+
+    def start_server(door=None, width=4, waiting=8, seconds=None):
+        checkpoint = find(None)
+        model = Model(
+            checkpoint, embedded_tokenizer, Sampling().request(checkpoint), ["embedded", "other-name"]
+        )
+        desk = Desk(lambda: Scheduler(embedded, embedded_tokenizer, width), waiting)
+        server = Server(model, desk, door or Door(), seconds)
+        listening, loop = listen("127.0.0.1", 0), asyncio.new_event_loop()
+        ready, stop = threading.Event(), asyncio.Event()
+
+        async def serve():
+            ready.set()
+            task = asyncio.create_task(run(server, listening, 1, stop))
+            await task
+
+        thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+        thread.start()
+        ready.wait()
+        ends.append((loop, stop, thread, listening))
+        return server, Client(listening.getsockname()[1])
+
+    yield start_server
+    for loop, stop, thread, listening in ends:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+        assert not thread.is_alive()
+        listening.close()
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def served(start_server):
+    return start_server()
+
+
+@pytest.fixture
+def client(served):
+    return served[1]
+
+
+def test_a_chat_is_answered_as_the_command_line_answers_it(client):
+    asked = ("complete", "--chat", "Hello", "-n", "12", "--temperature", "0", "--json")
+    wanted = json.loads(run_dsv2(*asked).stdout)
+    answer = client.chat(model="embedded", logprobs=True, top_logprobs=2)
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion" and answer["model"] == "embedded"
+    assert choice["message"]["role"] == "assistant" and choice["message"]["content"] == wanted["text"]
+    assert choice["finish_reason"] == wanted["finish_reason"]
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
+    assert usage["completion_tokens"] == wanted["usage"]["generated_tokens"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    scores = choice["logprobs"]["content"]
+    assert len(scores) == usage["completion_tokens"] and all(
+        len(each["top_logprobs"]) == 2 for each in scores
+    )
+    assert all(each["logprob"] == each["top_logprobs"][0]["logprob"] for each in scores)
+    spelled = b"".join(bytes(each["bytes"]) for each in scores).decode()
+    assert spelled.removeprefix(" ").startswith(wanted["text"])
+
+
+def test_a_stream_is_the_same_answer_piece_by_piece(client):
+    whole = client.chat(logprobs=True, n=2, temperature=1, seed=3)
+    pieces = client.events(
+        "/v1/chat/completions",
+        messages=HELLO,
+        n=2,
+        temperature=1,
+        seed=3,
+        logprobs=True,
+        stream_options={"include_usage": True},
+    )
+    *pieces, usage = pieces
+    assert usage["choices"] == [] and usage["usage"] == whole["usage"] | {
+        "prompt_tokens_details": usage["usage"]["prompt_tokens_details"]
+    }
+    for index, choice in enumerate(whole["choices"]):
+        mine = [each["choices"][0] for each in pieces if each["choices"][0]["index"] == index]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(each["delta"].get("content", "") for each in mine)
+        assert text == choice["message"]["content"]
+        assert [each["finish_reason"] for each in mine] == [None] * (len(mine) - 1) + [
+            choice["finish_reason"]
+        ]
+        scores = [score for each in mine if each["logprobs"] for score in each["logprobs"]["content"]]
+        assert [each["token"] for each in scores] == [each["token"] for each in choice["logprobs"]["content"]]
+    assert not any("usage" in each for each in client.events("/v1/chat/completions", messages=HELLO))
+
+
+def test_texts_ids_and_lists_of_them_are_continued(client, embedded, embedded_tokenizer):
+    texts = ["Once upon a time", "The owl said"]
+    ids = [embedded_tokenizer.encode(text) for text in texts]
+    wanted = [
+        answered(embedded, each, Request(SamplingParams(0.0), 12), embedded_tokenizer).text for each in ids
+    ]
+    for prompt in (texts, ids):
+        answer = client.complete(prompt=prompt)
+        assert [each["text"] for each in answer["choices"]] == wanted
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
+        assert client.complete(prompt=prompt[0])["choices"][0]["text"] == wanted[0]
+    pieces = client.events("/v1/completions", prompt=texts)
+    for index, text in enumerate(wanted):
+        mine = [each["choices"][0] for each in pieces if each["choices"][0]["index"] == index]
+        assert "".join(each["text"] for each in mine) == text and mine[-1]["finish_reason"]
+
+
+def test_echo_scores_the_prompt_as_harnesses_ask_for_it(client):
+    """lm-eval's way: ids, echo, logprobs 1, one token; or none."""
+    asked = ("complete", "The owl said", "-n", "1", "--temperature", "0", "--prompt-logprobs", "1", "--json")
+    wanted = json.loads(run_dsv2(*asked).stdout)
+    for most in (1, 0):
+        answer = client.complete(prompt=wanted["prompt_ids"], echo=True, logprobs=1, max_tokens=most)
+        (choice,) = answer["choices"]
+        scores = choice["logprobs"]
+        assert len(scores["tokens"]) == len(wanted["prompt_ids"]) + most
+        assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
+        known = [each["logprob"] for each in wanted["prompt_logprobs"]]
+        assert scores["token_logprobs"][1 : len(known) + 1] == pytest.approx(known, abs=1e-4)
+        assert choice["text"].startswith("The owl said") and (most or choice["text"] == "The owl said")
+        words = [choice["text"][at:] for at in scores["text_offset"]]
+        assert all(
+            word.startswith(token) for word, token in zip(words[1:], scores["tokens"][1:], strict=True)
+        )
+    again = client.complete(prompt="The owl said", echo=True, max_tokens=3)["choices"][0]["text"]
+    assert again.startswith("The owl said") and len(again) > len("The owl said")
+
+
+def test_the_same_seed_gives_the_same_answers_and_they_count_up(client):
+    first, again = (client.complete(n=3, temperature=1, seed=5, max_tokens=8) for _ in range(2))
+    texts = [each["text"] for each in first["choices"]]
+    assert texts == [each["text"] for each in again["choices"]] and len(set(texts)) > 1
+    alone = client.complete(temperature=1, seed=6, max_tokens=8)["choices"][0]["text"]
+    assert alone == texts[1]
+    assert len({client.complete(temperature=1, max_tokens=8)["choices"][0]["text"] for _ in range(4)}) > 1
+
+
+def test_an_answer_is_held_to_a_form_and_ends_where_it_should(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Ann", "Bob"]}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    for form in (
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        {"type": "json_object"},
+    ):
+        answer = client.chat(response_format=form, max_tokens=200, temperature=1, seed=1)["choices"][0]
+        if answer["finish_reason"] == "stop":
+            assert isinstance(json.loads(answer["message"]["content"]), dict)
+        else:
+            assert form["type"] == "json_object"
+    whole = client.complete(max_tokens=40)["choices"][0]["text"]
+    word = whole.split()[4]
+    cut = client.complete(max_tokens=40, stop=[word, "never said"])["choices"][0]
+    assert cut["text"] == whole[: whole.index(word)] and cut["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat", {"messages": HELLO, "temprature": 1}, "temprature"),
+        ("chat", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
+        ("chat", {"messages": HELLO, "logit_bias": {"5": 1}}, "logit_bias"),
+        ("chat", {"messages": HELLO, "frequency_penalty": 0.5}, "frequency_penalty"),
+        ("chat", {"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
+        ("chat", {"messages": HELLO, "temperature": -1}, "temperature"),
+        ("chat", {"messages": HELLO, "temperature": "hot"}, "temperature"),
+        ("chat", {"messages": HELLO, "n": 0}, "n"),
+        ("chat", {"messages": HELLO, "max_tokens": 2.5}, "max_tokens"),
+        ("chat", {"messages": HELLO, "max_tokens": True}, "max_tokens"),
+        ("chat", {"messages": HELLO, "stream": "yes"}, "stream"),
+        ("chat", {"messages": HELLO, "stop": [""]}, "stop"),
+        ("chat", {"messages": HELLO, "stop": [1]}, "stop"),
+        ("chat", {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format"),
+        ("chat", {"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
+        ("chat", {"messages": HELLO, "stream_options": {"usage": True}}, "usage"),
+        ("chat", {"messages": []}, "messages"),
+        ("chat", {"messages": "Hello"}, "messages"),
+        ("chat", {"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ("chat", {"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0]"),
+        ("chat", {}, "messages"),
+        ("", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("", {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ("", {"prompt": []}, "prompt"),
+        ("", {"prompt": [1, "x"]}, "prompt"),
+        ("", {"prompt": [10**9]}, "prompt"),
+        ("", {"prompt": ["x"] * 129}, "prompt"),
+        ("", {"prompt": "x", "suffix": "y"}, "suffix"),
+        ("", {"prompt": "x", "messages": HELLO}, "messages"),
+        ("", {"prompt": "x", "logprobs": True}, "logprobs"),
+    ],
+    ids=lambda each: json.dumps(each, default=str)[:60],
+)
+def test_what_can_not_be_done_is_refused_by_its_name(client, path, body, param):
+    path = "/v1/chat/completions" if path == "chat" else "/v1/completions"
+    error = client.post(path, status=400, **body)["error"]
+    assert error["param"] == param and error["type"] == "invalid_request_error", error
+    assert param.partition("[")[0] in error["message"] or param == "prompt", error
+
+
+def test_what_says_nothing_changes_nothing(client):
+    plain = client.chat()["choices"][0]["message"]
+    harmless = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "tools": [],
+        "logit_bias": {},
+        "presence_penalty": 0,
+        "stop": None,
+        "stream_options": None,
+        "response_format": {"type": "text"},
+        "n": 1,
+        "max_completion_tokens": 12,
+    }
+    assert client.chat(**harmless)["choices"][0]["message"] == plain
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
+    assert client.chat(messages=parts)["choices"][0]["message"] == plain
+
+
+def test_what_does_not_fit_says_both_numbers_and_what_is_not_there_is_404(client):
+    error = client.post("/v1/completions", status=400, prompt="word " * 6000)["error"]
+    assert "4,096" in error["message"] and error["code"] == "context_length_exceeded"
+    error = client.post("/v1/completions", status=400, prompt="x", max_tokens=5000)["error"]
+    assert "4,096" in error["message"] and "5,000" in error["message"]
+    error = client.post("/v1/chat/completions", status=404, messages=HELLO, model="gpt-4")["error"]
+    assert error["code"] == "model_not_found" and "embedded" in error["message"]
+    assert client.chat(model="other-name")["model"] == "embedded"
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
+        found, _, content = client.ask(method, path)
+        assert found == status and content["error"]["message"]
+    for body in (b"", b"{", b"[]", b'"x"', b"\xff", b'{"messages": ' + b"[" * 1000):
+        found, _, content = client.ask("POST", "/v1/chat/completions", body)
+        assert found == 400 and content["error"]["message"], body
+
+
+def test_models_tokens_health_and_metrics(client, embedded_tokenizer):
+    (model,) = client.ask("GET", "/v1/models")[2]["data"]
+    assert model["id"] == "embedded" and model["max_model_len"] == 4096
+    assert client.ask("GET", "/v1/models/embedded")[2]["id"] == "embedded"
+    assert client.ask("GET", "/v1/models/nothing")[0] == 404
+    text = "Grüße, 世界"
+    ids = client.post("/tokenize", prompt=text)
+    assert ids["tokens"] == embedded_tokenizer.encode(text) and ids["count"] == len(ids["tokens"])
+    bare = client.post("/tokenize", prompt=text, add_special_tokens=False)["tokens"]
+    assert client.post("/detokenize", tokens=bare)["prompt"] == text
+    spelled = client.post("/tokenize", messages=HELLO, return_token_strs=True)
+    assert spelled["tokens"] == embedded_tokenizer.encode_chat(HELLO)
+    assert "Hello" in "".join(spelled["token_strs"])
+    assert client.post("/detokenize", status=400, tokens=[10**8])["error"]["param"] == "tokens"
+    info = client.ask("GET", "/tokenizer_info")[2]
+    assert info["bos_token"] == embedded_tokenizer.bos and info["chat_template"]
+    assert client.ask("GET", "/health")[2]["status"] == "ok"
+    client.complete()
+    text = client.ask("GET", "/metrics")[2]
+    values = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["dsv2_requests_total"]) >= 1 and float(values["dsv2_generated_tokens_total"]) >= 12
+    assert "dsv2_cache_pages" in values
+
+
+def test_only_this_machines_programs_come_in_and_no_page_from_elsewhere(client):
+    port = client.port
+    for host, status in (
+        (f"127.0.0.1:{port}", 200),
+        (f"localhost:{port}", 200),
+        (f"LOCALHOST:{port}", 200),
+        (f"[::1]:{port}", 200),
+        ("evil.example", 403),
+        (f"evil.example:{port}", 403),
+        (f"127.0.0.1.evil.example:{port}", 403),
+        ("", 403),
+    ):
+        assert client.ask("GET", "/v1/models", Host=host)[0] == status, host
+    here = f"http://127.0.0.1:{port}"
+    for origin, status in ((here, 200), ("http://evil.example", 403), ("null", 403), (f"{here}.evil", 403)):
+        found, headers, _ = client.ask("GET", "/v1/models", Host=f"127.0.0.1:{port}", Origin=origin)
+        assert found == status and "access-control-allow-origin" not in headers
+    assert client.ask("OPTIONS", "/v1/chat/completions", Origin="http://evil.example")[0] == 403
+
+
+def test_who_has_a_key_comes_in_and_a_page_that_is_allowed(start_server, capfd):
+    page = "https://chat.example.org"
+    _, client = start_server(Door((KEY,), (), (page,), most_bytes=10_000))
+    assert client.ask("GET", "/health")[0] == 200
+    for headers in ({}, {"authorization": "Bearer x"}, {"authorization": f"Basic {KEY}"}, {"x_api_key": "é"}):
+        found, _, content = client.ask("GET", "/v1/models", **headers)
+        assert found == 401 and KEY not in json.dumps(content)
+    for headers in ({"authorization": f"Bearer {KEY}"}, {"x_api_key": KEY}):
+        assert client.ask("GET", "/v1/models", Host="anything", **headers)[0] == 200
+    found, headers, _ = client.ask("OPTIONS", "/v1/models", Origin=page)
+    assert found == 204 and headers["access-control-allow-origin"] == page
+    found, headers, _ = client.ask("GET", "/v1/models", Origin=page, authorization=f"Bearer {KEY}")
+    assert found == 200 and headers["access-control-allow-origin"] == page
+    assert client.ask("GET", "/v1/models", Origin=page)[0] == 401
+    large = {"messages": [{"role": "user", "content": "x" * 20_000}]}
+    found, _, content = client.ask("POST", "/v1/chat/completions", large, authorization=f"Bearer {KEY}")
+    assert found == 413 and "too large" in content["error"]["message"]
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def until(true, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+
+
+LONG = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_away_frees_the_place_at_once(start_server, stream):
+    server, client = start_server(width=1, waiting=0)
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(LONG | {"stream": stream}))
+    until(lambda: server.desk.counts.generated_tokens == 0 and server.desk.held == 1)
+    if stream:
+        assert connection.getresponse().read(200)
+    found, headers, content = client.ask("POST", "/v1/completions", {"prompt": "x"})
+    assert found == 429 and int(headers["retry-after"]) > 0 and content["error"]["code"] == "queue_full"
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    until(lambda: server.desk.held == 0, 5.0)
+    assert client.complete()["choices"][0]["text"]
+    assert server.desk.counts.refused == 1 and server.desk.counts.generated_tokens < 2000
+
+
+def test_many_at_once_get_what_each_gets_alone(client):
+    prompts = [f"{i} {'and ' * (i % 7)}the" for i in range(12)]
+    alone = [client.complete(prompt=each)["choices"][0]["text"] for each in prompts]
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda each: client.complete(prompt=each)["choices"][0]["text"], prompts))
+    assert together == alone
+
+
+def test_an_answer_ends_when_its_time_is_over(start_server):
+    _, client = start_server(seconds=0.3)
+    answer = client.post("/v1/completions", **LONG)
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert 0 < answer["usage"]["completion_tokens"] < 3000
+
+
+def test_a_mistake_of_ours_is_told_and_the_next_request_is_answered(start_server, capfd):
+    server, client = start_server()
+    for error, said in (
+        (ZeroDivisionError("oh"), "mistake"),
+        (Dsv2Error("The disk is gone"), "disk is gone"),
+    ):
+
+        def broken(error=error):
+            raise error
+
+        server.desk.scheduler.step = broken
+        content = client.post("/v1/completions", status=500, prompt="x")
+        assert said in content["error"]["message"] and content["error"]["type"] == "server_error"
+        assert client.complete()["choices"][0]["text"]
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def started(start, *arguments, **environment):
+    """A server in a process of its own, and its port."""
+    process = start("serve", "--port", "0", *arguments, **environment)
+    line = process.stderr.readline()
+    assert line.startswith("listening on http://"), line + process.stderr.read()
+    return process, int(line.split()[2].rpartition(":")[2])
+
+
+def test_sigterm_lets_open_answers_end(start):
+    process, port = started(
+        start, "--concurrency", "2", "--queue", "3", "--max-body-mb", "1", "--grace", "30"
+    )
+    client = Client(port)
+    connection, response = client.open(
+        "POST", "/v1/completions", {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
+    )
+    assert response.status == 200 and response.read(10)
+    process.send_signal(signal.SIGTERM)
+    assert response.read().decode().rstrip().endswith("data: [DONE]")
+    connection.close()
+    assert process.wait(30) == 0 and process.stderr.read() == "" and process.stdout.read() == ""
+
+
+def test_a_key_from_the_environment_opens_an_address_and_no_key_is_refused(start):
+    done = run_dsv2("serve", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 2 and "--no-auth" in done.stderr
+    process, port = started(start, "--host", "0.0.0.0", "--name", "mine", DSV2_API_KEY=KEY)
+    assert Client(port).ask("GET", "/v1/models")[0] == 401
+    found, _, content = Client(port, authorization=f"Bearer {KEY}").ask("GET", "/v1/models")
+    assert found == 200 and content["data"][0]["id"] == "mine"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0 and KEY not in process.stderr.read()
+
+
+def test_what_can_not_be_served_is_said_at_once():
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_dsv2("serve", "--port", port)
+        assert done.returncode == 2 and f"127.0.0.1:{port}" in done.stderr
+    for wrong in (
+        ("--api-key", ""),
+        ("--api-key", "schlüssel"),
+        ("--allow-origin", "example.org"),
+        ("--allow-origin", "https://example.org/page"),
+        ("--host", "no.such.host.invalid", "--no-auth"),
+        ("--max-seconds", "0"),
+    ):
+        done = run_dsv2("serve", *wrong)
+        assert done.returncode == 2 and done.stderr and not done.stdout, wrong

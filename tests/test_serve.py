@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import random
 import signal
 import socket
 import threading
@@ -62,13 +64,26 @@ class Client:
     def complete(self, **body):
         return self.post("/v1/completions", **({"prompt": "Once upon a time"} | GREEDY | body))
 
-    def events(self, path, **body):
-        """All objects of a stream, which ends as it should."""
-        connection, response = self.open("POST", path, GREEDY | {"stream": True} | body)
+    def lines(self, path, **body):
+        """The events of a stream."""
+        connection, response = self.open("POST", path, {"stream": True} | body)
         assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
         text = response.read().decode()
         connection.close()
-        lines = [line for line in text.split("\n\n") if line]
+        return [line for line in text.split("\n\n") if line]
+
+    def named(self, path, **body):
+        """The objects of a stream whose events have names, which they say inside, too."""
+        out = []
+        for line in self.lines(path, **body):
+            name, data = line.split("\n")
+            out.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {out[-1]['type']}"
+        return out
+
+    def events(self, path, **body):
+        """All objects of a stream, which ends as it should."""
+        lines = self.lines(path, **(GREEDY | body))
         assert all(line.startswith("data: ") for line in lines) and lines.pop() == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
@@ -278,6 +293,140 @@ def test_what_can_not_be_done_is_refused_by_its_name(client, path, body, param):
     error = client.post(path, status=400, **body)["error"]
     assert error["param"] == param and error["type"] == "invalid_request_error", error
     assert param.partition("[")[0] in error["message"] or param == "prompt", error
+
+
+def test_messages_are_answered_as_anthropics_clients_expect(client):
+    wanted = client.chat(messages=[{"role": "system", "content": "Be kind."}, *HELLO])
+    text, used = wanted["choices"][0]["message"]["content"], wanted["usage"]
+    parts = [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}]
+    for system in ("Be kind.", parts):
+        answer = client.post("/v1/messages", messages=HELLO, system=system, **GREEDY)
+        assert answer["content"] == [{"type": "text", "text": text}] and answer["role"] == "assistant"
+        assert answer["stop_reason"] in ("end_turn", "max_tokens")
+        total = answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"]
+        assert (total, answer["usage"]["output_tokens"]) == (used["prompt_tokens"], used["completion_tokens"])
+    start, block, *deltas, stop, last, end = client.named(
+        "/v1/messages", messages=HELLO, system=parts, **GREEDY
+    )
+    assert [each["type"] for each in (start, block, stop, last, end)] == [
+        "message_start",
+        "content_block_start",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert "".join(each["delta"]["text"] for each in deltas) == text
+    assert last["delta"]["stop_reason"] == answer["stop_reason"] and start["message"]["content"] == []
+    word = text.split()[-1]
+    cut = client.post("/v1/messages", messages=HELLO, system=parts, stop_sequences=["zzz", word], **GREEDY)
+    assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", word)
+    begun = [*HELLO, {"role": "assistant", "content": text.split()[0]}]
+    rest = client.post("/v1/messages", messages=begun, system="Be kind.", **GREEDY)["content"][0]["text"]
+    assert (text.split()[0] + rest).startswith(text)
+    count = client.post("/v1/messages/count_tokens", messages=HELLO, system="Be kind.")
+    assert count == {"input_tokens": used["prompt_tokens"]}
+    for wrong, param in (
+        ({"messages": HELLO}, "max_tokens"),
+        ({"messages": HELLO, "max_tokens": 5, "tools": [{"name": "x"}]}, "tools"),
+        ({"messages": HELLO, "max_tokens": 5, "thinking": {"type": "enabled"}}, "thinking"),
+        ({"messages": [{"role": "system", "content": "x"}, *HELLO], "max_tokens": 5}, "messages"),
+        ({"messages": HELLO, "max_tokens": 5, "system": [{"type": "image"}]}, "system"),
+    ):
+        error = client.post("/v1/messages", status=400, **wrong)
+        assert error["type"] == "error" and error["error"]["param"] == param, error
+
+
+def test_responses_are_answered_and_nothing_is_kept(client):
+    wanted = client.chat()
+    text, used = wanted["choices"][0]["message"]["content"], wanted["usage"]
+    parts = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]
+    brief = {"temperature": 0, "max_output_tokens": 12}
+    for given in ("Hello", HELLO, parts):
+        answer = client.post("/v1/responses", input=given, tools=[{"type": "web_search"}], **brief)
+        (item,) = answer["output"]
+        assert item["content"][0]["text"] == text and item["role"] == "assistant"
+        assert answer["usage"]["input_tokens"] == used["prompt_tokens"]
+        assert answer["status"] == (
+            "completed" if wanted["choices"][0]["finish_reason"] == "stop" else "incomplete"
+        )
+    events = client.named("/v1/responses", input="Hello", **brief)
+    assert [each["sequence_number"] for each in events] == list(range(len(events)))
+    assert [each["type"] for each in events[:4]] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    deltas = [each["delta"] for each in events if each["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == text and events[-1]["response"]["output"] == [
+        item | {"id": events[2]["item"]["id"]}
+    ]
+    instructed = client.post("/v1/responses", input="Hello", instructions="Be kind.", **brief)
+    assert instructed["usage"]["input_tokens"] > used["prompt_tokens"]
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    form = {
+        "format": {"type": "json_schema", "name": "x", "schema": schema | {"additionalProperties": False}}
+    }
+    held = client.post("/v1/responses", input="Hello", text=form, temperature=0, max_output_tokens=200)
+    assert json.loads(held["output"][0]["content"][0]["text"]) == {"a": 1}
+    for wrong, param in (
+        ({"input": []}, "input"),
+        ({"input": [{"type": "function_call_output"}]}, "input"),
+        ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "x", "tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"input": "x", "background": True}, "background"),
+    ):
+        assert client.post("/v1/responses", status=400, **wrong)["error"]["param"] == param
+
+
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    1e400,
+    10**30,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [[]],
+    {},
+    {"type": "x"},
+    [1],
+    ["x"],
+    HELLO,
+]
+PATHS = {
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2},
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 2},
+    "/v1/responses": {"input": "x", "max_output_tokens": 2},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+}
+NAMES = """
+messages prompt input tokens model max_tokens max_output_tokens temperature top_p top_k seed stop n stream
+stream_options logprobs top_logprobs response_format tools tool_choice echo suffix logit_bias system text
+instructions stop_sequences thinking add_special_tokens nonsense
+""".split()
+
+
+def test_malformed_bodies_are_refused_and_never_a_mistake_of_ours(client, capfd):
+    numbers = random.Random(int(os.environ.get("SEED", "1")))
+    for _ in range(int(os.environ.get("BODIES", "300"))):
+        path, body = numbers.choice(list(PATHS.items()))
+        body = dict(body)
+        for _ in range(numbers.randrange(1, 4)):
+            body[numbers.choice(NAMES)] = numbers.choice(VALUES)
+        data = json.dumps(body).encode()
+        if numbers.random() < 0.2:
+            at = numbers.randrange(len(data))
+            data = data[:at] + numbers.randbytes(numbers.randrange(4)) + data[at + numbers.randrange(3) :]
+        status, _, content = client.ask("POST", path, data)
+        assert status == 200 or (status in (400, 404) and content["error"]["message"]), (path, data, content)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_says_nothing_changes_nothing(client):

@@ -108,6 +108,7 @@ class Result:
     prompt_tokens: list[Token] = field(
         default_factory=list
     )  # all but the first, where they were to be scored
+    stop: str = ""  # the stop text that ended it
     finish_reason: str = ""  # nothing while it runs; then stop, length, deadline, interrupted or error
     reused_tokens: int = 0
     prefill_seconds: float = 0.0

@@ -15,6 +15,7 @@ class StopStrings:
         self.stop = tuple(text for text in stop if text)
         self.held = ""
         self.found = False
+        self.hit = ""  # which it was
 
     def add(self, piece: str) -> str:
         """Text that is safe to show.
@@ -22,10 +23,10 @@ class StopStrings:
         Once a stop string is complete `found` is set, and it and the rest are dropped.
         """
         self.held += piece
-        hits = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        hits = [(at, text) for text in self.stop if (at := self.held.find(text)) >= 0]
         if hits:
-            self.found = True
-            shown, self.held = self.held[: min(hits)], ""
+            at, self.hit = min(hits, key=lambda hit: hit[0])
+            self.found, shown, self.held = True, self.held[:at], ""
             return shown
         keep = max((self.overlap(text) for text in self.stop), default=0)
         cut = len(self.held) - keep
@@ -62,7 +63,7 @@ class Answer:
         self.result.text += piece
         self.ended = end_of_text or self.stops.found
         if self.ended:
-            self.result.finish_reason = "stop"
+            self.result.finish_reason, self.result.stop = "stop", self.stops.hit
         return piece
 
     def finish(self) -> str:

@@ -21,9 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dsv2cli.engine.request import Token
 from dsv2cli.engine.scheduler import Job
 from dsv2cli.outside import json_text, parse_json
+from dsv2cli.serve.anthropic import asked_message, counted
 from dsv2cli.serve.desk import Crowded, Desk, Ended, Ticket
 from dsv2cli.serve.fields import Fields, Refused, messages_of
-from dsv2cli.serve.openai import Asked, Model, asked_chat, asked_completion, listed
+from dsv2cli.serve.openai import DONE, Asked, Event, Model, asked_chat, asked_completion, listed
+from dsv2cli.serve.responses import asked_response
 
 RETRY_AFTER = 2  # seconds
 OPEN = ("/health",)  # paths that need no key
@@ -50,10 +52,10 @@ class Door:
 
 
 def problem(status: int, message: str, param: str | None = None, code: str = "", **headers: str) -> Response:
-    """An error, as OpenAI's clients read it."""
+    """An error, as OpenAI's clients read it, and Anthropic's."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": param, "code": code or None}
-    return JSONResponse({"error": error}, status, headers=headers)
+    return JSONResponse({"type": "error", "error": error}, status, headers=headers)
 
 
 class Guard:
@@ -161,6 +163,9 @@ class Server:
             Route("/v1/models/{name:path}", self.one_model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/responses", self.respond, methods=["POST"]),
+            Route("/v1/messages", self.message, methods=["POST"]),
+            Route("/v1/messages/count_tokens", self.count_tokens, methods=["POST"]),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
@@ -203,6 +208,15 @@ class Server:
 
     async def complete(self, request: Request) -> Response:
         return await self.answer(request, asked_completion)
+
+    async def respond(self, request: Request) -> Response:
+        return await self.answer(request, asked_response)
+
+    async def message(self, request: Request) -> Response:
+        return await self.answer(request, asked_message)
+
+    async def count_tokens(self, request: Request) -> Response:
+        return JSONResponse(counted(await body_of(request), self.model))
 
     async def tokenize(self, request: Request) -> Response:
         """As vLLM's: a text or messages to ids."""
@@ -304,14 +318,15 @@ class Server:
                 i = number[id(what.job)]
                 job = jobs[i]
                 if isinstance(what, Ended) and job.failure is not None:
-                    yield event(json.loads(bytes(broken(job).body)))
+                    yield event(("error" if shape.named else "", json.loads(bytes(broken(job).body))))
                     continue
                 if i not in begun:
                     begun.add(i)
-                    if (first := shape.first(i, job)) is not None:
-                        yield event(first)
+                    for each in shape.first(i, job):
+                        yield event(each)
                 if isinstance(what, Ended):
-                    yield event(shape.last(i, job))
+                    for each in shape.last(i, job):
+                        yield event(each)
                     continue
                 if what.token is not None:
                     held[i].append(what.token)
@@ -321,17 +336,20 @@ class Server:
                     texts.add(i)
                 scored = job.request.logprobs is not None
                 if text or (scored and held[i] and job.ended):
-                    yield event(shape.more(i, job, text, held[i]))
+                    for each in shape.more(i, job, text, held[i]):
+                        yield event(each)
                     held[i] = []
-            if asked.usage:
-                yield event(shape.usage(jobs))
-            yield b"data: [DONE]\n\n"
+            for each in shape.end(jobs):
+                yield event(each)
         finally:
             self.leave(ticket)
 
 
-def event(content: Any) -> bytes:
-    return f"data: {json_text(content)}\n\n".encode()
+def event(what: Event) -> bytes:
+    """As it is sent."""
+    name, content = what
+    data = "[DONE]" if what == DONE else json_text(content)
+    return (f"event: {name}\n" * bool(name) + f"data: {data}\n\n").encode()
 
 
 async def joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from dsv2cli.checkpoint.found import Checkpoint
 from dsv2cli.checkpoint.tokenizer import Tokenizer
@@ -72,11 +72,11 @@ class Model:
         except Dsv2Error as error:
             raise Refused(error.sentence, param) from None
 
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation as a prompt. Raises Refused."""
+    def chat_ids(self, messages: list[dict[str, str]], start: str = "") -> list[int]:
+        """A conversation as a prompt, and how its answer starts. Raises Refused."""
         try:
-            self.tokenizer.refuse_too_long(*(message["content"] for message in messages))
-            return self.check(self.tokenizer.encode_chat(messages), "messages")
+            self.tokenizer.refuse_too_long(start, *(message["content"] for message in messages))
+            return self.check(self.tokenizer.encode_chat(messages, start), "messages")
         except Dsv2Error as error:
             raise Refused(error.sentence, "messages") from None
 
@@ -119,14 +119,51 @@ class Model:
         return replace(request, grammar=grammar)
 
 
+Event = tuple[str, Any]  # of a stream: its name, where it has one, and its object
+DONE: Event = ("", None)  # the end of one
+
+
+class Shape(Protocol):
+    """How answers to one request look on the wire."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether an answer's first blank is dropped."""
+        ...
+
+    @property
+    def named(self) -> bool:
+        """Whether events have names."""
+        ...
+
+    def whole(self, jobs: list[Job]) -> dict[str, Any]:
+        """The answer to a request that is not streamed."""
+        ...
+
+    def first(self, index: int, job: Job) -> list[Event]:
+        """What a stream says of a job before any of its text."""
+        ...
+
+    def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
+        """Some more of its text."""
+        ...
+
+    def last(self, index: int, job: Job) -> list[Event]:
+        """It has ended."""
+        ...
+
+    def end(self, jobs: list[Job]) -> list[Event]:
+        """All have."""
+        ...
+
+
 @dataclass
 class Asked:
     """What a body asks for. `shape` makes the objects of its answers."""
 
     jobs: list[Job]
     stream: bool
-    usage: bool  # whether a stream ends with it
-    shape: Chat | Completion
+    shape: Shape
 
 
 def asked_chat(body: Any, model: Model) -> Asked:
@@ -152,8 +189,8 @@ def asked_chat(body: Any, model: Model) -> Asked:
     fields.done()
     most = model.room(ids, most, "max_tokens")
     request = replace(request, max_new_tokens=most, logprobs=(top or 0) if scored else None)
-    shape = Chat("chatcmpl-" + secrets.token_hex(12), model)
-    return Asked(choices_of(ids, request, choices), stream, usage, shape)
+    shape = Chat("chatcmpl-" + secrets.token_hex(12), model, usage)
+    return Asked(choices_of(ids, request, choices), stream, shape)
 
 
 def refuse_tools(fields: Fields) -> None:
@@ -192,8 +229,8 @@ def asked_completion(body: Any, model: Model) -> Asked:
         if echo and scored is not None:
             each = replace(each, prompt_logprobs=scored)
         jobs += choices_of(ids, each, choices)
-    shape = Completion("cmpl-" + secrets.token_hex(12), model, echo, dropped=most == 0)
-    return Asked(jobs, stream, usage, shape)
+    shape = Completion("cmpl-" + secrets.token_hex(12), model, echo, most == 0, usage)
+    return Asked(jobs, stream, shape)
 
 
 def prompts_of(fields: Fields, model: Model) -> list[list[int]]:
@@ -256,13 +293,13 @@ class Chat:
 
     id: str
     model: Model
-    blank = True  # whether an answer's first blank is dropped
+    usage: bool = False  # whether a stream ends with it
+    blank, named = True, False
 
     def about(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model.name}
 
     def whole(self, jobs: list[Job]) -> dict[str, Any]:
-        """The answer to a request that is not streamed."""
         choices = []
         for i, job in enumerate(jobs):
             message = {"role": "assistant", "content": job.result.text.removeprefix(" "), "refusal": None}
@@ -272,18 +309,15 @@ class Chat:
             )
         return self.about("chat.completion") | {"choices": choices, "usage": usage_of(jobs)}
 
-    def first(self, index: int, job: Job) -> dict[str, Any] | None:
-        """What a stream says of a choice before any of its text."""
-        return self.piece(index, {"role": "assistant", "content": ""})
+    def first(self, index: int, job: Job) -> list[Event]:
+        return [("", self.piece(index, {"role": "assistant", "content": ""}))]
 
-    def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> dict[str, Any]:
-        """Some more of a choice."""
+    def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         scores = self.scores(tokens) if job.request.logprobs is not None else None
-        return self.piece(index, {"content": text}, scores)
+        return [("", self.piece(index, {"content": text}, scores))]
 
-    def last(self, index: int, job: Job) -> dict[str, Any]:
-        """A choice is over."""
-        return self.piece(index, {}, None, reason_of(job.result))
+    def last(self, index: int, job: Job) -> list[Event]:
+        return [("", self.piece(index, {}, None, reason_of(job.result)))]
 
     def piece(
         self, index: int, delta: dict[str, Any], scores: Any = None, reason: str | None = None
@@ -291,9 +325,9 @@ class Chat:
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": reason}
         return self.about("chat.completion.chunk") | {"choices": [choice]}
 
-    def usage(self, jobs: list[Job]) -> dict[str, Any]:
-        """The last piece of a stream, where it was asked for."""
-        return self.about("chat.completion.chunk") | {"choices": [], "usage": usage_of(jobs)}
+    def end(self, jobs: list[Job]) -> list[Event]:
+        usage = self.about("chat.completion.chunk") | {"choices": [], "usage": usage_of(jobs)}
+        return [*([("", usage)] if self.usage else []), DONE]
 
     def scores(self, tokens: list[Token]) -> dict[str, Any]:
         tokenizer = self.model.tokenizer
@@ -318,7 +352,8 @@ class Completion:
     model: Model
     echo: bool
     dropped: bool  # whether nothing but the prompt is wanted
-    blank = False
+    usage: bool = False
+    blank, named = False, False
 
     def about(self) -> dict[str, Any]:
         return {
@@ -350,25 +385,26 @@ class Completion:
         """Those of the prompt, of which the first has no score."""
         return [Token(job.prompt_ids[0]), *job.result.prompt_tokens]
 
-    def first(self, index: int, job: Job) -> dict[str, Any] | None:
+    def first(self, index: int, job: Job) -> list[Event]:
         if not self.echo:
-            return None
+            return []
         scores = self.scores(self.prompt_tokens(job)) if job.request.logprobs is not None else None
-        return self.piece(index, self.before(job), scores)
+        return [("", self.piece(index, self.before(job), scores))]
 
-    def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> dict[str, Any]:
+    def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         scores = self.scores(tokens) if job.request.logprobs is not None else None
-        return self.piece(index, "" if self.dropped else text, None if self.dropped else scores)
+        return [] if self.dropped else [("", self.piece(index, text, scores))]
 
-    def last(self, index: int, job: Job) -> dict[str, Any]:
-        return self.piece(index, "", None, "length" if self.dropped else reason_of(job.result))
+    def last(self, index: int, job: Job) -> list[Event]:
+        return [("", self.piece(index, "", None, "length" if self.dropped else reason_of(job.result)))]
 
     def piece(self, index: int, text: str, scores: Any = None, reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": scores, "finish_reason": reason}
         return self.about() | {"choices": [choice]}
 
-    def usage(self, jobs: list[Job]) -> dict[str, Any]:
-        return self.about() | {"choices": [], "usage": usage_of(jobs)}
+    def end(self, jobs: list[Job]) -> list[Event]:
+        usage = self.about() | {"choices": [], "usage": usage_of(jobs)}
+        return [*([("", usage)] if self.usage else []), DONE]
 
     def scores(self, tokens: list[Token]) -> dict[str, Any]:
         words = [self.word(token.id) for token in tokens]

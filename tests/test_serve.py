@@ -23,8 +23,9 @@ from dsv2cli.cli.serve import listen, run
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Scheduler
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.serve.app import Door, Server
+from dsv2cli.serve.app import Server
 from dsv2cli.serve.desk import Desk
+from dsv2cli.serve.door import Door
 from dsv2cli.serve.openai import Model
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -538,13 +539,13 @@ def until(true, seconds=20.0):
 LONG = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", ["", "at once", "begun"])
 def test_who_goes_away_frees_the_place_at_once(start_server, stream):
     server, client = start_server(width=1, waiting=0)
     connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps(LONG | {"stream": stream}))
+    connection.request("POST", "/v1/completions", json.dumps(LONG | {"stream": bool(stream)}))
     until(lambda: server.desk.counts.generated_tokens == 0 and server.desk.held == 1)
-    if stream:
+    if stream == "begun":
         assert connection.getresponse().read(200)
     found, headers, content = client.ask("POST", "/v1/completions", {"prompt": "x"})
     assert found == 429 and int(headers["retry-after"]) > 0 and content["error"]["code"] == "queue_full"

@@ -16,12 +16,11 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import reason
 from dsv2cli.run.wish import CompleteWish
+from dsv2cli.serve.door import LOCAL, Door
 
 if TYPE_CHECKING:
     from dsv2cli.run.open import Opened
-    from dsv2cli.serve.app import Door, Server
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+    from dsv2cli.serve.app import Server
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,10 @@ class Place:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return self.host in LOOPBACK
+        return self.host in LOCAL
 
     def door(self, most_bytes: int) -> Door:
         """Who may come in. Raises UsageError where that would be anybody, and nobody has said so."""
-        from dsv2cli.serve.app import Door
-
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise UsageError("--api-key can not be used", why="it is empty, or not plain ASCII")
         if not self.loopback and not self.api_key and not self.no_auth:
@@ -72,7 +69,7 @@ class Place:
                 fix = "--allow-origin https://chat.example.org"
                 raise UsageError(f"--allow-origin {origin[:80]} is no origin", fix=fix)
         origins = tuple(origin.rstrip("/") for origin in self.allow_origin or [])
-        hosts = LOOPBACK if self.loopback and not self.api_key else ()
+        hosts = LOCAL if self.loopback and not self.api_key else ()
         return Door((self.api_key,) if self.api_key else (), hosts, origins, most_bytes)
 
 

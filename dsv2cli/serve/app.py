@@ -6,9 +6,9 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -20,9 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv2cli.engine.request import Token
 from dsv2cli.engine.scheduler import Job
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.outside import json_text, parse_json
 from dsv2cli.serve.anthropic import asked_message, counted
 from dsv2cli.serve.desk import Crowded, Desk, Ended, Ticket
+from dsv2cli.serve.door import Door
 from dsv2cli.serve.fields import Fields, Refused, messages_of
 from dsv2cli.serve.openai import DONE, Asked, Event, Model, asked_chat, asked_completion, listed
 from dsv2cli.serve.responses import asked_response
@@ -35,20 +37,6 @@ KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-
-
-@dataclass(frozen=True)
-class Door:
-    """Who may come in. Without a key, only this machine's own programs, and no web page from elsewhere."""
-
-    keys: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = (
-        "localhost",
-        "127.0.0.1",
-        "::1",
-    )  # names by which this server may be called; nothing where any may
-    origins: tuple[str, ...] = ()  # of web pages elsewhere that may use it
-    most_bytes: int = 32 * 2**20  # of a body
 
 
 def problem(status: int, message: str, param: str | None = None, code: str = "", **headers: str) -> Response:
@@ -216,24 +204,30 @@ class Server:
         return await self.answer(request, asked_message)
 
     async def count_tokens(self, request: Request) -> Response:
-        return JSONResponse(counted(await body_of(request), self.model))
+        return JSONResponse(await asyncio.to_thread(counted, await body_of(request), self.model))
 
     async def tokenize(self, request: Request) -> Response:
         """As vLLM's: a text or messages to ids."""
-        fields, tokenizer = Fields(await body_of(request)), self.model.tokenizer
+        return JSONResponse(await asyncio.to_thread(self.tokenized, await body_of(request)))
+
+    def tokenized(self, body: Any) -> dict[str, Any]:
+        """Raises Refused."""
+        fields, tokenizer = Fields(body), self.model.tokenizer
         self.model.require(fields)
         if "messages" in fields.left:
             ids = self.model.chat_ids(messages_of(fields))
             fields.only("add_generation_prompt", True)
         else:
-            text = fields.take("prompt", (str,), "")
-            tokenizer.refuse_too_long(text)
-            ids = tokenizer.encode(text, bool(fields.take("add_special_tokens", (bool,), True)))
+            text, bos = fields.take("prompt", (str,), ""), fields.take("add_special_tokens", (bool,), True)
+            try:
+                tokenizer.refuse_too_long(text)
+                ids = tokenizer.encode(text, bool(bos))
+            except Dsv2Error as error:
+                raise Refused(error.sentence, "prompt") from None
         spelled = fields.take("return_token_strs", (bool,), False)
         fields.done()
         words = [tokenizer.bytes_of(each).decode(errors="replace") for each in ids] if spelled else None
-        found = {"count": len(ids), "max_model_len": self.model.context, "tokens": ids, "token_strs": words}
-        return JSONResponse(found)
+        return {"count": len(ids), "max_model_len": self.model.context, "tokens": ids, "token_strs": words}
 
     async def detokenize(self, request: Request) -> Response:
         fields = Fields(await body_of(request))
@@ -266,48 +260,37 @@ class Server:
         self.open.add(ticket)
         if asked.stream:
             stream = self.stream(ticket, asked)
-            # An error before the first word is an error, not a stream.
-            first = await anext(stream)
+            try:
+                first = await unless_gone(request, anext(stream))
+            except BaseException:
+                await stream.aclose()
+                raise
+            if all(job.failure is not None for job in asked.jobs):  # before its first word it is no stream
+                await stream.aclose()
+                return broken(asked.jobs[0])
             return StreamingResponse(
                 joined(first, stream),
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             )
         try:
-            await self.whole(request, ticket)
+            await unless_gone(request, self.all_of(ticket))
         finally:
             self.leave(ticket)
         if failed := next((job for job in asked.jobs if job.failure is not None), None):
             return broken(failed)
         return JSONResponse(asked.shape.whole(asked.jobs))
 
+    async def all_of(self, ticket: Ticket) -> None:
+        """Wait until all jobs have ended."""
+        async for _ in self.desk.news(ticket):
+            pass
+
     def leave(self, ticket: Ticket) -> None:
         self.open.discard(ticket)
         self.desk.cancel(ticket)
 
-    async def whole(self, request: Request, ticket: Ticket) -> None:
-        """Wait until all jobs have ended. Raises ClientDisconnect where nobody wants that any more."""
-
-        async def all_of_it() -> None:
-            async for _ in self.desk.news(ticket):
-                pass
-
-        async def nobody_there() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        tasks = {asyncio.create_task(all_of_it()), asyncio.create_task(nobody_there())}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-        if ticket.left:
-            raise ClientDisconnect
-        for task in done:
-            task.result()
-
-    async def stream(self, ticket: Ticket, asked: Asked) -> AsyncIterator[bytes]:
+    async def stream(self, ticket: Ticket, asked: Asked) -> AsyncGenerator[bytes]:
         """Server-sent events: each line one object, and a last one that says so."""
         shape, jobs = asked.shape, asked.jobs
         number = {id(job): i for i, job in enumerate(jobs)}
@@ -352,14 +335,36 @@ def event(what: Event) -> bytes:
     return (f"event: {name}\n" * bool(name) + f"data: {data}\n\n").encode()
 
 
-async def joined(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
     """The first and then the rest, which ends where this does."""
     try:
         yield first
         async for each in rest:
             yield each
     finally:
-        await rest.aclose()  # type: ignore[attr-defined]
+        await rest.aclose()
+
+
+T = TypeVar("T")
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What work gives. Raises ClientDisconnect where nobody wants that any more."""
+
+    async def nobody_there() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(nobody_there())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait({working, watching})
 
 
 async def body_of(request: Request) -> Any:

@@ -32,7 +32,8 @@ run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.g
 run.worker
 engine.grammar engine.fill engine.request engine.sampling engine.text engine.pages engine.scheduler
 engine.session engine.store engine.latents engine.journal engine.benchmark engine.traffic engine.needle
-serve.desk serve.door serve.fields serve.openai serve.anthropic serve.responses serve.metrics serve.app
+serve.desk serve.door serve.fields serve.tools serve.openai serve.anthropic serve.responses
+serve.metrics serve.app
 cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete
 cli.attach cli.talk cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
 cli.figures cli.traffic cli.bench cli.serve cli.niah cli.info cli.doctor cli.quantize cli.completion

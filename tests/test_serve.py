@@ -27,9 +27,49 @@ from dsv2cli.serve.app import Server
 from dsv2cli.serve.desk import Desk
 from dsv2cli.serve.door import Door
 from dsv2cli.serve.openai import Model
+from dsv2cli.serve.tools import in_words
 
 HELLO = [{"role": "user", "content": "Hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+ADD = {"type": "function", "function": {"name": "add"}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Says how the weather is.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"$ref": "#/$defs/city"}},
+                "required": ["city"],
+                "additionalProperties": False,
+                "$defs": {"city": {"enum": ["Rome", "Oslo"]}},
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "a": {"type": "integer", "maximum": 9},
+                    "b": {"type": "integer", "minimum": 5},
+                },
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            },
+        },
+    },
+]
+
+
+def function(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 KEY = "a-key-that-nobody-knows"
 
 
@@ -257,6 +297,20 @@ def test_an_answer_is_held_to_a_form_and_ends_where_it_should(client):
     [
         ("chat", {"messages": HELLO, "temprature": 1}, "temprature"),
         ("chat", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
+        ("chat", {"messages": HELLO, "tools": [{"type": "web_search"}]}, "tools"),
+        ("chat", {"messages": HELLO, "tools": TOOLS[:1] * 2}, "tools"),
+        ("chat", {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        (
+            "chat",
+            {"messages": HELLO, "tools": TOOLS, "tool_choice": {"function": {"name": "x"}}},
+            "tool_choice",
+        ),
+        (
+            "chat",
+            {"messages": HELLO, "tools": [{"function": {"name": "f", "parameters": {"type": 5}}}]},
+            "tools",
+        ),
+        ("chat", {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{}]}]}, "messages"),
         ("chat", {"messages": HELLO, "logit_bias": {"5": 1}}, "logit_bias"),
         ("chat", {"messages": HELLO, "frequency_penalty": 0.5}, "frequency_penalty"),
         ("chat", {"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
@@ -428,6 +482,70 @@ def test_malformed_bodies_are_refused_and_never_a_mistake_of_ours(client, capfd)
         status, _, content = client.ask("POST", path, data)
         assert status == 200 or (status in (400, 404) and content["error"]["message"]), (path, data, content)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_call_is_whole_and_valid_and_its_result_is_told(client):
+    for choice, names in (
+        ("required", {"weather", "add"}),
+        ({"type": "function", "function": {"name": "add"}}, {"add"}),
+    ):
+        asked = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 200, "temperature": 1, "seed": 2}
+        choices = client.chat(**asked, n=2)["choices"]
+        ended = [each for each in choices if each["finish_reason"] == "tool_calls"]
+        assert ended and all(each["message"]["content"] is None for each in ended)
+        for each in ended:
+            (call,) = each["message"]["tool_calls"]
+            arguments = json.loads(call["function"]["arguments"])
+            assert call["type"] == "function" and call["function"]["name"] in names
+            if call["function"]["name"] == "add":
+                assert arguments.keys() == {"a", "b"} and all(
+                    type(value) is int for value in arguments.values()
+                )
+            else:
+                assert arguments["city"] in ("Rome", "Oslo")
+        for each in choices:
+            assert each in ended or (
+                each["finish_reason"] == "length" and "tool_calls" not in each["message"]
+            )
+        pieces = client.events("/v1/chat/completions", messages=HELLO, **asked, n=2)
+        streamed = [
+            each["choices"][0]["delta"]["tool_calls"]
+            for each in pieces
+            if "tool_calls" in each["choices"][0]["delta"]
+        ]
+        functions = [call["function"] for (call,) in streamed]
+        assert sorted(map(json.dumps, functions)) == sorted(
+            json.dumps(each["message"]["tool_calls"][0]["function"]) for each in ended
+        )
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+    talk = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+    ]
+    answer = client.chat(messages=talk, tools=TOOLS)["choices"][0]
+    assert answer["message"]["content"] or answer["message"]["tool_calls"]
+    words = client.chat(tools=TOOLS, tool_choice="none")["choices"][0]["message"]
+    assert words == client.chat()["choices"][0]["message"]
+
+
+def test_tools_become_words_that_a_template_knows():
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    talk = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "Well:", "tool_calls": [call, call | {"id": "c2"}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "4"}]},
+        {"role": "user", "content": "y"},
+    ]
+    said = '{"name": "add", "arguments": {"a": 1}}'
+    assert in_words(talk) == [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": f"Well:\n{said}\n{said}"},
+        {"role": "user", "content": "add gave: 3\nadd gave: 4"},
+        {"role": "user", "content": "y"},
+    ]
+    assert in_words(talk[:1]) == talk[:1] and in_words("x") == "x" and in_words([5]) == [5]
 
 
 def test_what_says_nothing_changes_nothing(client):

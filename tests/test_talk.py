@@ -26,6 +26,7 @@ from dsv2cli.engine.journal import SUMMARISE
 from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.run import page_store
 from dsv2cli.run.machine import look_around
 from dsv2cli.run.open import Opened
 from dsv2cli.run.plan import make_plan
@@ -642,10 +643,10 @@ def test_a_foreign_or_damaged_cache_falls_back_to_the_text(talk):
     def reason(model):
         return latents.load_cache(path, Session(session.runner, session.tokenizer), model)
 
-    assert reason(latents.identity(EMBEDDED, session)) == ""
+    assert reason(page_store.identity(EMBEDDED, session.runner)) == ""
     assert reason("another model") == "it belongs to another model"
     path.write_bytes(path.read_bytes()[:100])
-    assert "damaged" in reason(latents.identity(EMBEDDED, session))
+    assert "damaged" in reason(page_store.identity(EMBEDDED, session.runner))
     path.unlink()
     assert reason("any") == "none was saved"
 

@@ -90,9 +90,10 @@ TOPICS = {
     "SERVING": (
         "dsv2 serve answers other programs by OpenAI's API: /v1/models, /v1/chat/completions and "
         "/v1/completions (texts, token ids, lists of them, suffix, echo with the prompt's logprobs), "
-        "streamed or whole, with seeds, n, stop, logprobs and response_format; by /v1/responses, of which "
-        "nothing is kept; by Anthropic's /v1/messages and its count_tokens; and there are /tokenize, "
-        "/detokenize, /tokenizer_info, /health and /metrics. A field is done or refused by its name, and "
+        "streamed or whole, with seeds, n, stop, logprobs, response_format and, in a chat, tools; by "
+        "/v1/responses, of which nothing is kept; by Anthropic's /v1/messages and its count_tokens; and "
+        "there are /tokenize, /detokenize, /tokenizer_info, /health and /metrics. A field is done or "
+        "refused by its name, and "
         "a prompt is never cut. Requests run side by side, prompts that begin alike are read once, and "
         "who goes away frees the place at once. It needs the extra serve.",
         "It listens on this machine alone, goes by the names localhost, 127.0.0.1 and ::1 only, and lets "

@@ -5,6 +5,7 @@ By llguidance, an optional extra.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
@@ -20,7 +21,8 @@ WHITESPACE = r"\n? {0,8}"
 
 
 class Grammar:
-    """What an answer may be, ready for one tokenizer. `start` is what every answer begins with already.
+    """What an answer may be, ready for one tokenizer, as a regular expression, a JSON schema or, in the
+    library's own language, `lark` says. `start` is what every answer begins with already.
 
     Raises UsageError for a grammar that can not be read or that `start` breaks, Dsv2Error where llguidance is
     missing.
@@ -34,9 +36,10 @@ class Grammar:
         regex: str | None,
         schema: str | None,
         start: str = "",
+        lark: str | None = None,
     ) -> None:
         try:
-            from llguidance import LLMatcher, LLTokenizer
+            from llguidance import LLMatcher
         except ImportError:
             raise Dsv2Error(
                 "Held answers need llguidance", why="it is not installed", fix='pip install "llguidance>=1.7"'
@@ -48,9 +51,11 @@ class Grammar:
                 fix="leave --ignore-eos out",
             )
         self.ends = eos_ids
-        self.option = "--regex" if schema is None else "--json-schema"
+        self.option = "the grammar" if lark is not None else "--regex" if schema is None else "--json-schema"
         try:
-            if schema is not None:
+            if lark is not None:
+                self.text = LLMatcher.grammar_from_lark(lark)
+            elif schema is not None:
                 schema = "{}" if schema.strip() == "true" else schema  # the same, and the library takes it
                 self.text = LLMatcher.grammar_from_json_schema(
                     schema, defaults={"whitespace_pattern": WHITESPACE}
@@ -62,7 +67,7 @@ class Grammar:
         if tokenizer.largest_id >= vocab_size:
             why = f"it has the id {tokenizer.largest_id:,}, the model {vocab_size:,} ids"
             raise Dsv2Error(f"{tokenizer.path} belongs to another model", why=why, fix=AGAIN)
-        self.tokenizer = LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=sorted(eos_ids))
+        self.tokenizer = prepared(tokenizer, vocab_size, tuple(sorted(eos_ids)))
         self.matcher = LLMatcher(self.tokenizer, self.text, log_level=0)
         if self.matcher.is_error():
             raise self.senseless(cause(self.matcher))
@@ -77,6 +82,14 @@ class Grammar:
 
     def begin(self) -> Constraint:
         return Constraint(self.matcher.deep_copy(), self.ends)
+
+
+@functools.lru_cache(maxsize=4)
+def prepared(tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...]) -> Any:
+    """A tokenizer as the library wants it, which takes a moment for a large one."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(tokenizer.fast.to_str(), n_vocab=vocab_size, eos_token=list(eos_ids))
 
 
 def cause(matcher: Any) -> str:

@@ -25,6 +25,7 @@ from dsv2cli.serve.fields import (
     sampling_of,
     streaming_of,
 )
+from dsv2cli.serve.tools import Tools, in_words, tools_of
 
 REASONS = {"interrupted": "stop", "deadline": "length"}  # theirs, where it is another word
 WITHOUT_MEANING = ("user", "metadata", "safety_identifier", "prompt_cache_key", "store", "service_tier")
@@ -91,6 +92,15 @@ class Model:
     def seed(self, fields: Fields, request: Request) -> Request:
         """With a seed of its own where the body gives none."""
         return request if "seed" in fields.left else replace(request, seed=secrets.randbits(32))
+
+    def calling(self, tools: Tools, request: Request) -> Request:
+        """The request held to words or a call. Raises Refused for a schema that can not be held."""
+        size = self.checkpoint.config.vocab_size
+        try:
+            grammar = Grammar(self.tokenizer, size, request.eos_ids, None, None, lark=tools.lark)
+        except Dsv2Error as error:
+            raise Refused(f"tools can not be used: {error.sentence}", "tools") from None
+        return replace(request, grammar=grammar)
 
     def held(self, form: Any, request: Request) -> Request:
         """The request held to a `response_format`. Raises Refused."""
@@ -170,7 +180,13 @@ def asked_chat(body: Any, model: Model) -> Asked:
     """Raises Refused."""
     fields = Fields(body)
     model.require(fields)
-    ids = model.chat_ids(messages_of(fields))
+    tools = tools_of(fields)
+    fields.left["messages"] = in_words(fields.left.get("messages"))
+    messages = messages_of(fields)
+    if tools:
+        before = messages.pop(0)["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+        messages = [{"role": "system", "content": before + tools.told()}, *messages]
+    ids = model.chat_ids(messages)
     stream, usage = streaming_of(fields)
     request = sampling_of(fields, model.seed(fields, model.request))
     most = fields.whole("max_completion_tokens", 1, 2**31)
@@ -182,24 +198,18 @@ def asked_chat(body: Any, model: Model) -> Asked:
     if top is not None and not scored:
         raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
     request = model.held(fields.take("response_format", (dict,), {}), request)
-    refuse_tools(fields)
+    if tools:
+        if request.grammar is not None:
+            raise Refused("response_format goes without tools", "response_format")
+        request = model.calling(tools, request)
     fields.only("modalities", ["text"])
     fields.only("reasoning_effort", "none")
     fields.ignore(*WITHOUT_MEANING)
     fields.done()
     most = model.room(ids, most, "max_tokens")
     request = replace(request, max_new_tokens=most, logprobs=(top or 0) if scored else None)
-    shape = Chat("chatcmpl-" + secrets.token_hex(12), model, usage)
+    shape = Chat("chatcmpl-" + secrets.token_hex(12), model, usage, tools)
     return Asked(choices_of(ids, request, choices), stream, shape)
-
-
-def refuse_tools(fields: Fields) -> None:
-    """Raises Refused for tools, which no template of this family knows."""
-    fields.only("tools", [])
-    fields.only("functions", [])
-    fields.only("tool_choice", "none", "auto")
-    fields.only("function_call", "none", "auto")
-    fields.only("parallel_tool_calls", True, False)
 
 
 def asked_completion(body: Any, model: Model) -> Asked:
@@ -293,7 +303,9 @@ class Chat:
 
     id: str
     model: Model
-    usage: bool = False  # whether a stream ends with it
+    usage: bool  # whether a stream ends with it
+    tools: Tools
+    calls: dict[int, str] = field(default_factory=dict)  # of a stream's choices what may become a call
     blank, named = True, False
 
     def about(self, kind: str) -> dict[str, Any]:
@@ -302,11 +314,13 @@ class Chat:
     def whole(self, jobs: list[Job]) -> dict[str, Any]:
         choices = []
         for i, job in enumerate(jobs):
-            message = {"role": "assistant", "content": job.result.text.removeprefix(" "), "refusal": None}
+            text, reason = job.result.text.removeprefix(" "), reason_of(job.result)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if (call := self.tools.call_in(text)) is not None:
+                message |= {"content": None, "tool_calls": [call]}
+                reason = "tool_calls"
             scores = self.scores(job.result.tokens) if job.request.logprobs is not None else None
-            choices.append(
-                {"index": i, "message": message, "logprobs": scores, "finish_reason": reason_of(job.result)}
-            )
+            choices.append({"index": i, "message": message, "logprobs": scores, "finish_reason": reason})
         return self.about("chat.completion") | {"choices": choices, "usage": usage_of(jobs)}
 
     def first(self, index: int, job: Job) -> list[Event]:
@@ -314,10 +328,18 @@ class Chat:
 
     def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         scores = self.scores(tokens) if job.request.logprobs is not None else None
+        if self.tools and (index in self.calls or job.result.text.lstrip().startswith("{")):
+            self.calls[index] = self.calls.get(index, "") + text  # it comes whole, or not as a call
+            return []
         return [("", self.piece(index, {"content": text}, scores))]
 
     def last(self, index: int, job: Job) -> list[Event]:
-        return [("", self.piece(index, {}, None, reason_of(job.result)))]
+        text, reason, out = self.calls.get(index, ""), reason_of(job.result), list[Event]()
+        if (call := self.tools.call_in(text)) is not None:
+            out, reason = [("", self.piece(index, {"tool_calls": [{"index": 0} | call]}))], "tool_calls"
+        elif text:
+            out = [("", self.piece(index, {"content": text}))]
+        return [*out, ("", self.piece(index, {}, None, reason))]
 
     def piece(
         self, index: int, delta: dict[str, Any], scores: Any = None, reason: str | None = None

@@ -596,7 +596,8 @@ def test_models_tokens_health_and_metrics(client, embedded_tokenizer):
     spelled = client.post("/tokenize", messages=HELLO, return_token_strs=True)
     assert spelled["tokens"] == embedded_tokenizer.encode_chat(HELLO)
     assert "Hello" in "".join(spelled["token_strs"])
-    assert client.post("/detokenize", status=400, tokens=[10**8])["error"]["param"] == "tokens"
+    for wrong in ([10**8], [-1], ["x"], [HELLO], "x"):
+        assert client.post("/detokenize", status=400, tokens=wrong)["error"]["param"] == "tokens"
     info = client.ask("GET", "/tokenizer_info")[2]
     assert info["bos_token"] == embedded_tokenizer.bos and info["chat_template"]
     assert client.ask("GET", "/health")[2]["status"] == "ok"

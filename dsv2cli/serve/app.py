@@ -166,6 +166,7 @@ class Server:
                 TooLarge: too_large,
                 ClientDisconnect: gone,
                 HTTPException: no_such_path,
+                Exception: mistaken,
             },
         )
         app.add_middleware(Guard, door=self.door)
@@ -234,6 +235,8 @@ class Server:
         self.model.require(fields)
         ids = fields.take("tokens", (list,), [])
         fields.done()
+        if not all(type(each) is int for each in ids):
+            raise Refused("tokens is not a list of whole numbers", "tokens")
         self.model.check(ids or [0], "tokens")
         return JSONResponse({"prompt": self.model.tokenizer.decode(ids)})
 
@@ -399,6 +402,11 @@ async def too_large(request: Request, error: Exception) -> Response:
 
 async def gone(request: Request, error: Exception) -> Response:
     return PlainTextResponse("", 499)
+
+
+async def mistaken(request: Request, error: Exception) -> Response:
+    """One of ours, which is told on stderr, too."""
+    return problem(500, f"The server has made a mistake: {error!r}"[:300])
 
 
 async def no_such_path(request: Request, error: Exception) -> Response:

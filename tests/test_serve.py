@@ -622,7 +622,13 @@ def test_only_this_machines_programs_come_in_and_no_page_from_elsewhere(client):
     ):
         assert client.ask("GET", "/v1/models", Host=host)[0] == status, host
     here = f"http://127.0.0.1:{port}"
-    for origin, status in ((here, 200), ("http://evil.example", 403), ("null", 403), (f"{here}.evil", 403)):
+    for origin, status in (
+        (here, 200),
+        ("http://evil.example", 403),
+        ("null", 403),
+        (f"{here}.evil", 403),
+        ("http://[", 403),
+    ):
         found, headers, _ = client.ask("GET", "/v1/models", Host=f"127.0.0.1:{port}", Origin=origin)
         assert found == status and "access-control-allow-origin" not in headers
     assert client.ask("OPTIONS", "/v1/chat/completions", Origin="http://evil.example")[0] == 403

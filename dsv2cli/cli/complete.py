@@ -158,10 +158,7 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Co
         several(sampling.samples, asked, tokenizer, opened, request, output)
     else:
         one(asked, tokenizer, opened, request, output)
-    if opened.store is not None:
-        opened.store.close()
-        if (trouble := opened.store.complaint()) is not None:
-            ui.show_error(trouble)
+    opt.close_store(opened)
 
 
 def refuse_mixtures(

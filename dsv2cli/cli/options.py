@@ -262,6 +262,14 @@ def open_model(
     return opened
 
 
+def close_store(opened: Opened) -> None:
+    """Wait until pages of latents that are to be kept have been written; say where that could not be done."""
+    if opened.store is not None:
+        opened.store.close()
+        if (trouble := opened.store.complaint()) is not None:
+            ui.show_error(trouble)
+
+
 def collect_garbage_from_here() -> None:
     """What is there stays, modules and model; garbage is looked for among what comes. See app.main."""
     gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -120,6 +121,7 @@ def serve(place: Place, limits: Limits, wish: CompleteWish) -> None:
         address = f"http://{host}:{listening.getsockname()[1]}"
         ui.stderr().print(f"listening on {address} (Ctrl-C ends it)")
         asyncio.run(run(server, listening, limits.grace))
+        opt.close_store(opened)
 
 
 def server_of(place: Place, limits: Limits, opened: Opened, door: Door) -> Server:
@@ -171,8 +173,6 @@ async def run(
         """Signals are ours to take."""
 
         def capture_signals(self) -> Any:
-            import contextlib
-
             return contextlib.nullcontext()
 
     settings = uvicorn.Config(

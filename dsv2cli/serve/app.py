@@ -7,7 +7,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -79,10 +79,10 @@ class Guard:
         if door.hosts and name_of(host) not in door.hosts:
             return problem(403, f"This server does not go by the name {host[:80]!r}")
         origin = headers.get("origin")
-        if origin is not None and origin not in door.origins and urlsplit(origin).netloc != host:
-            return problem(
-                403, f"A web page from {origin[:80]} may not use this server: --allow-origin lets it"
-            )
+        here = (f"http://{host}", f"https://{host}")
+        if origin is not None and origin not in (*door.origins, *here):
+            message = f"A web page from {origin[:80]} may not use this server: --allow-origin lets it"
+            return problem(403, message)
         preflight = method == "OPTIONS" and origin in door.origins
         if door.keys and path not in OPEN and not preflight and not self.knows(headers):
             return problem(401, "A key is needed: Authorization: Bearer KEY", code="invalid_api_key")
@@ -140,7 +140,6 @@ class Server:
     desk: Desk
     door: Door
     seconds: float | None = None  # that an answer may take
-    open: set[Ticket] = field(default_factory=set)
 
     def app(self) -> Starlette:
         """All of it, behind the guard."""
@@ -260,7 +259,6 @@ class Server:
         for job in asked.jobs:
             job.deadline = None if self.seconds is None else time.monotonic() + self.seconds
         ticket = self.desk.submit(asked.jobs)
-        self.open.add(ticket)
         if asked.stream:
             stream = self.stream(ticket, asked)
             try:
@@ -279,7 +277,7 @@ class Server:
         try:
             await unless_gone(request, self.all_of(ticket))
         finally:
-            self.leave(ticket)
+            self.desk.cancel(ticket)
         if failed := next((job for job in asked.jobs if job.failure is not None), None):
             return broken(failed)
         return JSONResponse(asked.shape.whole(asked.jobs))
@@ -288,10 +286,6 @@ class Server:
         """Wait until all jobs have ended."""
         async for _ in self.desk.news(ticket):
             pass
-
-    def leave(self, ticket: Ticket) -> None:
-        self.open.discard(ticket)
-        self.desk.cancel(ticket)
 
     async def stream(self, ticket: Ticket, asked: Asked) -> AsyncGenerator[bytes]:
         """Server-sent events: each line one object, and a last one that says so."""
@@ -328,7 +322,7 @@ class Server:
             for each in shape.end(jobs):
                 yield event(each)
         finally:
-            self.leave(ticket)
+            self.desk.cancel(ticket)
 
 
 def event(what: Event) -> bytes:

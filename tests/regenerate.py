@@ -1,4 +1,5 @@
-"""Write anew what follows from the program itself: completions, the manual page and the golden transcripts.
+"""Write anew what follows from the program itself: completions, the manual page, the golden transcripts, and
+the hashes of the scripts in the server's page.
 
 A transcript is a file of commands after `$ `, each followed by what it prints on stdout, `! ` before what it
 prints on stderr, and its exit code where that is not 0. Numbers that a clock gives stand as `~`.
@@ -6,6 +7,8 @@ prints on stderr, and its exit code where that is not 0. Numbers that a clock gi
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 import subprocess
@@ -15,6 +18,7 @@ from pathlib import Path
 from running import run_dsv2
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "dsv2cli" / "serve" / "page.html"
 TRANSCRIPTS = ROOT / "tests" / "data" / "transcripts"
 COMPLETIONS = {"bash": "dsv2.bash", "zsh": "_dsv2", "fish": "dsv2.fish", "powershell": "dsv2.ps1"}
 CLOCK = re.compile(r'("\w*(?:seconds|per_second)": )[-0-9.e]+')
@@ -78,9 +82,18 @@ def record(path: Path) -> str:
     return "".join(out)
 
 
+def with_hashes(page: str) -> str:
+    """The server's page with the hashes of its scripts in its Content-Security-Policy: no other one runs."""
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in scripts]
+    allowed = " ".join(f"'sha256-{each}'" for each in hashes)
+    return re.sub(r"script-src [^;]*;", f"script-src {allowed};", page, count=1)
+
+
 def main() -> None:
     from dsv2cli.cli.completion import completion_script
 
+    PAGE.write_text(with_hashes(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for shell, file in COMPLETIONS.items():
         (ROOT / "completions" / file).write_text(completion_script(shell), encoding="utf-8")
     (ROOT / "completions" / "dsv2.1").write_text(run_dsv2("manual").stdout, encoding="utf-8")

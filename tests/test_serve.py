@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from regenerate import PAGE, with_hashes
 from rows import answered
 from running import run_dsv2
 
@@ -606,6 +608,16 @@ def test_models_tokens_health_and_metrics(client, embedded_tokenizer):
     values = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
     assert float(values["dsv2_requests_total"]) >= 1 and float(values["dsv2_generated_tokens_total"]) >= 12
     assert "dsv2_cache_pages" in values
+
+
+def test_the_page_is_one_file_that_runs_its_own_scripts_alone(client):
+    found, headers, page = client.ask("GET", "/")
+    assert found == 200 and headers["content-type"].startswith("text/html")
+    assert headers["x-frame-options"] == "DENY" and "default-src 'none'; connect-src 'self'" in page
+    assert with_hashes(page) == page and page.count("<script>") == 3
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page.partition("<script>")[0])
+    for name in ("marked", "dompurify"):
+        assert (PAGE.parent / "licenses" / f"{name}.txt").stat().st_size > 1000
 
 
 def test_only_this_machines_programs_come_in_and_no_page_from_elsewhere(client):

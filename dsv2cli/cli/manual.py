@@ -95,7 +95,8 @@ TOPICS = {
         "there are /tokenize, /detokenize, /tokenizer_info, /health and /metrics. A field is done or "
         "refused by its name, and "
         "a prompt is never cut. Requests run side by side, prompts that begin alike are read once, and "
-        "who goes away frees the place at once. It needs the extra serve.",
+        "who goes away frees the place at once. At / there is a page to talk with the model. It needs the "
+        "extra serve.",
         "It listens on this machine alone, goes by the names localhost, 127.0.0.1 and ::1 only, and lets "
         "no web page from elsewhere in but those of --allow-origin. Any other --host needs a key, best "
         "in DSV2_API_KEY, or --no-auth. SIGTERM and Ctrl-C end it when open answers are done, within "

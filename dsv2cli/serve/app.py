@@ -8,13 +8,14 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,7 +31,8 @@ from dsv2cli.serve.openai import DONE, Asked, Event, Model, asked_chat, asked_co
 from dsv2cli.serve.responses import asked_response
 
 RETRY_AFTER = 2  # seconds
-OPEN = ("/health",)  # paths that need no key
+OPEN = ("/health", "/")  # paths that need no key; the page asks for one
+PAGE = Path(__file__).with_name("page.html")
 KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -144,6 +146,7 @@ class Server:
     def app(self) -> Starlette:
         """All of it, behind the guard."""
         routes = [
+            Route("/", self.page),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
@@ -170,6 +173,11 @@ class Server:
         )
         app.add_middleware(Guard, door=self.door)
         return app
+
+    async def page(self, request: Request) -> Response:
+        """A page to talk with the model, which nobody else's page may frame."""
+        headers = {"x-frame-options": "DENY", "cache-control": "no-cache"}
+        return FileResponse(PAGE, media_type="text/html", headers=headers)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": self.model.name})

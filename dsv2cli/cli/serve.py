@@ -20,6 +20,7 @@ from dsv2cli.run.wish import CompleteWish
 from dsv2cli.serve.door import LOCAL, Door
 
 if TYPE_CHECKING:
+    from dsv2cli.checkpoint.tokenizer import Tokenizer
     from dsv2cli.run.open import Opened
     from dsv2cli.serve.app import Server
 
@@ -112,11 +113,11 @@ def serve(place: Place, limits: Limits, wish: CompleteWish) -> None:
 
     door = place.door(limits.max_body_mb * 2**20)
     checkpoint = find(place.model)
-    checkpoint.tokenizer()  # says what is missing before the model is loaded
+    tokenizer = checkpoint.tokenizer()  # says what is missing before the model is loaded
     listening = listen(place.host, place.port)
     with listening:
         opened = opt.open_model(place.model, wish, found=checkpoint)
-        server = server_of(place, limits, opened, door)
+        server = server_of(place, limits, opened, tokenizer, door)
         host = f"[{place.host}]" if ":" in place.host else place.host
         address = f"http://{host}:{listening.getsockname()[1]}"
         ui.stderr().print(f"listening on {address} (Ctrl-C ends it)")
@@ -124,14 +125,13 @@ def serve(place: Place, limits: Limits, wish: CompleteWish) -> None:
         opt.close_store(opened)
 
 
-def server_of(place: Place, limits: Limits, opened: Opened, door: Door) -> Server:
+def server_of(place: Place, limits: Limits, opened: Opened, tokenizer: Tokenizer, door: Door) -> Server:
     """What answers, with a thread that runs the model."""
     from dsv2cli.engine.scheduler import Scheduler
     from dsv2cli.serve.app import Server
     from dsv2cli.serve.desk import Desk
     from dsv2cli.serve.openai import Model
 
-    tokenizer = opened.tokenizer()
     request = opt.Sampling(max_new_tokens=1).request(opened)
     short = os.path.basename(opened.name.rstrip("/")) or opened.name
     names = list(dict.fromkeys([place.name or short, short, opened.name]))

@@ -273,6 +273,14 @@ def transformers_twin(runner: Runner, folder: Path) -> Any:
     return twin.eval()
 
 
+def refuse_longer(runner: Runner, prompt: int, generate: int, fix: str) -> None:
+    """Raises Dsv2Error for a prompt and tokens after it that do not fit into the context."""
+    context = runner.config.max_position_embeddings
+    if prompt + generate > context:
+        why = f"this model's context holds {context}"
+        raise Dsv2Error(f"{prompt} + {generate} tokens do not fit", why=why, fix=fix)
+
+
 def measure_in_turn(
     runner: Runner,
     work: Work,
@@ -286,12 +294,8 @@ def measure_in_turn(
 
     Raises Dsv2Error where the work does not fit into the context.
     """
-    if work.depth + work.prompt + work.generate > runner.config.max_position_embeddings:
-        raise Dsv2Error(
-            f"{work.depth + work.prompt} + {work.generate} tokens do not fit",
-            why=f"this model's context holds {runner.config.max_position_embeddings}",
-            fix="dsv2 bench --prompt N --generate M --depth D with a smaller sum",
-        )
+    fix = "dsv2 bench --prompt N --generate M --depth D with a smaller sum"
+    refuse_longer(runner, work.depth + work.prompt, work.generate, fix)
     engines: list[Ours | Theirs] = [Ours(runner), *([Theirs(twin)] if twin is not None else [])]
     timings = [Timing(engine.name, work) for engine in engines]
     for engine in engines:

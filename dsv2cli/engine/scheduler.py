@@ -90,7 +90,7 @@ class Active:
     names: list[Name]  # of the prompt's pages but the last
     sequence: Sequence
     began: float
-    siblings: list[Job]  # that want other answers to the same prompt
+    siblings: list[Job] = field(default_factory=list)  # that want other answers to the same prompt
     draft: list[int] = field(default_factory=list)
     first: float = 0.0  # when the first token came
     named: int = 0  # pages that others can find
@@ -333,15 +333,12 @@ class Scheduler:
         ids = job.prompt_ids
         scored = job.request.prompt_logprobs is not None
         # The last page, which may be full, is none of them: its last token must be computed.
-        goes_on = job.after is not None and job.after.length > 0
+        shares = not scored and (job.after is None or job.after.length == 0)
         if job.names is None:
-            job.names = [] if scored or goes_on else names_of(ids[:-1])
+            job.names = names_of(ids[:-1]) if shares else []
         names = job.names
         if job.after is not None:
-            sequence = job.after
-            if not goes_on and not scored:
-                self.begin_with_pages(sequence, sequence.book.find(names), names)
-                self.begin_with_part(sequence, ids, names)
+            sequence, pages = job.after, job.after.book.find(names)
         else:
             found = [each.find(names) for each in self.books]
             rank = max(range(len(self.books)), key=lambda i: (len(found[i]), self.books[i].available))
@@ -351,30 +348,37 @@ class Scheduler:
             if self.active and book.available < 1 + (len(ids) - PAGE * len(pages)) // PAGE:
                 return False
             sequence = Sequence(book, rank)
+        if shares:
             self.begin_with_pages(sequence, pages, names)
-            if not scored:
-                self.begin_with_part(sequence, ids, names)
+            self.begin_with_part(sequence, ids, names)
         limits = (self.runner.config.max_position_embeddings, sequence.book.count * PAGE)
         room = min(limits) - len(ids)
         most = job.request.max_new_tokens
-        active = Active(
-            job,
-            Answer(self.tokenizer, job.request, job.result),
-            seeded(self.runner.device, job.request.seed),
-            job.request.constraint(),
-            list(ids),
-            room if most is None else min(room, most),
-            names,
-            sequence,
-            time.perf_counter(),
-            siblings,
-            named=sequence.length // PAGE if names else 0,
-            shows=not goes_on and not scored,
-        )
+        left = room if most is None else min(room, most)
+        active = self.active_job(job, ids, left, names, sequence, time.perf_counter())
+        active.siblings, active.shows = siblings, shares
+        active.named = sequence.length // PAGE if names else 0
         job.result.prompt_ids, job.result.reused_tokens = ids, sequence.length
         self.reused += sequence.length
         self.enter(active)
         return True
+
+    def active_job(
+        self, job: Job, history: list[int], left: int, names: list[Name], sequence: Sequence, began: float
+    ) -> Active:
+        """A job as it runs, with an answer, random numbers and a constraint of its own."""
+        request = job.request
+        return Active(
+            job,
+            Answer(self.tokenizer, request, job.result),
+            seeded(self.runner.device, request.seed),
+            request.constraint(),
+            list(history),
+            left,
+            names,
+            sequence,
+            began,
+        )
 
     def enter(self, active: Active) -> None:
         """Let a job run: others wait for the pages that it is about to read."""
@@ -643,19 +647,10 @@ class Scheduler:
             if len(self.active) >= self.width:
                 self.waiting.append((job, []))
                 continue
-            other = Active(
-                job,
-                Answer(self.tokenizer, job.request, job.result),
-                seeded(self.runner.device, job.request.seed),
-                job.request.constraint(),
-                list(active.history),
-                active.left if job.request.max_new_tokens is None else job.request.max_new_tokens,
-                active.names,
-                active.sequence.fork(),
-                active.began,
-                [],
-                named=active.named,
-            )
+            most = job.request.max_new_tokens
+            left, sequence = active.left if most is None else most, active.sequence.fork()
+            other = self.active_job(job, active.history, left, active.names, sequence, active.began)
+            other.named = active.named
             job.result.prompt_ids = job.prompt_ids
             job.result.reused_tokens = active.job.result.reused_tokens
             job.result.prefill_seconds = active.job.result.prefill_seconds

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv2cli.engine.benchmark import GREEDY, Machine, percentiles, random_prompts, spread
+from dsv2cli.engine.benchmark import GREEDY, Machine, percentiles, random_prompts, refuse_longer, spread
 from dsv2cli.engine.request import Request
 from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.run.runner import Runner
 
@@ -144,11 +143,7 @@ def measure(
 
     Raises Dsv2Error where a request does not fit into the context, or can not be answered.
     """
-    context = runner.config.max_position_embeddings
-    if traffic.prompt + traffic.generate > context:
-        what = f"{traffic.prompt} + {traffic.generate} tokens do not fit"
-        why = f"this model's context holds {context}"
-        raise Dsv2Error(what, why=why, fix="a smaller --prompt or --generate")
+    refuse_longer(runner, traffic.prompt, traffic.generate, "a smaller --prompt or --generate")
     width = min(traffic.concurrency, traffic.requests)
     drive(runner, Traffic(width, min(traffic.prompt, 64), 2, width), seed=repetitions)
     tick()

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv2cli.engine.request import Token
 from dsv2cli.engine.scheduler import Job
-from dsv2cli.serve.fields import Fields, Refused, messages_of, sampling_of
+from dsv2cli.serve.fields import Fields, Refused, messages_of, sampling_of, text_of
 from dsv2cli.serve.openai import Asked, Event, Model
 
 
@@ -43,16 +43,6 @@ def plain(message: Any) -> Any:
         for part in message["content"]
     ]
     return message | {"content": parts}
-
-
-def text_of(value: Any, name: str) -> str:
-    """A text, or a list of parts that are texts. Raises Refused."""
-    if isinstance(value, str):
-        return value
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Refused(f"{name} has a part that is no text", name)
-    return "".join(part["text"] for part in value)
 
 
 def asked_message(body: Any, model: Model) -> Asked:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,12 +22,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv2cli.engine.request import Token
 from dsv2cli.engine.scheduler import Job
-from dsv2cli.errors import Dsv2Error
 from dsv2cli.outside import json_text, parse_json
 from dsv2cli.serve.anthropic import asked_message, counted
 from dsv2cli.serve.desk import Crowded, Desk, Ended, Ticket
 from dsv2cli.serve.door import Door
-from dsv2cli.serve.fields import Fields, Refused, messages_of
+from dsv2cli.serve.fields import Fields, Refused, messages_of, refusing, whole_numbers
+from dsv2cli.serve.metrics import Meter
 from dsv2cli.serve.openai import DONE, Asked, Event, Model, asked_chat, asked_completion, listed
 from dsv2cli.serve.responses import asked_response
 
@@ -184,10 +185,6 @@ class Server:
 
     async def metrics(self, request: Request) -> Response:
         """In Prometheus' text format."""
-        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-
-        from dsv2cli.serve.metrics import Meter
-
         registry = CollectorRegistry()
         registry.register(Meter(self.desk))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -227,14 +224,12 @@ class Server:
             fields.only("add_generation_prompt", True)
         else:
             text, bos = fields.take("prompt", (str,), ""), fields.take("add_special_tokens", (bool,), True)
-            try:
+            with refusing("prompt"):
                 tokenizer.refuse_too_long(text)
                 ids = tokenizer.encode(text, bool(bos))
-            except Dsv2Error as error:
-                raise Refused(error.sentence, "prompt") from None
         spelled = fields.take("return_token_strs", (bool,), False)
         fields.done()
-        words = [tokenizer.bytes_of(each).decode(errors="replace") for each in ids] if spelled else None
+        words = [self.model.word(each) for each in ids] if spelled else None
         return {"count": len(ids), "max_model_len": self.model.context, "tokens": ids, "token_strs": words}
 
     async def detokenize(self, request: Request) -> Response:
@@ -242,7 +237,7 @@ class Server:
         self.model.require(fields)
         ids = fields.take("tokens", (list,), [])
         fields.done()
-        if not all(type(each) is int for each in ids):
+        if not whole_numbers(ids):
             raise Refused("tokens is not a list of whole numbers", "tokens")
         self.model.check(ids or [0], "tokens")
         return JSONResponse({"prompt": self.model.tokenizer.decode(ids)})

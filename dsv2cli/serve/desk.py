@@ -38,7 +38,6 @@ class Ticket:
     loop: asyncio.AbstractEventLoop
     coming: asyncio.Queue[News | Ended] = field(default_factory=asyncio.Queue)
     left: int = 0  # jobs that have not ended
-    began: bool = False  # whether any of them has left the queue
 
     def tell(self, what: News | Ended) -> None:
         """Called by the model's thread. Where the loop is closed nobody listens any more."""
@@ -55,8 +54,6 @@ class Counts:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
-    running: int = 0  # now
-    waiting: int = 0  # now
 
 
 class Desk:
@@ -94,15 +91,12 @@ class Desk:
             self.orders.put(("cancel", ticket))
 
     async def news(self, ticket: Ticket) -> AsyncIterator[News | Ended]:
-        """What comes of a ticket's jobs, until all have ended. Whoever ends this early cancels them."""
-        try:
-            while ticket.left:
-                what = await ticket.coming.get()
-                if isinstance(what, Ended):
-                    ticket.left -= 1
-                yield what
-        finally:
-            self.cancel(ticket)
+        """What comes of a ticket's jobs, until all have ended. Whoever ends this early cancels the ticket."""
+        while ticket.left:
+            what = await ticket.coming.get()
+            if isinstance(what, Ended):
+                ticket.left -= 1
+            yield what
 
     def close(self) -> None:
         """End all jobs and the thread."""
@@ -122,8 +116,6 @@ class Desk:
             except Exception as error:
                 self.fail(error)
             self.end_what_has_ended()
-            active = len(self.scheduler.active)
-            self.counts.running, self.counts.waiting = active, max(0, self.held - active)
 
     def obey(self) -> bool:
         """Do what was asked for since the last step; where there is nothing else to do, wait for it. False

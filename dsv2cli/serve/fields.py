@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,15 @@ class Refused(Exception):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = "") -> None:
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
+
+
+@contextmanager
+def refusing(param: str, before: str = "") -> Iterator[None]:
+    """What is wrong in here is wrong with a field of the request. Raises Refused for a Dsv2Error."""
+    try:
+        yield
+    except Dsv2Error as error:
+        raise Refused(before + error.sentence, param) from None
 
 
 class Fields:
@@ -126,7 +137,19 @@ def messages_of(fields: Fields) -> list[dict[str, str]]:
                 raise Refused(f"messages[{place}].{name[:40]} is unknown here", f"messages[{place}]")
             if message.get("tool_calls"):
                 raise Refused(f"messages[{place}].tool_calls is not supported here", f"messages[{place}]")
-    try:
+    with refusing("messages"):
         return checked(messages, "messages")
-    except Dsv2Error as error:
-        raise Refused(error.sentence, "messages") from None
+
+
+def text_of(value: str | list[Any], name: str) -> str:
+    """A text, or parts of one put together. Raises Refused."""
+    if isinstance(value, str):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Refused(f"{name} has a part that is no text", name)
+    return "".join(part["text"] for part in value)
+
+
+def whole_numbers(value: list[Any]) -> bool:
+    return all(type(each) is int for each in value)

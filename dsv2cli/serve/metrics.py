@@ -17,6 +17,7 @@ class Meter:
 
     def collect(self) -> Iterator[Metric]:
         counts, scheduler = self.desk.counts, self.desk.scheduler
+        running = len(scheduler.active)
         for name, about, value in (
             ("requests", "requests that were taken", counts.requests),
             ("requests_refused", "requests for which there was no room", counts.refused),
@@ -27,8 +28,8 @@ class Meter:
         ):
             yield CounterMetricFamily(f"dsv2_{name}", about, value)
         for name, about, value in (
-            ("requests_running", "answers that are being made", counts.running),
-            ("requests_waiting", "answers that are to be made", counts.waiting),
+            ("requests_running", "answers that are being made", running),
+            ("requests_waiting", "answers that are to be made", max(0, self.desk.held - running)),
             ("cache_pages_used", "pages of the cache in use", sum(book.held for book in scheduler.books)),
             ("cache_pages", "pages of the cache", sum(book.count for book in scheduler.books)),
         ):

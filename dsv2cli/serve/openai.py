@@ -22,8 +22,10 @@ from dsv2cli.serve.fields import (
     Fields,
     Refused,
     messages_of,
+    refusing,
     sampling_of,
     streaming_of,
+    whole_numbers,
 )
 from dsv2cli.serve.tools import Tools, in_words, tools_of
 
@@ -67,19 +69,15 @@ class Model:
 
     def encode(self, text: str, param: str) -> list[int]:
         """A text as a prompt. Raises Refused."""
-        try:
+        with refusing(param):
             self.tokenizer.refuse_too_long(text)
             return self.check(self.tokenizer.encode(text), param)
-        except Dsv2Error as error:
-            raise Refused(error.sentence, param) from None
 
     def chat_ids(self, messages: list[dict[str, str]], start: str = "") -> list[int]:
         """A conversation as a prompt, and how its answer starts. Raises Refused."""
-        try:
+        with refusing("messages"):
             self.tokenizer.refuse_too_long(start, *(message["content"] for message in messages))
             return self.check(self.tokenizer.encode_chat(messages, start), "messages")
-        except Dsv2Error as error:
-            raise Refused(error.sentence, "messages") from None
 
     def room(self, ids: list[int], most: int | None, param: str) -> int | None:
         """How many tokens may come. Raises Refused where the context holds fewer."""
@@ -93,14 +91,15 @@ class Model:
         """With a seed of its own where the body gives none."""
         return request if "seed" in fields.left else replace(request, seed=secrets.randbits(32))
 
-    def calling(self, tools: Tools, request: Request) -> Request:
-        """The request held to words or a call. Raises Refused for a schema that can not be held."""
+    def grammar(self, request: Request, schema: str | None = None, lark: str | None = None) -> Request:
+        """The request held to a schema, or to a grammar. Raises Dsv2Error where that can not be."""
         size = self.checkpoint.config.vocab_size
-        try:
-            grammar = Grammar(self.tokenizer, size, request.eos_ids, None, None, lark=tools.lark)
-        except Dsv2Error as error:
-            raise Refused(f"tools can not be used: {error.sentence}", "tools") from None
-        return replace(request, grammar=grammar)
+        held = Grammar(self.tokenizer, size, request.eos_ids, None, schema, lark=lark)
+        return replace(request, grammar=held)
+
+    def word(self, token_id: int) -> str:
+        """A token as a text, with marks for what is half a character."""
+        return self.tokenizer.bytes_of(token_id).decode(errors="replace")
 
     def held(self, form: Any, request: Request) -> Request:
         """The request held to a `response_format`. Raises Refused."""
@@ -121,12 +120,8 @@ class Model:
         fields.done()
         if schema is None:
             return request
-        size = self.checkpoint.config.vocab_size
-        try:
-            grammar = Grammar(self.tokenizer, size, request.eos_ids, None, json.dumps(schema))
-        except Dsv2Error as error:
-            raise Refused(error.sentence, "response_format") from None
-        return replace(request, grammar=grammar)
+        with refusing("response_format"):
+            return self.grammar(request, schema=json.dumps(schema))
 
 
 Event = tuple[str, Any]  # of a stream: its name, where it has one, and its object
@@ -201,7 +196,8 @@ def asked_chat(body: Any, model: Model) -> Asked:
     if tools:
         if request.grammar is not None:
             raise Refused("response_format goes without tools", "response_format")
-        request = model.calling(tools, request)
+        with refusing("tools", "tools can not be used: "):
+            request = model.grammar(request, lark=tools.lark)
     fields.only("modalities", ["text"])
     fields.only("reasoning_effort", "none")
     fields.ignore(*WITHOUT_MEANING)
@@ -252,26 +248,20 @@ def prompts_of(fields: Fields, model: Model) -> list[list[int]]:
     if suffix:
         if not isinstance(given, str):
             raise Refused("suffix goes with a prompt that is one text", "suffix")
-        try:
+        with refusing("suffix", "suffix can not be used: "):
             return [model.check(fill_in(given, suffix, model.tokenizer), "prompt")]
-        except Dsv2Error as error:
-            raise Refused(f"suffix can not be used: {error.sentence}", "suffix") from None
-    prompts = given if isinstance(given, list) and not whole_numbers(given) else [given]
+    prompts = given if isinstance(given, list) and not (given and whole_numbers(given)) else [given]
     if not prompts or len(prompts) > MOST_CHOICES:
         raise Refused(f"prompt is a list of {len(prompts)}, not of 1 to {MOST_CHOICES}", "prompt")
     out = []
     for prompt in prompts:
         if isinstance(prompt, str):
             out.append(model.encode(prompt, "prompt"))
-        elif isinstance(prompt, list) and whole_numbers(prompt):
+        elif isinstance(prompt, list) and prompt and whole_numbers(prompt):
             out.append(model.check(prompt, "prompt"))
         else:
             raise Refused("prompt is neither a text, nor token ids, nor a list of these", "prompt")
     return out
-
-
-def whole_numbers(value: list[Any]) -> bool:
-    return bool(value) and all(type(each) is int for each in value)
 
 
 def choices_of(ids: list[int], request: Request, count: int) -> list[Job]:
@@ -352,18 +342,17 @@ class Chat:
         return [*([("", usage)] if self.usage else []), DONE]
 
     def scores(self, tokens: list[Token]) -> dict[str, Any]:
-        tokenizer = self.model.tokenizer
         return {
             "content": [
-                self.score(token.id, token.logprob, tokenizer)
-                | {"top_logprobs": [self.score(i, logprob, tokenizer) for i, logprob in token.top]}
+                self.score(token.id, token.logprob)
+                | {"top_logprobs": [self.score(*each) for each in token.top]}
                 for token in tokens
             ]
         }
 
-    def score(self, token_id: int, logprob: float | None, tokenizer: Tokenizer) -> dict[str, Any]:
-        data = tokenizer.bytes_of(token_id)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+    def score(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        data = list(self.model.tokenizer.bytes_of(token_id))
+        return {"token": self.model.word(token_id), "logprob": logprob, "bytes": data}
 
 
 @dataclass
@@ -429,14 +418,14 @@ class Completion:
         return [*([("", usage)] if self.usage else []), DONE]
 
     def scores(self, tokens: list[Token]) -> dict[str, Any]:
-        words = [self.word(token.id) for token in tokens]
+        words = [self.model.word(token.id) for token in tokens]
         offsets, at, decoder = list[int](), 0, codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
             offsets.append(at)
             if not self.model.tokenizer.is_special(token.id):  # which stands in no text
                 at += len(decoder.decode(self.model.tokenizer.bytes_of(token.id)))
         tops = [
-            {self.word(i): logprob for i, logprob in token.top} if token.logprob is not None else None
+            {self.model.word(i): logprob for i, logprob in token.top} if token.logprob is not None else None
             for token in tokens
         ]
         return {
@@ -445,9 +434,6 @@ class Completion:
             "top_logprobs": tops,
             "text_offset": offsets,
         }
-
-    def word(self, token_id: int) -> str:
-        return self.model.tokenizer.bytes_of(token_id).decode(errors="replace")
 
 
 def listed(model: Model) -> dict[str, Any]:

@@ -138,6 +138,11 @@ class Responses:
     def part(self, text: str) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the one text of the answer is."""
+        return {"item_id": self.item, "output_index": 0, "content_index": 0}
+
     def status(self, job: Job) -> str:
         return "completed" if job.result.finish_reason == "stop" else "incomplete"
 
@@ -151,27 +156,24 @@ class Responses:
         return named(kind, sequence_number=self.number - 1, **content)
 
     def first(self, index: int, job: Job) -> list[Event]:
-        place = {"item_id": self.item, "output_index": 0, "content_index": 0}
         empty = self.about("in_progress", [], None)
         return [
             self.event("response.created", response=empty),
             self.event("response.in_progress", response=empty),
             self.event("response.output_item.added", output_index=0, item=self.message("", "in_progress")),
-            self.event("response.content_part.added", **place, part=self.part("")),
+            self.event("response.content_part.added", **self.place, part=self.part("")),
         ]
 
     def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         self.text += text
-        place = {"item_id": self.item, "output_index": 0, "content_index": 0}
-        return [self.event("response.output_text.delta", **place, delta=text, logprobs=[])]
+        return [self.event("response.output_text.delta", **self.place, delta=text, logprobs=[])]
 
     def last(self, index: int, job: Job) -> list[Event]:
-        place = {"item_id": self.item, "output_index": 0, "content_index": 0}
         status = self.status(job)
         item = self.message(self.text, status)
         return [
-            self.event("response.output_text.done", **place, text=self.text, logprobs=[]),
-            self.event("response.content_part.done", **place, part=self.part(self.text)),
+            self.event("response.output_text.done", **self.place, text=self.text, logprobs=[]),
+            self.event("response.content_part.done", **self.place, part=self.part(self.text)),
             self.event("response.output_item.done", output_index=0, item=item),
             self.event(f"response.{status}", response=self.about(status, [item], job)),
         ]

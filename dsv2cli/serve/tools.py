@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv2cli.engine.grammar import WHITESPACE
 from dsv2cli.outside import parse_json
-from dsv2cli.serve.fields import Fields, Refused
+from dsv2cli.serve.fields import Fields, Refused, text_of
 
 MOST = 128  # functions
 BLANKS = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
@@ -144,7 +144,10 @@ def in_words(messages: Any) -> Any:
             name = names.get(str(message.get("tool_call_id")))
             if name is None:
                 raise Refused("messages has the result of a call that nobody made", "messages")
-            result = {"role": "user", "content": f"{name} gave: {plain(message.get('content'))}"}
+            result = {
+                "role": "user",
+                "content": f"{name} gave: {text_of(message.get('content') or '', 'messages')}",
+            }
             if out and out[-1].get("role") == "user" and out[-1].get("result"):
                 out[-1]["content"] += "\n" + result["content"]
             else:
@@ -166,13 +169,3 @@ def calls_in_words(message: dict[str, Any], calls: list[Any], names: dict[str, s
             raise Refused("messages has a tool call that is none", "messages") from None
         lines.append(json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False))
     return "\n".join(lines)
-
-
-def plain(content: Any) -> str:
-    """What a function gave, as a text. Raises Refused."""
-    if isinstance(content, str):
-        return content
-    texts = [part.get("text") if isinstance(part, dict) else None for part in content or []]
-    if not all(isinstance(text, str) for text in texts):
-        raise Refused("messages has a result that is no text", "messages")
-    return "".join(map(str, texts))

@@ -525,6 +525,10 @@ def test_a_call_is_whole_and_valid_and_its_result_is_told(client):
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]
+    for wrong in (5, {"a": 1}, [5], [{"type": "image_url"}]):
+        bad = [*talk[:-1], talk[-1] | {"content": wrong}]
+        refused = client.post("/v1/chat/completions", status=400, messages=bad, tools=TOOLS)
+        assert refused["error"]["param"] == "messages"
     answer = client.chat(messages=talk, tools=TOOLS)["choices"][0]
     assert answer["message"]["content"] or answer["message"]["tool_calls"]
     words = client.chat(tools=TOOLS, tool_choice="none")["choices"][0]["message"]

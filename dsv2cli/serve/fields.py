@@ -141,11 +141,11 @@ def messages_of(fields: Fields) -> list[dict[str, str]]:
         return checked(messages, "messages")
 
 
-def text_of(value: str | list[Any], name: str) -> str:
+def text_of(value: Any, name: str) -> str:
     """A text, or parts of one put together. Raises Refused."""
     if isinstance(value, str):
         return value
-    for part in value:
+    for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise Refused(f"{name} has a part that is no text", name)
     return "".join(part["text"] for part in value)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ from dsv2cli.checkpoint.load import load_model
 from dsv2cli.formats import CACHE_BITS
 from dsv2cli.kernels import native
 from dsv2cli.kernels.latents import Packing, apart, hadamard, rotated, together
+from dsv2cli.memory import ram_bytes
 from dsv2cli.model import size
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.pool import LatentPool
+from dsv2cli.model.pool import LatentPool, memory
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.runner import PlainRunner
 from training.train import held_out_rows
@@ -73,6 +77,20 @@ def test_a_pool_takes_the_bytes_that_info_says():
         devices = [CPU] * config.num_hidden_layers
         assert LatentPool(config, 2, devices, torch.bfloat16, cache).bytes_per_token() == each
     assert size.kv_bytes_per_token(config, "float32", "bf16") == 31_104
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how other systems count address space")
+def test_a_pool_that_nobody_wrote_to_is_no_promise_of_memory():
+    """Else a fork of the process, and any large tensor, may be refused for it."""
+    if int(Path("/proc/sys/vm/overcommit_memory").read_text()) == 2:
+        pytest.skip("this system promises no more than it has")
+    pool = memory((3 * ram_bytes(),), CPU, torch.uint8)
+    pool[-1] = 1
+    assert pool[-2:].tolist() == [0, 1]
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_bf16_beside_other_activations():

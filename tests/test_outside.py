@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from dsv2cli.checkpoint.found import find
 from dsv2cli.checkpoint.hashes import write_sums
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.safetensors import read_header
+from dsv2cli.checkpoint.template import renderer
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.doctor import checkpoint as look_at
 from dsv2cli.errors import Dsv2Error, UsageError
@@ -455,6 +458,29 @@ def test_a_template_that_goes_wrong_is_a_sentence_within_limits(talker, template
         Tokenizer(talker).encode_chat(HELLO)
     assert words in caught.value.sentence, caught.value.sentence
     assert time.monotonic() - began < 10
+
+
+def test_one_process_runs_a_template_again_and_again_and_is_replaced_when_it_went_wrong(talker):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ 1 // m.content|length }}{% endfor %}"
+    change(talker / "tokenizer_config.json", chat_template=template)
+    tokenizer, process = Tokenizer(talker), lambda: renderer().process
+
+    def text(content):
+        return tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": content}])[1:])
+
+    assert text("a") == "a1"
+    first = process()
+    assert [text("b"), text("cd")] == ["b1", "cd0"]
+    assert process() is first
+    with pytest.raises(Dsv2Error, match="rejected"):
+        text("")
+    assert first.returncode == -signal.SIGKILL
+    assert text("e") == "e1"
+    process().kill()
+    time.sleep(0.2)
+    assert text("f") == "f1"
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(text, ["g", "hi"] * 20)) == ["g1", "hi0"] * 20
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"

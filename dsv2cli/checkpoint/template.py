@@ -13,10 +13,11 @@ import json
 import os
 import resource
 import select
-import signal
+import subprocess
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,8 +26,14 @@ from dsv2cli.errors import Dsv2Error
 from dsv2cli.outside import AGAIN, read_json, reason, text_of
 
 SECONDS = 5
+SECONDS_TO_START = 60  # of a process for templates, on a busy machine
 SPARE = 512 * 2**20  # bytes that a template may take
 LONGEST = 64 * 2**20  # bytes of what it may give
+# What the process for templates runs; the folder of the package is its last argument.
+START = (
+    "import sys; sys.path.append(sys.argv.pop()); "
+    "from dsv2cli.checkpoint.template import answer_requests; answer_requests()"
+)
 # SHA-256 of templates that are known to be harmless: DeepSeek-V2-Lite-Chat's, which the embedded model has
 # too.
 KNOWN = frozenset(["8aeba567270fa9a8d5372caf4b04affea947c4421d96adc01e3ff94021b0ae8e"])
@@ -62,7 +69,7 @@ def render(template: str, messages: list[dict[str, str]], bos: str, eos: str) ->
     values = {"messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
     if hashlib.sha256(template.encode()).hexdigest() in KNOWN:
         return compiled(template).render(values)
-    said = within_limits(functools.partial(attempt, template, values))
+    said = renderer().render(template, values)
     if "text" not in said:
         raise Dsv2Error("The chat template rejected this conversation", why=said["error"])
     return str(said["text"])
@@ -100,51 +107,94 @@ def attempt(template: str, values: dict[str, Any]) -> dict[str, str]:
         return {"error": what if line is None else f"{what} (line {line} of the template)"}
 
 
-def within_limits(work: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """What `work` gives in a process of its own, or why it was stopped. Raises Dsv2Error where there is no
-    room for one.
+class Renderer:
+    """A process that runs templates within limits, for as long as this one asks it to.
+
+    It is started afresh and not forked: this process may have many threads, and more memory than a fork of it
+    could have. It ends with its input. One that gave an error, or nothing in time, is replaced.
     """
-    reading, writing = os.pipe()
-    try:
-        child = os.fork()
-    except OSError as error:
-        raise Dsv2Error("The chat template could not be run", why=reason(error)) from None
-    if child == 0:
-        obey_limits(work, writing)
-    os.close(writing)
-    try:
-        return heard(reading)
-    finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def render(self, template: str, values: dict[str, Any]) -> dict[str, str]:
+        """What `attempt` gives there, or why it was stopped. Raises Dsv2Error where no process starts."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.process = self.start()
+            said: dict[str, str] = {"error": "it took too much memory or time"}
+            try:
+                assert self.process.stdin is not None and self.process.stdout is not None
+                self.process.stdin.write(json.dumps([template, values]).encode() + b"\n")
+                self.process.stdin.flush()
+                said = line_within(self.process.stdout.fileno(), SECONDS) or said
+            except BrokenPipeError:
+                pass
+            finally:  # also where Ctrl-C came between
+                if "text" not in said:
+                    self.end(self.process)
+                    self.process = None
+            return said
+
+    def start(self) -> subprocess.Popen[bytes]:
+        program = [sys.executable, "-P", "-c", START, str(Path(__file__).parents[2])]
+        try:
+            process = subprocess.Popen(
+                program,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+        except OSError as error:
+            raise Dsv2Error("The chat template could not be run", why=reason(error)) from None
+        assert process.stdout is not None
+        if line_within(process.stdout.fileno(), SECONDS_TO_START) != {}:
+            self.end(process)
+            raise Dsv2Error("The chat template could not be run", why="its process does not start")
+        return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.communicate()
 
 
-def obey_limits(work: Callable[[], dict[str, str]], writing: int) -> NoReturn:
-    """The life of the process for a template: work, tell, end."""
-    try:
-        # The clock of whoever waits comes first, and says so; this is for a process that nobody waits for.
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 2, SECONDS + 2))
-        if os.path.exists("/proc/self/statm"):  # where it does not, time is the only limit
-            held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (held + SPARE, held + SPARE))
-        with os.fdopen(writing, "wb") as out:
-            out.write(json.dumps(work()).encode())
-    finally:
-        os._exit(0)
+@functools.cache
+def renderer() -> Renderer:
+    return Renderer()
 
 
-def heard(reading: int) -> dict[str, str]:
-    """What the process for a template tells, or why it tells nothing."""
-    limit, told = time.monotonic() + SECONDS, bytearray()
-    while select.select([reading], [], [], max(0.0, limit - time.monotonic()))[0]:
-        block = os.read(reading, 2**20)
+def line_within(pipe: int, seconds: float) -> dict[str, str] | None:
+    """The object in one line from a process, None if it ends before, or an error in words."""
+    limit, told = time.monotonic() + seconds, bytearray()
+    while select.select([pipe], [], [], max(0.0, limit - time.monotonic()))[0]:
+        block = os.read(pipe, 2**20)
         told += block
         if len(told) > LONGEST:
             return {"error": f"what it gives is longer than {LONGEST:,} bytes"}
         if not block:
-            answer: dict[str, str] = (
-                json.loads(told) if told else {"error": "it took too much memory or time"}
-            )
+            return None
+        if block.endswith(b"\n"):
+            answer: dict[str, str] = json.loads(told)
             return answer
-    return {"error": f"it takes longer than {SECONDS} seconds"}
+    return {"error": f"it takes longer than {seconds} seconds"}
+
+
+def answer_requests() -> None:
+    """The life of the process for templates: a line with a template and its values comes, a line goes."""
+    import jinja2.sandbox  # noqa: F401  # which takes longer than most templates
+
+    print("{}", flush=True)
+    for line in sys.stdin.buffer:
+        template, values = json.loads(line)
+        # The clock of whoever waits comes first, and says so; this is for a process that nobody waits for.
+        limit(resource.RLIMIT_CPU, int(time.process_time()) + SECONDS + 2)
+        if os.path.exists("/proc/self/statm"):  # where it does not, time is the only limit
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            limit(resource.RLIMIT_AS, held + SPARE)
+        print(json.dumps(attempt(template, values)), flush=True)
+
+
+def limit(which: int, amount: int) -> None:
+    resource.setrlimit(which, (amount, resource.getrlimit(which)[1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from torch import Tensor
 from dsv2cli.formats import CACHE_BITS, PAGE
 from dsv2cli.kernels.latents import Packing
 from dsv2cli.model.config import DeepseekV2Config
+
+# Address space that is promised no memory, so that what else the process does (a fork, say) is not refused
+# for it; Python names the flag from 3.13 on.
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 def pages_for(tokens: int) -> int:
@@ -109,6 +114,5 @@ def memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     size = dtype.itemsize
     for each in shape:
         size *= each
-    reserve = getattr(mmap, "MAP_NORESERVE", 0)
-    space = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve)
+    space = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     return torch.frombuffer(space, dtype=dtype, count=size // dtype.itemsize).view(shape)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.checkpoint.names import destinations
+from dsv2cli.checkpoint.template import renderer
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.run.runner import PlainRunner
@@ -86,6 +87,7 @@ def nothing_outlives_the_tests() -> Iterator[None]:
     environment.
     """
     yield
+    renderer().end()
     children = psutil.Process().children(recursive=True)
     left = {process: line for process in psutil.process_iter() if (line := ours(process, children))}
     end(list(left))

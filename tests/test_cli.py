@@ -353,6 +353,7 @@ def printed(command, folder):
         "bench --concurrency --json": ("2", "--prompt", "4", "--generate", "2", "-r", "1"),
         "bench --json": ("--prompt", "4", "--generate", "2", "-r", "1", "--profile", "--save", saved),
         "niah --json": ("--lengths", "128", "--depths", "50"),
+        "models --json": (),
         "sessions --json": (),
     }[command]
     if command == "bench --json":

@@ -32,12 +32,13 @@ run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.g
 run.worker
 engine.grammar engine.fill engine.request engine.sampling engine.text engine.pages engine.scheduler
 engine.session engine.store engine.latents engine.journal engine.benchmark engine.traffic engine.needle
+remote.calls remote.server remote.traffic
 serve.desk serve.door serve.fields serve.tools serve.openai serve.anthropic serve.responses
 serve.metrics serve.app
-cli.ui cli.values cli.config cli.options cli.flow cli.asking cli.lines cli.complete
-cli.attach cli.talk cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
-cli.figures cli.traffic cli.bench cli.serve cli.niah cli.info cli.doctor cli.quantize cli.completion
-cli.fields cli.manual cli.app __main__
+cli.ui cli.values cli.config cli.options cli.flow cli.attach cli.talk cli.asking cli.far
+cli.here cli.lines cli.complete cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
+cli.figures cli.traffic cli.bench cli.models cli.serve cli.niah cli.info cli.doctor cli.quantize
+cli.completion cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path
@@ -90,6 +91,7 @@ print(f"code {code}", *heavy)
         (("complete", "--dry-run", "--regex", "a+", "Hello"), "runs on: cpu", 0),
         (("complete", "--temperature", "-1", "Hello"), "", 2),
         (("complete", "--regex", "(", "Hello"), "", 2),
+        (("complete", "--api", "127.0.0.1:9", "Hello"), "", 1),
         (("complete", "--model", "./nowhere", "Hello"), "", 2),
         (("complete", "--prompt-ids", "999999999"), "", 2),
     ],

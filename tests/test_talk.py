@@ -19,7 +19,7 @@ from dsv2cli.checkpoint.found import find
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.prompt import History, Suggestions
-from dsv2cli.cli.talk import Model, Stopped, Talk
+from dsv2cli.cli.talk import LoadedModel, Stopped, Talk
 from dsv2cli.engine import journal as journals
 from dsv2cli.engine import latents, store
 from dsv2cli.engine.journal import SUMMARISE
@@ -82,7 +82,7 @@ def make_talk(runner, tokenizer, keep=True, folder=EMBEDDED):
     checkpoint = find(str(folder))
     plan = make_plan(checkpoint.config, Wish(), look_around())
     opened = Opened(**vars(checkpoint), runner=runner, plan=plan, load_seconds=0.0)
-    model = Model(checkpoint, lambda: opened)
+    model = LoadedModel(checkpoint, lambda: opened)
     model.made["tokenizer"] = tokenizer
     model.run()
     screen = Paper()
@@ -129,7 +129,7 @@ def texts(talk):
 
 def fresh(talk, text):
     """The answer to the same conversation with nothing cached."""
-    session, result = Session(talk.model.opened.runner, talk.model.tokenizer), Result()
+    session, result = Session(talk.model.made["opened"].runner, talk.model.tokenizer), Result()
     messages = [*talk.journal.messages(), {"role": "user", "content": text}]
     "".join(session.reply(messages, GREEDY, result))
     return result.token_ids
@@ -139,7 +139,9 @@ def again(talk):
     """The same talk as another start of the program has it."""
     name = talk.name
     talk.journal.close()
-    other = make_talk(talk.model.opened.runner, talk.model.tokenizer, folder=talk.model.checkpoint.folder)
+    other = make_talk(
+        talk.model.made["opened"].runner, talk.model.tokenizer, folder=talk.model.checkpoint.folder
+    )
     other.resume(store.path_of(name))
     return other
 
@@ -232,7 +234,7 @@ def test_retries_are_answers_to_choose_from_each_with_random_numbers_of_its_own(
     assert talk.journal.head == given[-1].id
     commands.carry_out(talk, "/answers 1")
     assert texts(talk)[-1] == ("assistant", first)
-    again_ = make_talk(talk.model.opened.runner, talk.model.tokenizer)
+    again_ = make_talk(talk.model.made["opened"].runner, talk.model.tokenizer)
     again_.request = talk.request
     say(again_, "Hello")
     commands.carry_out(again_, "/retry 3")
@@ -265,14 +267,14 @@ def test_lines_that_are_damaged_are_passed_over_with_a_word(talk):
     talk.journal.close()
     data = path.read_bytes()
     path.write_bytes(data[:-30])  # killed while it wrote
-    other = make_talk(talk.model.opened.runner, talk.model.tokenizer)
+    other = make_talk(talk.model.made["opened"].runner, talk.model.tokenizer)
     other.resume(path)
     assert any("1 lines were passed over" in note for note in other.screen.notes)
     assert [node.text for node in other.journal.turns()] == ["Hello", "Who are you?"]
     say(other, "Thank you")
     other.journal.close()
     assert b"Thank you" in path.read_bytes() and name == path.stem
-    third = make_talk(talk.model.opened.runner, talk.model.tokenizer)
+    third = make_talk(talk.model.made["opened"].runner, talk.model.tokenizer)
     third.resume(path)
     assert [node.text for node in third.journal.turns()] == ["Hello", "Who are you?", "Thank you"]
 
@@ -374,7 +376,7 @@ def test_a_talk_that_may_only_be_read_goes_on_in_a_copy(talk, home):
     path.chmod(0o400)
     if os.geteuid() == 0:
         pytest.skip("root may write anything")
-    other = make_talk(talk.model.opened.runner, talk.model.tokenizer)
+    other = make_talk(talk.model.made["opened"].runner, talk.model.tokenizer)
     other.resume(path)
     say(other, "Bye")
     assert [node.text for node in again(other).journal.turns()] == ["Hello", "Bye"]
@@ -469,7 +471,7 @@ def test_what_is_written_out_is_all_that_was_said(short_talk, tmp_path):
 
 def test_a_talk_that_is_open_is_locked_and_a_branch_of_it_is_in_the_same_record(talk):
     say(talk, "Hello")
-    other = make_talk(talk.model.opened.runner, talk.model.tokenizer)
+    other = make_talk(talk.model.made["opened"].runner, talk.model.tokenizer)
     with pytest.raises(UsageError, match="open elsewhere"):
         other.resume(talk.journal.path)
     with pytest.raises(UsageError, match="open elsewhere"):
@@ -526,7 +528,7 @@ def test_before_the_first_word_message_and_files_return_to_the_prompt(talk, tmp_
 
 
 def test_nobody_waits_for_a_model_that_is_still_loaded_once_it_is_stopped(home, talk):
-    slow = Model(talk.model.checkpoint, lambda: None)
+    slow = LoadedModel(talk.model.checkpoint, lambda: None)
     talk.model, stop = slow, threading.Timer(0.1, talk.stop.set)
     slow.made["tokenizer"] = slow.tokenizer
     stop.start()

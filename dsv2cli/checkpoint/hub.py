@@ -90,8 +90,6 @@ def known_models(beginning: str) -> list[str]:
     """Names that begin so: folders here (with a slash where one leads on), and repositories of this family in
     the cache.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     parent, _, start = beginning.rpartition("/")
     found = []
     with contextlib.suppress(OSError, UsageError):
@@ -99,9 +97,18 @@ def known_models(beginning: str) -> list[str]:
             if entry.is_dir() and entry.name.startswith(start) and (start or not entry.name.startswith(".")):
                 name = beginning[: len(beginning) - len(start)] + entry.name
                 found.append(name if (entry / "config.json").exists() else name + "/")
+    found += [name for name, _ in downloaded() if name.startswith(beginning)]
+    return list(dict.fromkeys(found))
+
+
+def downloaded() -> list[tuple[str, Path]]:
+    """Repositories of this family in the cache, each with the folder of a snapshot of it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    out = []
     for config in sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
         name = config.parents[2].name.removeprefix("models--").replace("--", "/")
         with contextlib.suppress(Dsv2Error):
-            if name.startswith(beginning) and read_json(config).get("model_type") == "deepseek_v2":
-                found.append(name)
-    return list(dict.fromkeys(found))
+            if read_json(config).get("model_type") == "deepseek_v2":
+                out.append((name, config.parent))
+    return out

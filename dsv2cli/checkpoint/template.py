@@ -133,8 +133,7 @@ class Renderer:
                 pass
             finally:  # also where Ctrl-C came between
                 if "text" not in said:
-                    self.end(self.process)
-                    self.process = None
+                    self.end()
             return said
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -150,19 +149,26 @@ class Renderer:
         except OSError as error:
             raise Dsv2Error("The chat template could not be run", why=reason(error)) from None
         assert process.stdout is not None
+        self.process = process
         if line_within(process.stdout.fileno(), SECONDS_TO_START) != {}:
-            self.end(process)
+            self.end()
             raise Dsv2Error("The chat template could not be run", why="its process does not start")
         return process
 
-    def end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        process.communicate()
+    def end(self) -> None:
+        """Without the process, until there is a template to render."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
 
 
 @functools.cache
 def renderer() -> Renderer:
     return Renderer()
+
+
+os.register_at_fork(after_in_child=renderer.cache_clear)  # else two would talk to one process
 
 
 def line_within(pipe: int, seconds: float) -> dict[str, str] | None:

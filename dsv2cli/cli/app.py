@@ -27,6 +27,7 @@ COMMANDS = {  # the first line of each one's help; the function of this name in 
     "chat": "Talk with the model, at a prompt or line by line.",
     "sessions": "List saved conversations, the latest first.",
     "complete": "Continue a text: the argument, or all of stdin, or both.",
+    "models": "List the models that are here, or with --api those of a server.",
     "serve": "Serve a model to other programs, by OpenAI's API.",
     "bench": "Measure speed, load time, memory and cache size.",
     "niah": "Hide a sentence in a long text and ask for it.",

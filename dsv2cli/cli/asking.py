@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ class Prompt:
         str | None, typer.Argument(help="Text to continue. All of stdin, if piped, comes before it.")
     ] = None
     model: opt.ModelOption = None
+    api: opt.ApiOption = None
     prompt_ids: Annotated[
         str | None, typer.Option(help='Token ids instead of text, "1,2,3": no tokenizer needed.')
     ] = None
@@ -116,11 +117,17 @@ class Asked:
     start: str = ""
     after: str = ""
     chat: bool = False  # it is answered as a message, not continued as a text
+    given: dict[str, Any] = field(default_factory=dict)  # the same for a server, instead of ids
 
     @property
     def blank(self) -> bool:
         """Whether the answer's first blank is there already, or none is wanted."""
         return self.chat and (not self.start or self.start.endswith(" "))
+
+    def around(self, text: str, echo: bool) -> str:
+        """The answer with its own beginning; with `echo` the words before and after it, too."""
+        text = self.start + (text.removeprefix(" ") if self.blank else text)
+        return self.before + text + self.after if echo else text
 
 
 def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked, Tokenizer | None]:
@@ -136,10 +143,7 @@ def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked
         return Asked(ids, before=shown), tokenizer
     tokenizer = checkpoint.tokenizer()
     if prompt.fim is not None or prompt.fim_file is not None:
-        prefix, suffix = prompt.fim or split_at_cursor(prompt.fim_file)
-        if not prefix + suffix:
-            fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
-            raise UsageError("There is nothing around the hole", fix=fix)
+        prefix, suffix = around_the_hole(prompt)
         from dsv2cli.engine.fill import fill_in
 
         return Asked(fill_in(prefix, suffix, tokenizer), before=prefix, after=suffix), tokenizer
@@ -156,10 +160,47 @@ def ask(prompt: Prompt, text: str | None, checkpoint: Checkpoint) -> tuple[Asked
     if prompt.chat or prompt.system is not None:
         ids = tokenizer.encode_chat(conversation(prompt.system, text), start)
         return Asked(ids, before=text, start=start, chat=True), tokenizer
-    if not text + start:
+    return Asked(tokenizer.encode(some(text + start)), before=text, start=start), tokenizer
+
+
+def ask_server(prompt: Prompt, text: str | None) -> Asked:
+    """The same for a server, which is told what was typed and makes ids of it itself. Raises UsageError."""
+    if prompt.prompt_ids is not None:
+        ids = opt.parse_ids(prompt.prompt_ids)
+        return Asked([], before=",".join(map(str, ids)) + ",", given={"prompt": ids})
+    if prompt.fim is not None or prompt.fim_file is not None:
+        prefix, suffix = around_the_hole(prompt)
+        return Asked([], before=prefix, after=suffix, given={"prompt": prefix, "suffix": suffix})
+    text = text or ""
+    chat = prompt.chat or prompt.system is not None or prompt.messages is not None
+    if chat and prompt.prefix:
+        why = "a server begins the answer to a message itself"
+        raise UsageError("--prefix goes without --api here", why=why, fix="leave one of them out")
+    if prompt.messages is not None:
+        from dsv2cli.engine.store import parse_messages
+
+        messages = parse_messages(read_file(prompt.messages), str(prompt.messages))
+        return Asked([], given={"messages": messages})
+    if chat:
+        return Asked([], before=text, given={"messages": conversation(prompt.system, text)})
+    return Asked([], before=text, start=prompt.prefix, given={"prompt": some(text + prompt.prefix)})
+
+
+def some(text: str) -> str:
+    """A text to continue. Raises UsageError for none."""
+    if not text:
         fix = 'dsv2 complete "Once upon a time"'
         raise UsageError("The prompt is empty", why="there is nothing to continue", fix=fix)
-    return Asked(tokenizer.encode(text + start), before=text, start=start), tokenizer
+    return text
+
+
+def around_the_hole(prompt: Prompt) -> tuple[str, str]:
+    """What stands before and after a hole. Raises UsageError for nothing."""
+    prefix, suffix = prompt.fim or split_at_cursor(prompt.fim_file)
+    if not prefix + suffix:
+        fix = 'dsv2 complete --fim-prefix "def f(x):" --fim-suffix "return y"'
+        raise UsageError("There is nothing around the hole", fix=fix)
+    return prefix, suffix
 
 
 def conversation(system: str | None, text: str) -> list[Message]:

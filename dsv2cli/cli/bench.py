@@ -32,6 +32,19 @@ if TYPE_CHECKING:
     from dsv2cli.run.runner import Runner
 
 FORMAT = "dsv2 bench 1"
+FACTS = (  # that are told of a run
+    "model",
+    "device",
+    "dtype",
+    "attention",
+    "kernels",
+    "weights",
+    "weights_bytes",
+    "load_seconds",
+    "peak_memory_after_load_bytes",
+    "peak_memory_bytes",
+    "kv_bytes_per_token_expanded",
+)
 BAR = 40  # characters of the longest bar
 COLUMNS = {  # of the table, with the number a run has there
     "engine": "engine",
@@ -52,6 +65,7 @@ class Measure:
     heading = opt.TO_RUN
 
     model: opt.ModelOption = None
+    api: opt.ApiOption = None
     random_weights: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +176,10 @@ def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish)
     if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     refuse_what_has_no_place(measure, output)
+    if measure.api is not None:
+        facts = of_a_server(measure.api, measure.model, traffics, measure, wish)
+        finish(facts, [], output, then)
+        return
     if len(wishes) > 1 and (wish.gpus or 1) > 1:
         why = "the processes that share a model have one format"
         raise UsageError("Several --cache formats go without --gpus", why=why, fix="one after the other")
@@ -170,6 +188,11 @@ def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish)
         why, fix = "transformers has no such codes", "the checkpoint unpacked"
         raise UsageError("--against compares the same weights", why=why, fix=fix)
     facts, timings = measured(opened, wishes, works, traffics, measure)
+    finish(facts, timings, output, then)
+
+
+def finish(facts: dict[str, Any], timings: list[Timing], output: Output, then: dict[str, Any] | None) -> None:
+    """Compare, save and show what was measured."""
     if then is not None:
         from dsv2cli.engine.benchmark import compare
 
@@ -177,6 +200,30 @@ def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish)
     if output.save is not None:
         write_saved(output.save, facts)
     show(facts, timings, output, then)
+
+
+def of_a_server(
+    api: str, model: str | None, traffics: list[Traffic], measure: Measure, wish: BenchWish
+) -> dict[str, Any]:
+    """What its clients see, with null for what only the server knows. Raises Dsv2Error."""
+    from dsv2cli.cli import far
+    from dsv2cli.engine.traffic import measure_driven
+    from dsv2cli.remote.traffic import Client
+
+    far.refuse_what_is_here(wish, given={"--random-weights": measure.random_weights is not None})
+    if not traffics:
+        why = "what a server does at one moment for one client tells little"
+        raise UsageError("--api needs --concurrency", why=why, fix="--concurrency 1,4,16")
+    server = far.connect(api, model)
+    server.choose()
+    client, runs = Client(server), list[dict[str, Any]]()
+    with ui.counting("measuring", len(traffics) * (measure.repetitions + 1)) as tick:
+        for many in traffics:
+            run = measure_driven(client.drive, many, measure.repetitions, tick)
+            runs.append(run | {"engine": "server", "cache": "auto", "kv_bytes_per_token": None})
+    if not client.ignore_eos:
+        ui.note("the server knows no ignore_eos: answers may be shorter than asked for")
+    return dict.fromkeys(FACTS) | {"model": server.name, "device": server.address.url, "runs": runs}
 
 
 def refuse_what_has_no_place(measure: Measure, output: Output) -> None:
@@ -324,7 +371,8 @@ def show(facts: dict[str, Any], timings: list[Timing], output: Output, then: dic
 
 def title(facts: dict[str, Any]) -> str:
     """What was measured, in one line."""
-    return " · ".join(str(facts[key]) for key in ("model", "weights", "device", "kernels"))
+    told = [facts[key] for key in ("model", "weights", "device", "kernels")]
+    return " · ".join(each for each in told if each is not None)
 
 
 def rows(runs: list[dict[str, Any]]) -> list[list[str]]:
@@ -435,6 +483,8 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
     for run in facts["runs"]:
         if run["engine"] == "dsv2" and "gemm_flops_per_second" in run:
             console.print(f"{label(run)}: {ceilings(run)}")
+    if facts["weights"] is None:
+        return  # a server's
     for times in facts.get("profile", []):
         for phase, name in (("prefill", "prefill"), ("decode", "a decode step")):
             total = sum(times[phase].values())

@@ -22,9 +22,8 @@ from dsv2cli.run.wish import KeepingWish, Wish
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
-    from dsv2cli.cli.talk import Screen, Talk
+    from dsv2cli.cli.talk import Model, Screen, Talk
     from dsv2cli.engine.request import Request
-    from dsv2cli.run.open import Opened
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Conversation:
         str | None, typer.Argument(metavar="MESSAGE", help="The first message; then the prompt.")
     ] = None
     model: opt.ModelOption = None
+    api: opt.ApiOption = None
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None
     resume: Annotated[
@@ -100,26 +100,23 @@ def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: K
 
     From a pipe, each line is a turn and only the answers are printed.
     """
-    from dsv2cli.checkpoint.found import find as find_checkpoint
     from dsv2cli.cli.commands import find as find_talk
 
     # What is wrong is said before anything is loaded.
     system = conversation.system_prompt()
-    checkpoint = find_checkpoint(conversation.model)
-    request = sampling.request(checkpoint)
-    glance(checkpoint, wish)
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    screen, run = at_prompt(output.plain, not conversation.no_save) if at_terminal else (None, None)
+    model, request = answering(conversation, sampling, wish, screen)
     path = None
     if conversation.resume is not None:
         path = find_talk(conversation.resume)
     elif conversation.go_on:
         path = latest()
-    if sys.stdin is None or not sys.stdin.isatty():
-        from_pipe(conversation, output, wish, checkpoint, request, system, path)
+    if screen is None or run is None:
+        from_pipe(conversation, output, model, request, system, path)
         return
-    screen, run = at_prompt(output.plain, not conversation.no_save)
     keep = not conversation.no_save
-    load = functools.partial(opt.open_model, conversation.model, wish, found=checkpoint, screen=screen)
-    talk = begun(checkpoint, load, request, screen, conversation.on_overflow, keep)
+    talk = begun(model, request, screen, conversation.on_overflow, keep)
     if path is not None:
         go_on(talk, path, keep)
     if system is not None:
@@ -127,6 +124,30 @@ def chat(conversation: Conversation, sampling: Sampling, output: Output, wish: K
     code = run(talk, conversation.first)
     if code:
         raise typer.Exit(code)
+
+
+def answering(
+    conversation: Conversation, sampling: Sampling, wish: KeepingWish, screen: Screen | None
+) -> tuple[Model, Request]:
+    """What is to answer, which nobody waits for yet, and how it is asked. `screen` shows how it loads, where
+    that is a terminal's. Raises Dsv2Error.
+    """
+    if conversation.api is not None:
+        from dsv2cli.cli import far
+
+        far.refuse_what_is_here(wish)
+        server = far.connect(conversation.api, conversation.model, ui.note if screen is None else screen.note)
+        return far.ServerModel(server), far.request_of(sampling)
+
+    from dsv2cli.checkpoint.found import find
+    from dsv2cli.cli.talk import LoadedModel
+
+    checkpoint = find(conversation.model)
+    request = sampling.request(checkpoint)
+    glance(checkpoint, wish)
+    shown = ui if screen is None else screen
+    load = functools.partial(opt.open_model, conversation.model, wish, found=checkpoint, screen=shown)
+    return LoadedModel(checkpoint, load), request
 
 
 def read_system(path: Path, system: str | None) -> str:
@@ -141,19 +162,12 @@ def read_system(path: Path, system: str | None) -> str:
         raise UsageError(f"{path} can not be read", why=reason(error), fix="--system-file PATH") from None
 
 
-def begun(
-    checkpoint: Checkpoint,
-    load: Callable[[], Opened],
-    request: Request,
-    screen: Screen,
-    on_overflow: opt.Overflow,
-    keep: bool,
-) -> Talk:
+def begun(model: Model, request: Request, screen: Screen, on_overflow: opt.Overflow, keep: bool) -> Talk:
     """A talk in which nothing has been said."""
-    from dsv2cli.cli.talk import Model, Talk
+    from dsv2cli.cli.talk import Talk
     from dsv2cli.engine import journal
 
-    talk = Talk(Model(checkpoint, load), request, screen, journal.new(None, screen.show_error), on_overflow)
+    talk = Talk(model, request, screen, journal.new(None, screen.show_error), on_overflow)
     talk.at_first = request
     talk.begin(keep)
     return talk
@@ -223,8 +237,7 @@ def at_prompt(plain: bool, keep: bool) -> tuple[Screen, Callable[[Talk, str | No
 def from_pipe(
     conversation: Conversation,
     output: Output,
-    wish: Wish,
-    checkpoint: Checkpoint,
+    model: Model,
     request: Request,
     system: str | None,
     path: Path | None,
@@ -235,21 +248,16 @@ def from_pipe(
     from dsv2cli.cli.typewriter import Typewriter
 
     screen = Typewriter()
-    talk = begun(
-        checkpoint,
-        functools.partial(opt.open_model, conversation.model, wish, found=checkpoint),
-        request,
-        screen,
-        "stop" if conversation.on_overflow == "ask" else conversation.on_overflow,
-        keep=False,
-    )
+    on_overflow = "stop" if conversation.on_overflow == "ask" else conversation.on_overflow
+    talk = begun(model, request, screen, on_overflow, keep=False)
     if path is not None:
         talk.resume(path, keep=False)
         talk.cache_of = path.stem
     if system is not None:
         talk.set_system(system)
-    # No template, and no model: said before the first word.
-    talk.count([{"role": "user", "content": ""}])
+    # No template, no model, or no server: said before the first word.
+    if conversation.api is None:
+        talk.count([{"role": "user", "content": ""}])
     talk.model.run()
     talk.model.session(talk.stop)
     lines = ui.stdin_lines()
@@ -292,21 +300,20 @@ def next_message(talk: Talk, line: str) -> dict[str, Any]:
     Raises UsageError.
     """
     from dsv2cli.engine import store
-    from dsv2cli.engine.request import Result
 
     messages = store.parse_messages(line)
     if messages[-1]["role"] != "user":
         raise UsageError("The last message is not the user's", why="there is nothing to answer")
     start = [] if messages[0]["role"] == "system" else talk.journal.messages()
-    result = Result()
+    result = talk.model.result()
     whole = talk.fitting([*start, *messages])
     request = replace(talk.request, seed=talk.seed_of(sum(each["role"] == "assistant" for each in whole)))
     session = talk.model.session(talk.stop)
-    talk.remember(session)
+    talk.remember()
     answer = "".join(session.reply(whole, request, result))
     usage = {
-        "prompt_tokens": len(result.prompt_ids),
-        "generated_tokens": len(result.tokens),
+        "prompt_tokens": result.prompt_length,
+        "generated_tokens": result.length,
         "reused_tokens": result.reused_tokens,
     }
     return {"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage}

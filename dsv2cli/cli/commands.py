@@ -7,7 +7,7 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,19 +114,15 @@ def system(talk: Talk, rest: str) -> None:
 def set_(talk: Talk, rest: str) -> None:
     """Change a setting and show them all. Raises UsageError."""
     name, _, value = rest.partition(" ")
-    name, sampling = name.replace("-", "_"), talk.request.sampling
+    name = name.replace("-", "_")
     try:
         if name in NUMBERS:
-            changed: dict[str, Any] = {name: NUMBERS[name](value)}
-            talk.request = replace(talk.request, sampling=replace(sampling, **changed))
-        elif name == "seed" and int(value) >= 0:
-            talk.request = replace(talk.request, seed=int(value))
-        elif name == "max_new_tokens" and int(value) > 0:
-            talk.request = replace(talk.request, max_new_tokens=int(value))
+            talk.request = talk.request.having(**{name: NUMBERS[name](value)})
+        elif (name == "seed" and int(value) >= 0) or (name == "max_new_tokens" and int(value) > 0):
+            talk.request = talk.request.having(**{name: int(value)})
         elif name == "stop" and value:
             text = value.replace("\\n", "\n").replace("\\t", "\t")
-            stops = () if value == "off" else (*talk.request.stop, text)
-            talk.request = replace(talk.request, stop=stops)
+            talk.request = talk.request.having(stop=() if value == "off" else (*talk.request.stop, text))
         elif name == "default" and talk.at_first is not None:
             talk.request = talk.at_first
         else:
@@ -141,23 +137,19 @@ def set_(talk: Talk, rest: str) -> None:
 
 
 def show(talk: Talk, rest: str) -> None:
-    opened = talk.model.opened
-    place = "loading"
-    if opened is not None:
-        place = f"{opened.runner.device}, {str(opened.runner.dtype).removeprefix('torch.')}"
     kept = f"session {talk.name or '(new)'}" if talk.journal.path is not None else "not saved"
     talk.screen.note(
-        f"{talk.model.checkpoint.name} on {place} \u00b7 {kept} \u00b7 branch {talk.journal.branch}"
+        f"{talk.model.name} on {talk.model.place} \u00b7 {kept} \u00b7 branch {talk.journal.branch}"
     )
     talk.screen.note(" \u00b7 ".join(f"{name} {value}" for name, value in values_of(talk).items()))
 
 
 def values_of(talk: Talk) -> dict[str, str]:
     """Settings as they are."""
-    request = talk.request
-    others = {"max_new_tokens": request.max_new_tokens, "seed": request.seed}
-    stop = ", ".join(map(repr, request.stop)) or "none"
-    return {name: str(value) for name, value in (vars(request.sampling) | others).items()} | {"stop": stop}
+    chosen = talk.request.chosen()
+    stop = ", ".join(map(repr, talk.request.stop)) or "none"
+    names = (*RULES, "max_new_tokens", "seed")
+    return {name: str(chosen.get(name, "the server's own")) for name in names} | {"stop": stop}
 
 
 def last_turn(talk: Talk) -> Node:
@@ -471,13 +463,14 @@ def stats(talk: Talk, rest: str) -> None:
 
 def tokens(talk: Talk, rest: str) -> None:
     if rest:
-        ids = talk.model.tokenizer.encode(rest, add_bos=False)
+        ids = talk.model.ids(rest)
         talk.screen.note(f"{len(ids)} tokens: {ids}")
         return
-    used, session = talk.count(talk.journal.messages()), talk.model.made.get("session")
-    held = len(session.cached_ids) * session.scheduler.pool.bytes_per_token() if session is not None else 0
-    share = f"context {used:,} of {talk.limit:,} tokens ({used / talk.limit:.0%})"
-    talk.screen.note(f"{share} \u00b7 cache {held / 1e6:.1f} MB")
+    used, limit, held = talk.count(talk.journal.messages()), talk.model.limit, talk.model.held_bytes
+    share = "context not known" if used is None else f"context {used:,} tokens"
+    if used is not None and limit is not None:
+        share = f"context {used:,} of {limit:,} tokens ({used / limit:.0%})"
+    talk.screen.note(share + ("" if held is None else f" \u00b7 cache {held / 1e6:.1f} MB"))
 
 
 def quit_(talk: Talk, rest: str) -> None:

@@ -20,8 +20,8 @@ from dsv2cli.run.wish import CompleteWish, Wish
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.checkpoint.tokenizer import Tokenizer
-    from dsv2cli.engine.request import Request, Result, Token
-    from dsv2cli.run.open import Opened
+    from dsv2cli.cli.lines import Answering, Asking
+    from dsv2cli.engine.request import Request
 
 CUT_OFF = 3  # the exit code of --fail-on-length
 
@@ -122,9 +122,12 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Co
             text = text.removesuffix("\n").removesuffix("\r")
         text += prompt.prompt or ""
 
-    from dsv2cli.checkpoint.found import find
-
     schema = None if sampling.json_schema is None else asking.read_file(sampling.json_schema)
+    if prompt.api is not None:
+        answer_there(prompt, text, schema, sampling, output, wish)
+        return
+
+    from dsv2cli.checkpoint.found import find
 
     # What is wrong with the prompt is said before the weights are read.
     checkpoint = find(prompt.model)
@@ -152,13 +155,64 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Co
         show_plan(asked, tokenizer, checkpoint, wish, request, output.as_json)
         return
     opened = opt.open_model(prompt.model, wish, found=checkpoint)
-    if asked is None:
-        many(prompt.batch, opened, request, sampling, output)
-    elif sampling.samples > 1:
-        several(sampling.samples, asked, tokenizer, opened, request, output)
-    else:
-        one(asked, tokenizer, opened, request, output)
+
+    from dsv2cli.cli.here import Here
+
+    here = Here(opened, opened.tokenizer_if_any() if asked is None else tokenizer)
+    answer(here, prompt, asked, request, sampling, output)
     opt.close_store(opened)
+
+
+def answer_there(
+    prompt: asking.Prompt,
+    text: str | None,
+    schema: str | None,
+    sampling: Sampling,
+    output: Output,
+    wish: CompleteWish,
+) -> None:
+    """The same by a server. Raises Dsv2Error."""
+    from dsv2cli.cli import far
+
+    assert prompt.api is not None
+    here_only = {
+        "--regex": sampling.regex is not None,
+        "--speculate": sampling.speculate,
+        "--prompt-logprobs": output.prompt_logprobs is not None,
+    }
+    far.refuse_what_is_here(wish, given=here_only)
+    asked = None if prompt.many else asking.ask_server(prompt, text)
+    schema = far.schema_of(schema, asked is not None and "messages" in asked.given)
+    request = far.request_of(
+        sampling, logprobs=output.logprobs, ignore_eos=sampling.ignore_eos, schema=schema
+    )
+    server = far.connect(prompt.api, prompt.model)
+    there = far.There(server)
+    if output.dry_run:
+        assert asked is not None
+        job = there.job_of(asked, request)
+        url = server.address.url + job.path
+        ui.write_json({"url": url, "body": job.body(server.name or "(the only one there)")})
+        return
+    server.choose()
+    answer(there, prompt, asked, request, sampling, output)
+
+
+def answer(
+    model: Answering,
+    prompt: asking.Prompt,
+    asked: asking.Asked | None,
+    request: Request,
+    sampling: Sampling,
+    output: Output,
+) -> None:
+    """What was asked for, once or several times; or line by line."""
+    if asked is None:
+        many(prompt.batch, model, request, sampling, output)
+    elif sampling.samples > 1:
+        several(sampling.samples, asked, model, request, output)
+    else:
+        one(asked, model, request, output)
 
 
 def refuse_mixtures(
@@ -184,18 +238,13 @@ def refuse_mixtures(
         raise UsageError("--split-attention sequences is for --batch", why=why, fix="leave it out")
 
 
-def one(
-    asked: asking.Asked, tokenizer: Tokenizer | None, opened: Opened, request: Request, output: Output
-) -> None:
+def one(asked: asking.Asked, model: Answering, request: Request, output: Output) -> None:
     """One answer, printed as it comes, or as one object. Raises typer.Exit where its code is not 0, and
     Dsv2Error for an answer that could not be brought to its end.
     """
-    from dsv2cli.engine.scheduler import Job, Scheduler
     from dsv2cli.engine.text import without_first_blank
 
-    job = Job(asked.ids, request)
-    result = job.result
-    result.prompt_ids = asked.ids
+    job = model.job_of(asked, request)
     failure: Dsv2Error | None = None  # scores that are no numbers, or a form that leads nowhere
     ended: Any = None  # the exit code, where it was interrupted
     if not output.as_json:
@@ -203,7 +252,7 @@ def one(
     try:
         shown = without_first_blank if asked.blank else iter
         # No name holds the stream: where this is interrupted it ends at once, and says so in the result.
-        for piece in shown(Scheduler(opened.runner, tokenizer, store=opened.store).stream(job)):
+        for piece in shown(model.stream(job)):
             if piece and not output.as_json:
                 ui.write(piece)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -212,17 +261,17 @@ def one(
         failure = error
     if output.as_json:
         told = "" if failure is None else failure.sentence
-        ui.write_json(report(result, opened, request, asked, output.echo, told))
-    elif tokenizer is None:
-        ui.write(",".join(str(token_id) for token_id in result.token_ids) + "\n")
+        ui.write_json(model.report(job, asked, output.echo, told))
+    elif not model.has_text:
+        ui.write(",".join(str(token_id) for token_id in job.result.token_ids) + "\n")
     else:
         ui.write((asked.after if output.echo else "") + ("\n" if sys.stdout.isatty() else ""))
-    ui.note(opt.stats_line(result))
+    ui.note(opt.stats_line(job.result))
     if failure is not None:
         raise failure
     if ended is not None:
         raise SystemExit(ended)
-    if output.fail_on_length and result.finish_reason == "length":
+    if output.fail_on_length and job.result.finish_reason == "length":
         raise typer.Exit(CUT_OFF)
 
 
@@ -231,37 +280,28 @@ def exit_code(ended: KeyboardInterrupt | SystemExit) -> Any:
     return ended.code if isinstance(ended, SystemExit) else INTERRUPTED
 
 
-def several(
-    count: int,
-    asked: asking.Asked,
-    tokenizer: Tokenizer | None,
-    opened: Opened,
-    request: Request,
-    output: Output,
-) -> None:
+def several(count: int, asked: asking.Asked, model: Answering, request: Request, output: Output) -> None:
     """`count` answers to one prompt, which is read once; each is printed as soon as it and those before it
     are done.
 
     Raises typer.Exit where one ended at the token limit and that is a failure, Dsv2Error where one could not
     be brought to its end.
     """
-    from dsv2cli.engine.scheduler import Job, Scheduler
-
-    jobs = [Job(asked.ids, replace(request, seed=request.seed + i)) for i in range(count)]
+    jobs = [model.job_of(asked, request.having(seed=request.seed + i)) for i in range(count)]
     cut_off, failed = False, ""
     left, ended = list(jobs), None
 
-    def tell(job: Job) -> None:
-        ui.write_json(report(job.result, opened, job.request, asked, output.echo, job.error))
+    def tell(job: Asking) -> None:
+        ui.write_json(model.report(job, asked, output.echo, job.error))
 
     try:
-        for job in Scheduler(opened.runner, tokenizer, count, store=opened.store).samples(jobs):
+        for job in model.samples(jobs):
             cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
             tell(left.pop(0))
     except (KeyboardInterrupt, SystemExit) as error:
         ended = exit_code(error)
     for job in left:  # what there is of them
-        job.result.prompt_ids, job.result.finish_reason = asked.ids, job.result.finish_reason or "interrupted"
+        job.result.finish_reason = job.result.finish_reason or "interrupted"
         tell(job)
     if ended is not None:
         raise SystemExit(ended)
@@ -271,11 +311,11 @@ def several(
         raise typer.Exit(CUT_OFF)
 
 
-def many(batch: Path | None, opened: Opened, request: Request, sampling: Sampling, output: Output) -> None:
+def many(batch: Path | None, model: Answering, request: Request, sampling: Sampling, output: Output) -> None:
     """A file of prompts to a file of answers, some at once, or stdin to stdout."""
     from dsv2cli.cli.lines import Lines
 
-    lines = Lines(opened, request, output.on_bad_line == "skip", report, sampling.seed is not None)
+    lines = Lines(model, request, output.on_bad_line == "skip", sampling.seed is not None)
     if batch is None:
         lines.answer_stdin()
         return
@@ -361,50 +401,3 @@ def plan_text(facts: dict[str, Any], context: int) -> str:
     if facts["places"] is not None:
         lines.append(f"places: {places_line(facts['places'])}")
     return "".join(f"{line}\n" for line in lines)
-
-
-def report(
-    result: Result,
-    opened: Opened,
-    request: Request,
-    asked: asking.Asked | None = None,
-    echo: bool = False,
-    error: str = "",
-) -> dict[str, Any]:
-    """The --json object. What is known of the words around the answer comes with `asked`; `error` is why it
-    could not be brought to its end.
-    """
-    text = result.text
-    if asked is not None:
-        text = asked.start + (text.removeprefix(" ") if asked.blank else text)
-    if asked is not None and echo:
-        text = asked.before + text + asked.after
-    return {
-        "text": text,
-        "prompt_ids": result.prompt_ids,
-        "token_ids": result.token_ids,
-        "finish_reason": result.finish_reason,
-        "logprobs": None if request.logprobs is None else scores_of(result.tokens),
-        "prompt_logprobs": None if request.prompt_logprobs is None else scores_of(result.prompt_tokens),
-        "usage": {
-            "prompt_tokens": len(result.prompt_ids),
-            "generated_tokens": len(result.tokens),
-            "reused_tokens": result.reused_tokens,
-        },
-        "timing": {
-            "load_seconds": opened.load_seconds,
-            "ttft_seconds": result.ttft_seconds,
-            "prefill_tokens_per_second": result.prefill_tokens_per_second,
-            "decode_tokens_per_second": result.decode_tokens_per_second,
-        },
-        "seed": request.seed,
-        "model": opened.name,
-    } | ({"error": error} if error else {})
-
-
-def scores_of(tokens: list[Token]) -> list[dict[str, Any]]:
-    """Tokens that were scored, as they stand in the object."""
-    return [
-        {"token_id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
-        for token in tokens
-    ]

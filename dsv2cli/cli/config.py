@@ -18,6 +18,8 @@ from dsv2cli.errors import UsageError
 from dsv2cli.outside import path_of, read_text, reason
 
 COMMANDS = ("chat", "complete", "bench", "niah", "info", "doctor", "quantize")
+OTHERS = ("presets", "servers")
+OF_A_SERVER = ("url", "model", "key-env")
 LARGEST = 2**20  # bytes of the file
 EXAMPLE = """\
 # Any option of a command, without its dashes. Environment variables such as DSV2_CHAT_TEMPERATURE come before
@@ -30,6 +32,11 @@ on-overflow = "drop"
 [presets.reader]              # dsv2 chat --preset reader
 system = "You are a careful proof-reader."
 temperature = 0
+
+[servers.cluster]             # dsv2 chat --api cluster
+url = "https://node7:8000/v1"
+model = "deepseek-ai/DeepSeek-V2-Chat"
+key-env = "CLUSTER_KEY"       # the variable that holds its key
 """
 
 
@@ -57,10 +64,18 @@ def read_config() -> dict[str, Any]:
         fix = "mend it, or move it away"
         raise UsageError(f"{path} can not be read", why=reason(error), fix=fix) from None
     for name, table in tables.items():
-        if name not in (*COMMANDS, "presets") or not isinstance(table, dict):
-            raise UsageError(
-                f"{path}: [{name}] is unknown", why=f"tables are {', '.join(COMMANDS)} and presets.NAME"
-            )
+        if name not in (*COMMANDS, *OTHERS) or not isinstance(table, dict):
+            why = f"tables are {', '.join(COMMANDS)}, presets.NAME and servers.NAME"
+            raise UsageError(f"{path}: [{name}] is unknown", why=why)
+    for name, server in tables.get("servers", {}).items():
+        right = isinstance(server, str) or (
+            isinstance(server, dict)
+            and "url" in server
+            and all(key in OF_A_SERVER and isinstance(value, str) for key, value in server.items())
+        )
+        if not right:
+            why = f"it is an address, or a table with url, and perhaps {' and '.join(OF_A_SERVER[1:])}"
+            raise UsageError(f"{path}: servers.{name} makes no sense", why=why)
     return tables
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 SPREAD = "median, min and max over the repetitions, and all of them"
 COMPLETE = {
     "text": "the answer",
-    "prompt_ids": "the prompt as token ids",
+    "prompt_ids": "the prompt as token ids; null with --api, as are other fields that a server does not tell",
     "token_ids": "the answer as token ids, that of the end included",
     "finish_reason": "stop: its end, or a --stop text; length: the token limit; interrupted; error",
-    "logprobs": "with --logprobs K, for each token: token_id, logprob, and top, the K likeliest with theirs",
+    "logprobs": "with --logprobs K, for each token: token_id, logprob, and top, the K likeliest with theirs; "
+    "with --api texts in the place of ids, and token in that of token_id",
     "prompt_logprobs": "with --prompt-logprobs K, the same for each token of the prompt but the first",
     "usage.prompt_tokens": "tokens of the prompt",
     "usage.generated_tokens": "tokens of the answer",
@@ -58,6 +59,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "finish_reason": "as of complete",
         "usage": "as of complete",
         "error": "why a line has no answer; then it stands alone, with line, its number",
+    },
+    "models --json": {
+        "models": "for each: name, context (the most tokens it holds, or null), bytes of its weights (null "
+        "of a server's), and where it is"
     },
     "sessions --json": {
         "sessions": "for each: name, when, turns, model, bytes, and first, how it begins",

@@ -17,16 +17,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.cli import ui
-from dsv2cli.engine.request import RULES, Request, check_prompt
-from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.engine.store import checked
+from dsv2cli.engine.request import RULES, Request
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import Number, json_text, lines_within, parse_json, path_of, reason, require_file
-from dsv2cli.run.open import Opened
 
 PROMPTS = ("prompt", "prompt_ids", "messages")
 # What the parts of an answer's fingerprint stand for, in this order.
@@ -34,6 +30,53 @@ MARKS = ("another prompt", "other options", "another model")
 WAITING = 1000  # lines of a pipe that are read before they are needed
 NUMBERS = {"seed": Number(0, 2**64 - 1, whole=True), "max_new_tokens": Number(1, 2**64, whole=True), **RULES}
 KNOWN = {"id", "stop", *PROMPTS, *NUMBERS}
+
+
+class Asking(Protocol):
+    """A prompt that is asked, and what comes of it: a Job, or a Call to a server."""
+
+    request: Any
+    result: Any
+    error: str
+
+
+class Answering(Protocol):
+    """What answers: a model of this machine, or one behind a server."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it answers in text, and not in ids alone."""
+        ...
+
+    def job_of(self, asked: Any, request: Any) -> Any:
+        """What asking.Asked asks for."""
+        ...
+
+    def job(self, key: str, prompt: Any, request: Any) -> Any:
+        """A line's prompt, of one of the kinds in PROMPTS. Raises Dsv2Error."""
+        ...
+
+    def bad(self, request: Any, error: str) -> Any:
+        """What stands for a line that can not be run."""
+        ...
+
+    def stream(self, job: Any) -> Iterator[str]: ...
+
+    def samples(self, jobs: list[Any]) -> Iterator[Any]:
+        """Several answers to one prompt, in their order."""
+        ...
+
+    def in_order(self, jobs: Iterable[Any], width: int) -> Iterator[Any]:
+        """Jobs as they are done, in their order, some at once; None among them: none has come yet."""
+        ...
+
+    def report(self, job: Any, asked: Any = None, echo: bool = False, error: str = "") -> dict[str, Any]:
+        """The --json object."""
+        ...
+
+    def mark(self) -> str:
+        """What tells this model from others."""
+        ...
 
 
 @dataclass
@@ -44,7 +87,7 @@ class Line:
 
     number: int
     id: Any
-    job: Job
+    job: Asking
     digest: str
 
 
@@ -62,33 +105,23 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 class Lines:
-    """How lines become jobs and jobs become lines. `report` makes the object of an answer."""
+    """How lines become jobs and jobs become lines."""
 
-    def __init__(
-        self,
-        opened: Opened,
-        request: Request,
-        skip_bad: bool,
-        report: Callable[..., dict[str, Any]],
-        seeded: bool = True,
-    ) -> None:
+    def __init__(self, model: Answering, request: Request, skip_bad: bool, seeded: bool = True) -> None:
         """`request` is what a line asks for where it says nothing, with a seed that somebody chose where
         `seeded`; `skip_bad`: a bad line is answered with its error.
         """
-        self.opened, self.request, self.skip_bad, self.report = opened, request, skip_bad, report
-        self.tokenizer = opened.tokenizer_if_any()
-        self.seeded = seeded
+        self.model, self.request, self.skip_bad, self.seeded = model, request, skip_bad, seeded
         self.bad: UsageError | None = None  # the bad line that ended a run, after those before it
 
     def marks(self) -> list[str]:
         """What tells this run's options and model from others, each a few letters. Raises Dsv2Error."""
         grammar = None if self.request.grammar is None else self.request.grammar.text
         options = replace(self.request, grammar=None, seed=self.request.seed if self.seeded else 0)
-        kind = [self.opened.plan.format, self.opened.plan.dtype, self.opened.plan.packing]
         ends, options = sorted(options.eos_ids), replace(options, eos_ids=frozenset(), speculate=False)
         # A newer option is named only where it is used: answers of earlier versions are gone on with.
         asked = repr((options, ends, grammar)).replace(", prompt_logprobs=None", "")
-        return [short(asked), short(repr((kind, edges(self.opened.folder))))]
+        return [short(asked), short(self.model.mark())]
 
     def read(self, lines: Iterable[bytes | None], name: str) -> Iterator[Line | None]:
         """A Line for each that is not blank, and None for None: nothing has come yet.
@@ -111,67 +144,46 @@ class Lines:
                 if not self.skip_bad:
                     fix = "mend it, or --on-bad-line skip"
                     raise UsageError(f"{name}, line {number}: {error.what}", why=error.why, fix=fix) from None
-                job = Job([], self.request, error=error.sentence)
+                job = self.model.bad(self.request, error.sentence)
             line_id = content.get("id", number) if isinstance(content, dict) else number
             yield Line(number, line_id, job, short(text.strip().decode("utf-8", "backslashreplace")))
 
-    def job(self, content: dict[str, Any], number: int) -> Job:
+    def job(self, content: dict[str, Any], number: int) -> Asking:
         """The command line's request with the line's own values on top; its seed is the run's plus the line's
         number.
 
         Raises Dsv2Error.
         """
-        ids, request = self.prompt_ids(content), self.request
-        check_prompt(self.opened.config, ids)
-        for key, rule in NUMBERS.items():
-            if key in content and content[key] not in rule:
-                what = f"{key} = {str(content[key])[:80]!r} makes no sense"
-                raise Dsv2Error(what, why=f"it must be {rule}")
-        seed = content.get("seed", request.seed + number)
-        most = content.get("max_new_tokens", request.max_new_tokens)
-        stop = content.get("stop", list(request.stop))
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
-            raise Dsv2Error("stop is neither a text nor a list of texts")
-        if stop and (self.tokenizer is None or not all(stop)):
-            raise Dsv2Error("stop can not be used", why="it needs a tokenizer, and texts that are not empty")
-        sampling = replace(request.sampling, **{key: content[key] for key in RULES if key in content})
-        return Job(ids, replace(request, sampling=sampling, seed=seed, max_new_tokens=most, stop=tuple(stop)))
-
-    def prompt_ids(self, content: dict[str, Any]) -> list[int]:
-        """Of the one prompt that a line has. Raises Dsv2Error."""
         given = [key for key in PROMPTS if content.get(key) is not None]
         if len(given) != 1 or not content[given[0]]:
             what = "it has several prompts" if len(given) > 1 else "it has no prompt"
             raise Dsv2Error(what, why=f"give one of {', '.join(PROMPTS)}")
-        key, prompt = given[0], content[given[0]]
-        if key == "prompt_ids":
-            if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-                raise Dsv2Error("prompt_ids is not a list of whole numbers")
-            return prompt
-        tokenizer = self.tokenizer or self.opened.tokenizer()  # says what is missing
-        if key == "messages":
-            messages = checked(prompt, "messages")
-            tokenizer.refuse_too_long(*(message["content"] for message in messages))
-            return tokenizer.encode_chat(messages)
-        if not isinstance(prompt, str):
-            raise Dsv2Error("prompt is not a text")
-        tokenizer.refuse_too_long(prompt)
-        return tokenizer.encode(prompt)
+        for key, rule in NUMBERS.items():
+            if key in content and content[key] not in rule:
+                what = f"{key} = {str(content[key])[:80]!r} makes no sense"
+                raise Dsv2Error(what, why=f"it must be {rule}")
+        stop = content.get("stop", list(self.request.stop))
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+            raise Dsv2Error("stop is neither a text nor a list of texts")
+        if stop and not (self.model.has_text and all(stop)):
+            raise Dsv2Error("stop can not be used", why="it needs a tokenizer, and texts that are not empty")
+        request = replace(self.request, seed=self.request.seed + number, stop=tuple(stop))
+        own = request.having(**{key: content[key] for key in NUMBERS if key in content})
+        return self.model.job(given[0], content[given[0]], own)
 
-    def answer(self, line: Line, job: Job) -> dict[str, Any]:
+    def answer(self, line: Line, job: Asking) -> dict[str, Any]:
         """The object of a finished job."""
         said = {"error": job.error}
         if not job.error or job.result.finish_reason:
-            said = self.report(job.result, self.opened, job.request, error=job.error)
+            said = self.model.report(job, error=job.error)
         return {"id": line.id, "line": line.number, **said}
 
     def answer_stdin(self) -> None:
         """Each line answered on stdout before the next is read, so that a program may wait for its answer."""
-        scheduler = Scheduler(self.opened.runner, self.tokenizer, store=self.opened.store)
         for line in self.read(ui.stdin_bytes(), "stdin"):
             assert line is not None
-            for job in scheduler.in_order([line.job]):
+            for job in self.model.in_order([line.job], 1):
                 ui.write_json(self.answer(line, job))
 
     def answer_file(self, path: Path, out: Path, width: int, restart: bool = False) -> tuple[int, int]:
@@ -239,7 +251,7 @@ class Lines:
         """
         written = errors = 0
 
-        def jobs() -> Iterator[Job | None]:
+        def jobs() -> Iterator[Asking | None]:
             try:
                 for line in lines:
                     if line is not None:
@@ -248,8 +260,7 @@ class Lines:
             except UsageError as error:
                 self.bad = error
 
-        scheduler = Scheduler(self.opened.runner, self.tokenizer, width, store=self.opened.store)
-        for job in scheduler.in_order(jobs()):
+        for job in self.model.in_order(jobs(), width):
             line = running.pop(0)
             answer = self.answer(line, job) | {"fingerprint": "-".join([line.digest, *marks])}
             file.write(json_text(answer).encode() + b"\n")

@@ -188,6 +188,14 @@ ModelOption = Annotated[
         "Default: the small model inside the package.",
     ),
 ]
+ApiOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL|NAME",
+        help="Let a server answer: its address, or its name in the configuration file. Its key comes from "
+        "the environment.",
+    ),
+]
 MaxTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to generate.")
 ]
@@ -293,10 +301,11 @@ def parse_ids(text: str) -> list[int]:
 
 def stats_line(result: Result) -> str:
     """One line on how it went, for stderr."""
-    told = [f"{len(result.tokens)} tokens"]
+    told = [f"{result.length} {result.unit}"]
     if result.decode_tokens_per_second:
         told.append(f"{result.decode_tokens_per_second:.1f} tok/s")
     told.append(f"first after {result.ttft_seconds:.2f} s")
     reused = f", {result.reused_tokens} reused" if result.reused_tokens else ""
-    told.append(f"prompt {len(result.prompt_ids)}{reused}")
+    if result.prompt_length:
+        told.append(f"prompt {result.prompt_length}{reused}")
     return " \u00b7 ".join([*told, result.finish_reason])

@@ -339,8 +339,9 @@ class Terminal:
             talk.say(line.text)
         if talk.result is not None and talk.result is not result:
             self.note(opt.stats_line(talk.result))
-            if len(talk.result.prompt_ids) + len(talk.result.tokens) >= talk.limit:
-                self.note(f"the context of {talk.limit:,} tokens is full")
+            limit = talk.model.limit
+            if limit is not None and talk.result.prompt_length + talk.result.length >= limit:
+                self.note(f"the context of {limit:,} tokens is full")
 
     def post(self, action: Callable[[], Any]) -> bool:
         """Have the main thread do something, while the prompt is there."""
@@ -533,7 +534,7 @@ class Terminal:
         """Model, context used with what is typed and attached, and speed."""
         self.count()
         talk = self.talk
-        parts = [ui.harmless(talk.model.checkpoint.name)]
+        parts = [ui.harmless(talk.model.name)]
         parts += [self.loaded] if self.loaded else []
         parts += [self.meter] if self.meter else []
         if len(talk.journal.branches) > 1:
@@ -564,10 +565,13 @@ class Terminal:
             return
         try:
             used = self.talk.count(self.talk.journal.messages(wanted[0]))
-            used += len(self.talk.model.tokenizer.encode(wanted[1], add_bos=False)) if wanted[1] else 0
+            typed = self.talk.model.length(wanted[1]) if wanted[1] else 0
         except (Dsv2Error, KeyError):
             return
-        limit = self.talk.limit
+        limit = self.talk.model.limit
+        if used is None or limit is None:
+            return
+        used += typed or 0
         self.meter = f"{used:,}/{limit:,} tokens ({used / limit:.0%})"
         self.redraw()
 
@@ -650,8 +654,9 @@ class Terminal:
         """What a long paste stands as."""
         lines = text.count("\n") + 1
         size = f"{len(text):,} characters"
-        if self.talk.model.made.get("tokenizer") is not None:
-            size = f"{len(self.talk.model.tokenizer.encode(text, add_bos=False)):,} tokens"
+        # Where the meter shows something, tokens can be counted without waiting.
+        if self.meter and (tokens := self.talk.model.length(text)) is not None:
+            size = f"{tokens:,} tokens"
         return f"[pasted {lines} lines, {size}]"
 
     def expanded(self, text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,8 +69,90 @@ class Screen(Protocol):
         """What to do about a full context."""
 
 
-class Model:
-    """A model that is being loaded, beside what a person types meanwhile."""
+class Model(Protocol):
+    """What answers: a model that is being loaded, beside what a person types meanwhile, or one behind a
+    server.
+
+    What its methods can not tell is None.
+    """
+
+    ready: threading.Event
+    failure: BaseException | None  # why it can not be asked
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def place(self) -> str:
+        """Where and how it runs, in a few words."""
+        ...
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that it holds."""
+        ...
+
+    @property
+    def held_bytes(self) -> int | None:
+        """What it remembers of the talk."""
+        ...
+
+    def run(self) -> None:
+        """Get ready; whatever happens is kept for those who wait."""
+        ...
+
+    def session(self, stop: threading.Event) -> Answering:
+        """Once it is ready. Raises Stopped where nobody wants to wait, and why it can not be asked."""
+        ...
+
+    def result(self) -> Result:
+        """For the next answer."""
+        ...
+
+    def count(self, messages: list[Message]) -> int | None:
+        """How many tokens a conversation takes."""
+        ...
+
+    def length(self, text: str) -> int | None:
+        """How many tokens a text takes."""
+        ...
+
+    def ids(self, text: str) -> list[int]:
+        """Its tokens. Raises Dsv2Error."""
+        ...
+
+    def check(self, *texts: str) -> None:
+        """Raises UsageError for texts that are too long to be looked at."""
+        ...
+
+    def remember(self, path: Path) -> str:
+        """Take over what was kept of a talk; gives why not."""
+        ...
+
+    def keep(self, path: Path) -> None:
+        """Keep what it remembers. Raises Dsv2Error."""
+        ...
+
+    def complaint(self) -> Dsv2Error | None:
+        """What else went wrong, once."""
+        ...
+
+
+class Answering(Protocol):
+    """What a message is said to: engine.session's Session."""
+
+    def reply(
+        self,
+        messages: list[Message],
+        request: Any,
+        result: Any,
+        start: str = "",
+        reading: Callable[[int, int], None] = ...,
+    ) -> Iterator[str]: ...
+
+
+class LoadedModel:
+    """A Model of this machine."""
 
     def __init__(self, checkpoint: Checkpoint, load: Callable[[], Opened]) -> None:
         """`load` may raise Dsv2Error, which is then raised wherever the model is asked for."""
@@ -112,9 +194,63 @@ class Model:
         return session
 
     @property
-    def opened(self) -> Opened | None:
-        """None before it is loaded."""
-        return self.made.get("opened")
+    def name(self) -> str:
+        return self.checkpoint.name
+
+    @property
+    def place(self) -> str:
+        opened: Opened | None = self.made.get("opened")
+        if opened is None:
+            return "loading"
+        return f"{opened.runner.device}, {str(opened.runner.dtype).removeprefix('torch.')}"
+
+    @property
+    def limit(self) -> int:
+        return self.checkpoint.config.max_position_embeddings
+
+    @property
+    def held_bytes(self) -> int:
+        session: Session | None = self.made.get("session")
+        return 0 if session is None else len(session.cached_ids) * session.scheduler.pool.bytes_per_token()
+
+    def result(self) -> Result:
+        return Result()
+
+    def count(self, messages: list[Message]) -> int:
+        return len(self.tokenizer.encode_chat(messages))
+
+    def length(self, text: str) -> int:
+        return len(self.ids(text))
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_bos=False)
+
+    def check(self, *texts: str) -> None:
+        self.tokenizer.refuse_too_long(*texts)
+
+    def remember(self, path: Path) -> str:
+        session: Session = self.made["session"]
+        if session.cached_ids:
+            return ""
+        from dsv2cli.engine import latents
+        from dsv2cli.run import page_store
+
+        identity = page_store.identity(self.checkpoint.folder, session.runner)
+        why = latents.load_cache(path, session, identity)
+        return "" if why == "none was saved" else why
+
+    def keep(self, path: Path) -> None:
+        session: Session | None = self.made.get("session")
+        if session is None or not session.cached_ids:
+            return
+        from dsv2cli.engine import latents
+        from dsv2cli.run import page_store
+
+        latents.save_cache(path, session, page_store.identity(self.checkpoint.folder, session.runner))
+
+    def complaint(self) -> Dsv2Error | None:
+        opened: Opened | None = self.made.get("opened")
+        return None if opened is None or opened.store is None else opened.store.complaint()
 
 
 @dataclass
@@ -146,23 +282,30 @@ class Talk:
         return path.stem if path.parent == places.sessions() else str(path)
 
     @property
-    def limit(self) -> int:
-        """The most tokens that the model holds."""
-        return self.model.checkpoint.config.max_position_embeddings
-
-    @property
     def attached(self) -> str:
         """The files that go before the next message, as they will stand there."""
         return self.kept_files + "".join(each.shown for each in self.files)
 
-    def count(self, messages: list[Message]) -> int:
-        """How many tokens they take."""
-        return len(self.model.tokenizer.encode_chat(messages)) if messages else 0
+    def count(self, messages: list[Message]) -> int | None:
+        """How many tokens they take, where that is known."""
+        return self.model.count(messages) if messages else 0
+
+    def full(self, messages: list[Message], spare: int = 0) -> bool:
+        """Whether they leave no room for so many more tokens, as far as that is known."""
+        limit = self.model.limit
+        tokens = None if limit is None else self.count(messages)
+        return limit is not None and tokens is not None and tokens + spare >= limit
+
+    @property
+    def spare(self) -> int:
+        """Tokens kept free for an answer when old turns are left out."""
+        return min(SPARE, (self.model.limit or 4 * SPARE) // 4)
 
     def cost(self, file: Attachment) -> str:
         """What an attachment takes, in a line."""
-        tokens = len(self.model.tokenizer.encode(file.shown, add_bos=False))
-        return f"{file.name}: {len(file.text.encode()):,} bytes, {tokens:,} tokens"
+        tokens = self.model.length(file.shown)
+        more = "" if tokens is None else f", {tokens:,} tokens"
+        return f"{file.name}: {len(file.text.encode()):,} bytes{more}"
 
     # A message and its answer.
 
@@ -178,7 +321,7 @@ class Talk:
         try:
             named = mentioned(text)
             before = kept + "".join(each.shown for each in [*files, *named])
-            self.model.tokenizer.refuse_too_long(before + text)
+            self.model.check(before + text)
             for each in named:
                 self.screen.note(self.cost(each))
             was = self.journal.head
@@ -213,10 +356,10 @@ class Talk:
         seed = self.seed()
         node, failure = onto, None
         before, head = "" if onto is None else onto.text, self.journal.head
-        result = Result()
+        result = self.model.result()
         try:
             session = self.model.session(self.stop)
-            self.remember(session)
+            self.remember()
             request = replace(self.request, seed=seed)
             messages = self.journal.messages(asked.id)
             if node is None:
@@ -242,8 +385,7 @@ class Talk:
             self.journal.move(head)
         if failure is not None:
             raise failure
-        opened = self.model.opened
-        if opened is not None and opened.store is not None and (trouble := opened.store.complaint()):
+        if trouble := self.model.complaint():
             self.screen.show_error(trouble)
         self.result = result
         return node is not None and node.text.strip() != before.strip()
@@ -258,14 +400,17 @@ class Talk:
 
     def settings(self, seed: int) -> dict[str, Any]:
         """What the record says of how an answer was made."""
-        limits = {"max_new_tokens": self.request.max_new_tokens, "stop": list(self.request.stop)}
-        settings = vars(self.request.sampling) | limits
-        return {"model": self.model.checkpoint.name, "settings": settings, "seed": seed}
+        settings = self.request.chosen()
+        settings.pop("seed", None)
+        return {"model": self.model.name, "settings": settings, "seed": seed}
 
     def reading(self, done: int, total: int) -> None:
-        """Told between two parts of the prompt. Raises Stopped."""
+        """Told between two parts of the prompt, or while nothing is known of it. Raises Stopped."""
         if self.stop.is_set():
             raise Stopped
+        if not total:
+            self.screen.status("waiting for the server")
+            return
         now = time.monotonic()
         self.began_reading = self.began_reading if done else now
         spent = now - self.began_reading
@@ -280,51 +425,50 @@ class Talk:
 
         Raises UsageError where that can not help, or is to stop.
         """
-        spare = min(SPARE, self.limit // 4)
-        message = {"role": "user", "content": text}
-        tokens = self.count([*self.journal.messages(parent), message])
-        if tokens + spare < self.limit:
+        message, limit = {"role": "user", "content": text}, self.model.limit
+        if limit is None or (tokens := self.count([*self.journal.messages(parent), message])) is None:
+            return parent  # a server that tells nothing says so when it is too much
+        if tokens + self.spare < limit:
             return parent
         lasting = [each for each in self.journal.messages(parent) if each["role"] == "system"]
-        alone = self.count([*lasting, message])
+        alone = self.count([*lasting, message]) or 0
         said = [node for node in self.journal.said(parent) if node.role == "user"]
-        if alone >= self.limit or (not said and tokens >= self.limit):
-            why = f"this model's context holds {self.limit:,} tokens"
+        if alone >= limit or (not said and tokens >= limit):
+            why = f"this model's context holds {limit:,} tokens"
             what = f"The message has {alone:,} tokens and leaves no room for an answer"
             raise UsageError(what, why=why, fix="shorten it, or attach less")
-        if not said or alone + spare >= self.limit:
+        if not said or alone + self.spare >= limit:
             return parent
         choice = self.on_overflow
         if choice == "ask":
-            choice = self.screen.ask_overflow(self.limit)
+            choice = self.screen.ask_overflow(limit)
         if choice == "stop":
-            if tokens < self.limit:
+            if tokens < limit:
                 return parent
             raise UsageError(
                 f"The conversation has {tokens:,} tokens and leaves no room for an answer",
-                why=f"this model's context holds {self.limit:,} tokens",
+                why=f"this model's context holds {limit:,} tokens",
                 fix="--on-overflow drop or summarise, or /clear",
             )
         if choice == "summarise" and len(said) > 1:
             parent = self.summarise(parent)
-        return self.leave_out(parent, message, spare)
+        return self.leave_out(parent, message)
 
     def fitting(self, messages: list[Message]) -> list[Message]:
         """Messages of somebody's own; of a full context without the oldest turns, where that was chosen."""
-        spare = min(SPARE, self.limit // 4)
         first = messages[0]["role"] == "system"
-        while self.on_overflow in ("drop", "summarise") and self.count(messages) + spare >= self.limit:
+        while self.on_overflow in ("drop", "summarise") and self.full(messages, self.spare):
             turns = [i for i, each in enumerate(messages) if each["role"] == "user"]
             if len(turns) < 2:
                 break
             messages = messages[:first] + messages[turns[1] :]
         return messages
 
-    def leave_out(self, parent: str, message: Message, spare: int) -> str:
+    def leave_out(self, parent: str, message: Message) -> str:
         """Send no more of the oldest turns than leaves room for a message; the record keeps them."""
         said, dropped = self.journal.said(parent), list[Node]()
         keep = self.journal.messages(parent)[: -len(said) or None]
-        while said and self.count([*keep, *(node.message for node in said), message]) + spare >= self.limit:
+        while said and self.full([*keep, *(node.message for node in said), message], self.spare):
             end = next((i for i, node in enumerate(said) if i and node.role == "user"), len(said))
             dropped, said = dropped + said[:end], said[end:]
         if not dropped:
@@ -344,13 +488,11 @@ class Talk:
         last = max(i for i, node in enumerate(said) if node.role == "user")
         keep = self.journal.messages(parent)[: -len(said)]
         old, ask = said[:last], {"role": "user", "content": SUMMARISE}
-        while (
-            old and self.count([*keep, *(node.message for node in old), ask]) + SUMMARY_TOKENS >= self.limit
-        ):
+        while old and self.full([*keep, *(node.message for node in old), ask], SUMMARY_TOKENS):
             old = old[next((i for i, node in enumerate(old) if i and node.role == "user"), len(old)) :]
-        session, result = self.model.session(self.stop), Result()
-        self.remember(session)
-        request = replace(self.request, max_new_tokens=SUMMARY_TOKENS, seed=self.seed())
+        session, result = self.model.session(self.stop), self.model.result()
+        self.remember()
+        request = replace(self.request.having(max_new_tokens=SUMMARY_TOKENS), seed=self.seed())
         text = ""
         for piece in session.reply(
             [*keep, *(node.message for node in old), ask], request, result, "", self.reading
@@ -429,32 +571,20 @@ class Talk:
         if self.journal.system != text:
             self.journal.add("system", text)
 
-    def remember(self, session: Session) -> None:
+    def remember(self) -> None:
         """Take over the cache that was saved beside a talk that is gone on with, once."""
         name, self.cache_of = self.cache_of, ""
-        if not name or session.cached_ids:
-            return
-        from dsv2cli.engine import latents
-        from dsv2cli.run import page_store
-
-        model = page_store.identity(self.model.checkpoint.folder, session.runner)
-        why = latents.load_cache(cache_path(name), session, model)
-        if why not in ("", "none was saved"):
+        if name and (why := self.model.remember(cache_path(name))):
             self.screen.note(f"the saved cache is not used: {why}")
 
     def save_cache(self) -> None:
         """Keep the latents too, when leaving; not where the text itself could not be kept."""
-        session = self.model.made.get("session")
         path = self.journal.path
         inside = path is not None and path.parent == places.sessions() and not self.journal.shared
-        if session is None or not inside or not session.cached_ids or self.journal.waiting:
+        if not inside or self.journal.waiting:
             return
-        from dsv2cli.engine import latents
-        from dsv2cli.run import page_store
-
         try:
-            model = page_store.identity(self.model.checkpoint.folder, session.runner)
-            latents.save_cache(cache_path(self.name), session, model)
+            self.model.keep(cache_path(self.name))
         except Dsv2Error as error:
             self.screen.show_error(error)
 
@@ -475,13 +605,13 @@ def cache_path(name: str) -> Path:
 
 def counts(result: Result) -> dict[str, Any]:
     """What the record says of how an answer went."""
-    return {"prompt_tokens": len(result.prompt_ids), "generated_tokens": len(result.tokens)}
+    return {"prompt_tokens": result.prompt_length, "generated_tokens": result.length}
 
 
 def rate(result: Result) -> str:
     """How it is going, for the line below the text."""
     speed = result.decode_tokens_per_second
-    return f"{len(result.tokens):,} tokens" + (f" \u00b7 {speed:.1f} tok/s" if speed else "")
+    return f"{result.length:,} {result.unit}" + (f" \u00b7 {speed:.1f} tok/s" if speed else "")
 
 
 def shortened(text: str, most: int = 60) -> str:

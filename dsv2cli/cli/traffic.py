@@ -76,8 +76,8 @@ def cells(run: dict[str, Any]) -> list[str]:
         ranged(run["requests_per_second"]),
         first,
         gaps,
-        f"{run['hit_rate']:.0%}",
-        str(run["pages_used"]),
+        "" if run["hit_rate"] is None else f"{run['hit_rate']:.0%}",
+        "" if run["pages_used"] is None else str(run["pages_used"]),
     ]
 
 
@@ -94,6 +94,6 @@ def remarks(console: Console, runs: list[dict[str, Any]]) -> None:
     """What stands in no column."""
     for run in runs:
         total = f"{ranged(run['total_tokens_per_second'])} tok/s with those of the prompts"
-        pages = f"{run['pages_used']:,} of {run['pages']:,} pages"
+        pages = "" if run["pages"] is None else f", {run['pages_used']:,} of {run['pages']:,} pages"
         left = f", {run['preempted']} times a request had to leave its pages" if run["preempted"] else ""
-        console.print(f"{label(run)}: {total}, {pages}{left}")
+        console.print(f"{label(run)}: {total}{pages}{left}")

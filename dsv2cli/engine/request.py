@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.model.config import DeepseekV2Config
@@ -75,6 +75,20 @@ class Request:
     grammar: Grammar | None = None
     prompt_logprobs: int | None = None
 
+    def having(self, **values: Any) -> Self:
+        """The same with other settings. Raises UsageError for a value that makes no sense."""
+        own = {name: value for name, value in values.items() if name in RULES}
+        others = {name: value for name, value in values.items() if name not in RULES}
+        return replace(self, sampling=replace(self.sampling, **own), **others)
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings that hold, by their names."""
+        return vars(self.sampling) | {
+            "max_new_tokens": self.max_new_tokens,
+            "stop": list(self.stop),
+            "seed": self.seed,
+        }
+
     @property
     def plain(self) -> bool:
         """Whether the next token follows from the scores alone, so that a device can choose it before anyone
@@ -116,8 +130,21 @@ class Result:
     decode_seconds: float = 0.0
 
     @property
+    def unit(self) -> str:
+        """What `length` counts."""
+        return "tokens"
+
+    @property
     def token_ids(self) -> list[int]:
         return [token.id for token in self.tokens]
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -127,11 +154,7 @@ class Result:
     @property
     def decode_tokens_per_second(self) -> float | None:
         """Tokens after the first over the time they took; None with fewer than two."""
-        return (
-            (len(self.tokens) - 1) / self.decode_seconds
-            if len(self.tokens) > 1 and self.decode_seconds
-            else None
-        )
+        return (self.length - 1) / self.decode_seconds if self.length > 1 and self.decode_seconds else None
 
 
 def check_prompt(config: DeepseekV2Config, prompt_ids: list[int]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +82,14 @@ class Run:
 
     served: list[Served]
     seconds: float  # from the first arrival to the last token
+    generated_tokens: int
     prompt_tokens: int
-    reused_tokens: int  # of them, that were found in the pool
-    pages: int  # held at the same time, at most
-    all_pages: int  # that the pool has
-    preempted: int  # times that a request had to leave its pages to others
+    reused_tokens: int | None  # of them, that were found in the pool
+    # None where only the server knows: pages held at the same time, at most; pages that the pool has; times
+    # that a request had to leave its pages to others
+    pages: int | None = None
+    all_pages: int | None = None
+    preempted: int | None = None
 
 
 def drive(runner: Runner, traffic: Traffic, seed: int) -> Run:
@@ -124,6 +128,7 @@ def drive(runner: Runner, traffic: Traffic, seed: int) -> Run:
     return Run(
         list(served.values()),
         time.perf_counter() - began,
+        sum(len(job.result.tokens) for job in jobs),
         sum(len(job.prompt_ids) for job in jobs),
         sum(job.result.reused_tokens for job in jobs),
         pages,
@@ -144,24 +149,39 @@ def measure(
     Raises Dsv2Error where a request does not fit into the context, or can not be answered.
     """
     refuse_longer(runner, traffic.prompt, traffic.generate, "a smaller --prompt or --generate")
+    machine = Machine(runner.device, runner.dtype, kernels)
+    driving = functools.partial(drive, runner)
+    return measure_driven(driving, traffic, repetitions, tick, machine.read_bytes_per_second)
+
+
+def measure_driven(
+    drive: Callable[[Traffic, int], Run],
+    traffic: Traffic,
+    repetitions: int,
+    tick: Callable[[], None] = lambda: None,
+    reading: Callable[[], float] | None = None,
+) -> dict[str, Any]:
+    """The same of whatever answers when it is driven, with a seed; `reading` measures how fast this machine
+    reads memory.
+    """
     width = min(traffic.concurrency, traffic.requests)
-    drive(runner, Traffic(width, min(traffic.prompt, 64), 2, width), seed=repetitions)
+    drive(Traffic(width, min(traffic.prompt, 64), 2, width), repetitions)
     tick()
-    machine, runs, reading = Machine(runner.device, runner.dtype, kernels), list[Run](), list[float]()
+    runs, read = list[Run](), list[float]()
     for repetition in range(repetitions):
-        reading.append(machine.read_bytes_per_second())
-        runs.append(drive(runner, traffic, seed=repetition))
+        if reading is not None:
+            read.append(reading())
+        runs.append(drive(traffic, repetition))
         tick()
-    generated = [sum(len(each.times) for each in run.served) for run in runs]
     rates = {
-        "output_tokens_per_second": [count / run.seconds for count, run in zip(generated, runs, strict=True)],
-        "total_tokens_per_second": [
-            (count + run.prompt_tokens) / run.seconds for count, run in zip(generated, runs, strict=True)
-        ],
+        "output_tokens_per_second": [run.generated_tokens / run.seconds for run in runs],
+        "total_tokens_per_second": [(run.generated_tokens + run.prompt_tokens) / run.seconds for run in runs],
         "requests_per_second": [len(run.served) / run.seconds for run in runs],
-        "read_bytes_per_second": reading,
-    }
+    } | ({"read_bytes_per_second": read} if read else {})
     served = [each for run in runs for each in run.served]
+    reused = [run.reused_tokens for run in runs]
+    known = [each for each in reused if each is not None]
+    prompts = sum(run.prompt_tokens for run in runs)
     return (
         {"engine": "dsv2"}
         | traffic.as_json()
@@ -169,9 +189,14 @@ def measure(
         | {
             "ttft_seconds": percentiles([each.first for each in served]),
             "itl_seconds": percentiles([gap for each in served for gap in each.gaps]),
-            "hit_rate": sum(run.reused_tokens for run in runs) / sum(run.prompt_tokens for run in runs),
-            "pages_used": max(run.pages for run in runs),
+            "hit_rate": sum(known) / prompts if prompts and len(known) == len(runs) else None,
+            "pages_used": most(run.pages for run in runs),
             "pages": runs[0].all_pages,
-            "preempted": sum(run.preempted for run in runs),
+            "preempted": most(run.preempted for run in runs),
         }
     )
+
+
+def most(counts: Iterable[int | None]) -> int | None:
+    """The largest, where they are known."""
+    return max((each for each in counts if each is not None), default=None)

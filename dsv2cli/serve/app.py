@@ -219,8 +219,8 @@ class Server:
         """Raises Refused."""
         fields, tokenizer = Fields(body), self.model.tokenizer
         self.model.require(fields)
-        if "messages" in fields.left:
-            ids = self.model.chat_ids(messages_of(fields))
+        if "messages" in fields.left:  # more than the model holds, too: that is for who counts to know
+            ids = self.model.chat_ids(messages_of(fields), whole=False)
             fields.only("add_generation_prompt", True)
         else:
             text, bos = fields.take("prompt", (str,), ""), fields.take("add_special_tokens", (bool,), True)

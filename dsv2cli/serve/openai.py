@@ -73,11 +73,15 @@ class Model:
             self.tokenizer.refuse_too_long(text)
             return self.check(self.tokenizer.encode(text), param)
 
-    def chat_ids(self, messages: list[dict[str, str]], start: str = "") -> list[int]:
-        """A conversation as a prompt, and how its answer starts. Raises Refused."""
+    def chat_ids(self, messages: list[dict[str, str]], start: str = "", whole: bool = True) -> list[int]:
+        """A conversation as a prompt, and how its answer starts; `whole` where the model is to read it.
+
+        Raises Refused.
+        """
         with refusing("messages"):
             self.tokenizer.refuse_too_long(start, *(message["content"] for message in messages))
-            return self.check(self.tokenizer.encode_chat(messages, start), "messages")
+            ids = self.tokenizer.encode_chat(messages, start)
+            return self.check(ids, "messages") if whole else ids
 
     def room(self, ids: list[int], most: int | None, param: str) -> int | None:
         """How many tokens may come. Raises Refused where the context holds fewer."""

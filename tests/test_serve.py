@@ -291,7 +291,10 @@ def test_messages_are_answered_as_anthropics_clients_expect(client):
     assert count == {"input_tokens": used["prompt_tokens"]}
     for wrong, param in (
         ({"messages": HELLO}, "max_tokens"),
-        ({"messages": HELLO, "max_tokens": 5, "tools": [{"name": "x"}]}, "tools"),
+        ({"messages": HELLO, "max_tokens": 5, "tools": [{"type": "web", "name": "x"}]}, "tools"),
+        ({"messages": HELLO, "max_tokens": 5, "tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"messages": HELLO[:0], "max_tokens": 5}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "max_tokens": 5}, "messages"),
         ({"messages": HELLO, "max_tokens": 5, "thinking": {"type": "enabled"}}, "thinking"),
         ({"messages": [{"role": "system", "content": "x"}, *HELLO], "max_tokens": 5}, "messages"),
         ({"messages": HELLO, "max_tokens": 5, "system": [{"type": "image"}]}, "system"),
@@ -337,7 +340,9 @@ def test_responses_are_answered_and_nothing_is_kept(client):
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call_output"}]}, "input"),
         ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"input": "x", "tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"input": "x", "tools": [{"type": "function"}]}, "tools"),
+        ({"input": "x", "tools": ["f"]}, "tools"),
+        ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"input": "x", "background": True}, "background"),
     ):
         assert client.post("/v1/responses", status=400, **wrong)["error"]["param"] == param
@@ -440,6 +445,101 @@ def test_a_call_is_whole_and_valid_and_its_result_is_told(client):
     assert answer["message"]["content"] or answer["message"]["tool_calls"]
     words = client.chat(tools=TOOLS, tool_choice="none")["choices"][0]["message"]
     assert words == client.chat()["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("choice", ["add", "any", "auto"])
+def test_agents_of_anthropics_kind_have_functions_called(client, choice):
+    about = [tool["function"] for tool in TOOLS]
+    tools = [
+        {"name": each["name"], "input_schema": each["parameters"], "cache_control": {"type": "ephemeral"}}
+        for each in about
+    ]
+    wanted = {"type": "tool", "name": "add"} if choice == "add" else {"type": choice}
+    asked = {"tools": tools, "tool_choice": wanted, "max_tokens": 200, "temperature": 1, "seed": 2}
+    answer = client.post("/v1/messages", messages=HELLO, **asked)
+    (block,) = answer["content"]
+    if choice != "auto":
+        assert (block["type"], answer["stop_reason"]) == ("tool_use", "tool_use")
+        assert choice == "any" or (block["name"] == "add" and block["input"]["a"] <= 9)
+    start, begun, *deltas, _, last, _ = client.named("/v1/messages", messages=HELLO, **asked)
+    assert begun["content_block"]["type"] == block["type"] and start["message"]["content"] == []
+    assert last["delta"]["stop_reason"] == answer["stop_reason"]
+    if block["type"] == "text":
+        assert "".join(each["delta"]["text"] for each in deltas) == block["text"]
+        return
+    told = json.loads("".join(each["delta"]["partial_json"] for each in deltas))
+    assert told == block["input"] and begun["content_block"]["name"] == block["name"]
+    talk = [
+        *HELLO,
+        {"role": "assistant", "content": [{"type": "text", "text": "I will add."}, block]},
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": block["id"],
+                    "content": [{"type": "text", "text": "14"}],
+                },
+                {"type": "text", "text": "And now?"},
+            ],
+        },
+    ]
+    brief = asked | {"tool_choice": {"type": "none"}, "max_tokens": 5}
+    assert client.post("/v1/messages", messages=talk, **brief)["content"][0]["type"] == "text"
+    counted = client.post("/v1/messages/count_tokens", messages=talk, tools=tools)["input_tokens"]
+    assert counted > client.post("/v1/messages/count_tokens", messages=talk)["input_tokens"]
+    talk[2]["content"][0]["tool_use_id"] = "another"
+    assert (
+        "nobody made" in client.post("/v1/messages", status=400, messages=talk, **brief)["error"]["message"]
+    )
+
+
+@pytest.mark.parametrize("choice", ["add", "required", "auto"])
+def test_responses_have_functions_called(client, choice):
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS] + [{"type": "web_search"}]
+    wanted = {"type": "function", "name": "add"} if choice == "add" else choice
+    asked = {"tools": tools, "tool_choice": wanted, "max_output_tokens": 200, "temperature": 1, "seed": 2}
+    answer = client.post("/v1/responses", input="Hello", **asked)
+    (item,) = answer["output"]
+    events = client.named("/v1/responses", input="Hello", **asked)
+    assert [each["sequence_number"] for each in events] == list(range(len(events)))
+    (streamed,) = events[-1]["response"]["output"]
+    if choice == "auto" and item["type"] == "message":
+        assert streamed["content"] == item["content"]
+        return
+    assert (item["type"] == "function_call" and choice != "add") or item["name"] == "add"
+    assert {key: streamed[key] for key in ("type", "name", "arguments", "status")} == {
+        key: item[key] for key in ("type", "name", "arguments", "status")
+    }
+    assert [each["type"] for each in events[2:]] == [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    talk = [*HELLO, item, {"type": "function_call_output", "call_id": item["call_id"], "output": "14"}]
+    brief = asked | {"tool_choice": "none", "max_output_tokens": 5}
+    assert client.post("/v1/responses", input=talk, **brief)["output"][0]["type"] == "message"
+    talk[2]["call_id"] = "another"
+    assert client.post("/v1/responses", status=400, input=talk, **brief)["error"]["param"] == "input"
+
+
+def test_a_call_that_is_cut_off_is_text_on_every_way(client):
+    tools = [{"name": "add", "input_schema": TOOLS[1]["function"]["parameters"]}]
+    asked = {"messages": HELLO, "tools": tools, "tool_choice": {"type": "any"}, "max_tokens": 4}
+    answer = client.post("/v1/messages", **asked)
+    assert answer["content"][0]["type"] == "text" and answer["stop_reason"] == "max_tokens"
+    _, begun, delta, *_ = client.named("/v1/messages", **asked)
+    assert begun["content_block"]["type"] == "text" and delta["delta"]["text"].startswith("{")
+    tools = [{"type": "function", **TOOLS[1]["function"]}]
+    asked = {"input": "Hello", "tools": tools, "tool_choice": "required", "max_output_tokens": 4}
+    answer = client.post("/v1/responses", **asked)
+    assert answer["status"] == "incomplete" and answer["output"][0]["type"] == "message"
+    events = client.named("/v1/responses", **asked)
+    (item,) = events[-1]["response"]["output"]
+    deltas = [each["delta"] for each in events if each["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == item["content"][0]["text"] != ""
 
 
 def test_tools_become_words_that_a_template_knows():

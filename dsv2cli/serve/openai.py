@@ -27,7 +27,7 @@ from dsv2cli.serve.fields import (
     streaming_of,
     whole_numbers,
 )
-from dsv2cli.serve.tools import Tools, in_words, tools_of
+from dsv2cli.serve.tools import Tools, in_words, new_id, tools_of
 
 REASONS = {"interrupted": "stop", "deadline": "length"}  # theirs, where it is another word
 WITHOUT_MEANING = ("user", "metadata", "safety_identifier", "prompt_cache_key", "store", "service_tier")
@@ -127,6 +127,15 @@ class Model:
         with refusing("response_format"):
             return self.grammar(request, schema=json.dumps(schema))
 
+    def calling(self, tools: Tools, request: Request) -> Request:
+        """The request held to calls of these functions, or words. Raises Refused."""
+        if not tools:
+            return request
+        if request.grammar is not None:
+            raise Refused("response_format goes without tools", "response_format")
+        with refusing("tools", "tools can not be used: "):
+            return self.grammar(request, lark=tools.lark)
+
 
 Event = tuple[str, Any]  # of a stream: its name, where it has one, and its object
 DONE: Event = ("", None)  # the end of one
@@ -181,11 +190,7 @@ def asked_chat(body: Any, model: Model) -> Asked:
     model.require(fields)
     tools = tools_of(fields)
     fields.left["messages"] = in_words(fields.left.get("messages"))
-    messages = messages_of(fields)
-    if tools:
-        before = messages.pop(0)["content"] + "\n\n" if messages[0]["role"] == "system" else ""
-        messages = [{"role": "system", "content": before + tools.told()}, *messages]
-    ids = model.chat_ids(messages)
+    ids = model.chat_ids(tools.introduced(messages_of(fields)))
     stream, usage = streaming_of(fields)
     request = sampling_of(fields, model.seed(fields, model.request))
     most = fields.whole("max_completion_tokens", 1, 2**31)
@@ -196,12 +201,7 @@ def asked_chat(body: Any, model: Model) -> Asked:
     top = fields.whole("top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not scored:
         raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
-    request = model.held(fields.take("response_format", (dict,), {}), request)
-    if tools:
-        if request.grammar is not None:
-            raise Refused("response_format goes without tools", "response_format")
-        with refusing("tools", "tools can not be used: "):
-            request = model.grammar(request, lark=tools.lark)
+    request = model.calling(tools, model.held(fields.take("response_format", (dict,), {}), request))
     fields.only("modalities", ["text"])
     fields.only("reasoning_effort", "none")
     fields.ignore(*WITHOUT_MEANING)
@@ -311,7 +311,7 @@ class Chat:
             text, reason = job.result.text.removeprefix(" "), reason_of(job.result)
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if (call := self.tools.call_in(text)) is not None:
-                message |= {"content": None, "tool_calls": [call]}
+                message |= {"content": None, "tool_calls": [told_call(*call)]}
                 reason = "tool_calls"
             scores = self.scores(job.result.tokens) if job.request.logprobs is not None else None
             choices.append({"index": i, "message": message, "logprobs": scores, "finish_reason": reason})
@@ -322,7 +322,7 @@ class Chat:
 
     def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         scores = self.scores(tokens) if job.request.logprobs is not None else None
-        if self.tools and (index in self.calls or job.result.text.lstrip().startswith("{")):
+        if index in self.calls or self.tools.may_call(job.result.text):
             self.calls[index] = self.calls.get(index, "") + text  # it comes whole, or not as a call
             return []
         return [("", self.piece(index, {"content": text}, scores))]
@@ -330,7 +330,8 @@ class Chat:
     def last(self, index: int, job: Job) -> list[Event]:
         text, reason, out = self.calls.get(index, ""), reason_of(job.result), list[Event]()
         if (call := self.tools.call_in(text)) is not None:
-            out, reason = [("", self.piece(index, {"tool_calls": [{"index": 0} | call]}))], "tool_calls"
+            told = {"index": 0} | told_call(*call)
+            out, reason = [("", self.piece(index, {"tool_calls": [told]}))], "tool_calls"
         elif text:
             out = [("", self.piece(index, {"content": text}))]
         return [*out, ("", self.piece(index, {}, None, reason))]
@@ -357,6 +358,11 @@ class Chat:
     def score(self, token_id: int, logprob: float | None) -> dict[str, Any]:
         data = list(self.model.tokenizer.bytes_of(token_id))
         return {"token": self.model.word(token_id), "logprob": logprob, "bytes": data}
+
+
+def told_call(name: str, arguments: str) -> dict[str, Any]:
+    """A call of a function, in an object of its own."""
+    return {"id": new_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @dataclass

@@ -10,8 +10,9 @@ from typing import Any
 from dsv2cli.engine.request import Token
 from dsv2cli.engine.scheduler import Job
 from dsv2cli.serve.anthropic import named
-from dsv2cli.serve.fields import Fields, Refused, messages_of, sampling_of
+from dsv2cli.serve.fields import Fields, Refused, messages_of, sampling_of, text_of
 from dsv2cli.serve.openai import WITHOUT_MEANING, Asked, Event, Model, usage_of
+from dsv2cli.serve.tools import Tools, chosen, function_of, in_words, listed_tools, new_id
 
 PARTS = ("input_text", "output_text", "text")
 
@@ -23,31 +24,47 @@ def conversation_of(fields: Fields) -> list[dict[str, str]]:
     if not given:
         raise Refused("input is missing or empty", "input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    messages = [{"role": "system", "content": instructions}] if instructions else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
     for place, item in enumerate(items):
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "function": function}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            continue
+        if kind == "function_call_output":
+            given = item.get("output")
+            given = given if isinstance(given, str) else text_of(texts(given), "input")
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": given})
+            continue
         if not isinstance(item, dict) or item.get("type", "message") != "message":
             kind = item.get("type") if isinstance(item, dict) else item
             raise Refused(f"input[{place}] is not a message but {str(kind)[:40]!r}", "input")
-        content = item.get("content")
-        if isinstance(content, list):
-            content = [
-                {"type": "text", "text": part.get("text")}
-                if isinstance(part, dict) and part.get("type") in PARTS
-                else part
-                for part in content
-            ]
-        messages.append({"role": item.get("role"), "content": content})
+        messages.append({"role": item.get("role"), "content": texts(item.get("content"))})
     try:
-        return messages_of(Fields({"messages": messages}))
+        return messages_of(Fields({"messages": in_words(messages)}))
     except Refused as error:
         raise Refused(error.message.replace("messages", "input"), "input") from None
+
+
+def texts(content: Any) -> Any:
+    """Parts as chat completions name them."""
+    if not isinstance(content, list):
+        return content
+    return [
+        {"type": "text", "text": part.get("text")}
+        if isinstance(part, dict) and part.get("type") in PARTS
+        else part
+        for part in content
+    ]
 
 
 def asked_response(body: Any, model: Model) -> Asked:
     """Raises Refused."""
     fields = Fields(body)
     model.require(fields)
-    ids = model.chat_ids(conversation_of(fields))
+    tools = tools_of(fields)
+    ids = model.chat_ids(tools.introduced(conversation_of(fields)))
     most = fields.whole("max_output_tokens", 1, 2**31)
     text = Fields(fields.take("text", (dict,), {}))
     form = text.take("format", (dict,), {})
@@ -61,27 +78,37 @@ def asked_response(body: Any, model: Model) -> Asked:
     options.only("include_obfuscation", False)
     options.done()
     request = model.held(form, sampling_of(fields, model.seed(fields, model.request)))
+    request = model.calling(tools, request)
     if "previous_response_id" in fields.left:
         raise Refused("previous_response_id: nothing is kept here, send all of it", "previous_response_id")
-    skip_tools(fields)
     fields.only("background", False)
     fields.only("truncation", "disabled")
     fields.only("include", [], ["reasoning.encrypted_content"])
     fields.only("parallel_tool_calls", True, False)
-    fields.only("tool_choice", "none", "auto")
     fields.ignore("reasoning", "max_tool_calls", *WITHOUT_MEANING)
     fields.done()
     request = replace(request, max_new_tokens=model.room(ids, most, "max_output_tokens"))
-    return Asked([Job(ids, request)], stream, Responses(model, most))
+    return Asked([Job(ids, request)], stream, Responses(model, most, tools))
 
 
-def skip_tools(fields: Fields) -> None:
-    """Tools that the other side would run by itself are not there. Raises Refused for functions, which it
-    would wait for.
+def tools_of(fields: Fields) -> Tools:
+    """The functions of a body; tools that the other side would run by itself are not there. Raises
+    Refused.
     """
-    for tool in fields.take("tools", (list,), []):
-        if not isinstance(tool, dict) or tool.get("type") == "function":
-            raise Refused("tools: functions are not supported here", "tools")
+    functions = []
+    for place, tool in enumerate(listed_tools(fields)):
+        if not isinstance(tool, dict):
+            raise Refused(f"tools[{place}] is no object", "tools")
+        if tool.get("type") == "function":
+            functions.append(function_of(place, {key: tool[key] for key in tool if key != "type"}))
+    choice = fields.take("tool_choice", (str, dict), "auto" if functions else "none")
+    name = None
+    if isinstance(choice, dict):
+        inner = Fields(choice)
+        inner.only("type", "function")
+        choice, name = "required", inner.take("name", (str,), "")
+        inner.done()
+    return chosen(functions, choice if functions or choice != "auto" else "none", name)
 
 
 @dataclass
@@ -90,11 +117,13 @@ class Responses:
 
     model: Model
     most: int | None
+    tools: Tools
     id: str = field(default_factory=lambda: "resp_" + secrets.token_hex(12))
     item: str = field(default_factory=lambda: "msg_" + secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     number: int = 0  # of the next event
     text: str = ""
+    begun: bool = False  # whether the message was
     blank, named = True, True
 
     def about(self, status: str, output: list[Any], job: Job | None) -> dict[str, Any]:
@@ -124,8 +153,8 @@ class Responses:
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": self.tools.choice,
+            "tools": [{"type": "function", "strict": True} | each for each in self.tools.functions],
             "usage": usage,
             "metadata": {},
         }
@@ -149,7 +178,14 @@ class Responses:
     def whole(self, jobs: list[Job]) -> dict[str, Any]:
         (job,) = jobs
         status, text = self.status(job), job.result.text.removeprefix(" ")
-        return self.about(status, [self.message(text, status)], job)
+        call = self.tools.call_in(text)
+        item = self.message(text, status) if call is None else self.call(*call)
+        return self.about(status, [item], job)
+
+    def call(self, name: str, arguments: str) -> dict[str, Any]:
+        """A call of a function, as an item."""
+        about = {"type": "function_call", "id": self.item, "call_id": new_id(), "status": "completed"}
+        return about | {"name": name, "arguments": arguments}
 
     def event(self, kind: str, **content: Any) -> Event:
         self.number += 1
@@ -160,22 +196,55 @@ class Responses:
         return [
             self.event("response.created", response=empty),
             self.event("response.in_progress", response=empty),
+        ]
+
+    def begin(self) -> list[Event]:
+        """The message, where it was not begun yet."""
+        begun, self.begun = self.begun, True
+        if begun:
+            return []
+        return [
             self.event("response.output_item.added", output_index=0, item=self.message("", "in_progress")),
             self.event("response.content_part.added", **self.place, part=self.part("")),
         ]
 
     def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         self.text += text
-        return [self.event("response.output_text.delta", **self.place, delta=text, logprobs=[])]
+        if not self.begun and self.tools.may_call(job.result.text):
+            return []
+        delta = self.text if not self.begun else text
+        return [
+            *self.begin(),
+            self.event("response.output_text.delta", **self.place, delta=delta, logprobs=[]),
+        ]
 
     def last(self, index: int, job: Job) -> list[Event]:
-        status = self.status(job)
-        item = self.message(self.text, status)
+        status, call = self.status(job), None if self.begun else self.tools.call_in(self.text)
+        if call is None:
+            item, out = self.message(self.text, status), self.said()
+        else:
+            item, place = self.call(*call), {"item_id": self.item, "output_index": 0}
+            empty = item | {"arguments": "", "status": "in_progress"}
+            done: dict[str, Any] = place | {"arguments": call[1]}
+            out = [
+                self.event("response.output_item.added", output_index=0, item=empty),
+                self.event("response.function_call_arguments.delta", **place, delta=call[1]),
+                self.event("response.function_call_arguments.done", **done, name=call[0]),
+            ]
         return [
-            self.event("response.output_text.done", **self.place, text=self.text, logprobs=[]),
-            self.event("response.content_part.done", **self.place, part=self.part(self.text)),
+            *out,
             self.event("response.output_item.done", output_index=0, item=item),
             self.event(f"response.{status}", response=self.about(status, [item], job)),
+        ]
+
+    def said(self) -> list[Event]:
+        """The end of the message's one text."""
+        whole = [] if self.begun else [self.text]  # nothing yet, or a call that was cut off
+        return [
+            *self.begin(),
+            *(self.event("response.output_text.delta", **self.place, delta=t, logprobs=[]) for t in whole),
+            self.event("response.output_text.done", **self.place, text=self.text, logprobs=[]),
+            self.event("response.content_part.done", **self.place, part=self.part(self.text)),
         ]
 
     def end(self, jobs: list[Job]) -> list[Event]:

@@ -63,43 +63,75 @@ class Tools:
         listed = [json.dumps(each, ensure_ascii=False) for each in self.functions]
         return WORDS.format(functions="\n".join(listed), when=WHENS[self.choice])
 
-    def call_in(self, text: str) -> dict[str, Any] | None:
-        """The call that an answer is, as OpenAI's clients read it; None where it is none, or cut off."""
-        if not self or not text.lstrip().startswith("{"):
+    def may_call(self, text: str) -> bool:
+        """Whether an answer that begins so may become a call: it is held back until it is whole."""
+        return bool(self) and text.lstrip().startswith("{")
+
+    def call_in(self, text: str) -> tuple[str, str] | None:
+        """The call that an answer is: a name, and arguments in JSON; None where it is none, or cut off."""
+        if not self.may_call(text):
             return None
         try:
             call = parse_json(text)
-            name, arguments = call["name"], call["arguments"]
+            return call["name"], json.dumps(call["arguments"], ensure_ascii=False)
         except (ValueError, KeyError, TypeError):
             return None
-        said = json.dumps(arguments, ensure_ascii=False)
-        return {
-            "id": "call_" + secrets.token_hex(12),
-            "type": "function",
-            "function": {"name": name, "arguments": said},
-        }
+
+    def introduced(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """A conversation in which the model is told of them first."""
+        if not self:
+            return messages
+        before = ""
+        if messages[0]["role"] == "system":
+            before, messages = messages[0]["content"] + "\n\n", messages[1:]
+        return [{"role": "system", "content": before + self.told()}, *messages]
+
+
+def new_id() -> str:
+    """Of a call."""
+    return "call_" + secrets.token_hex(12)
 
 
 def tools_of(fields: Fields) -> Tools:
-    """The functions of a body. Raises Refused."""
-    listed = fields.take("tools", (list,), [])
-    if len(listed) > MOST:
-        raise Refused(f"tools are {len(listed)}, and {MOST} are the most", "tools")
-    functions = [function_of(place, tool) for place, tool in enumerate(listed)]
-    names = [each["name"] for each in functions]
-    if len(set(names)) < len(names):
-        raise Refused("tools has two of one name", "tools")
+    """The functions of a body of chat completions. Raises Refused."""
+    functions = []
+    for place, tool in enumerate(listed_tools(fields)):
+        outer = Fields(tool)
+        if outer.take("type", (str,), "function") != "function":
+            raise Refused(f"tools[{place}] is no function", "tools")
+        functions.append(function_of(place, outer.take("function", (dict,), {})))
+        outer.done()
     choice = fields.take("tool_choice", (str, dict), "auto" if functions else "none")
     fields.only("parallel_tool_calls", True, False)
     fields.only("functions", [])
     fields.only("function_call", "none", "auto")
+    name = None
     if isinstance(choice, dict):
         inner = Fields(choice)
         inner.only("type", "function")
         wanted = Fields(inner.take("function", (dict,), {}))
-        name = wanted.take("name", (str,), "")
+        choice, name = "required", wanted.take("name", (str,), "")
         wanted.done()
         inner.done()
+    return chosen(functions, choice, name)
+
+
+def listed_tools(fields: Fields) -> list[Any]:
+    """Raises Refused for too many."""
+    listed: list[Any] = fields.take("tools", (list,), [])
+    if len(listed) > MOST:
+        raise Refused(f"tools are {len(listed)}, and {MOST} are the most", "tools")
+    return listed
+
+
+def chosen(functions: list[dict[str, Any]], choice: str, name: str | None) -> Tools:
+    """Functions of which one may, or must, be called; of one `name` alone, where there is one. Raises
+    Refused.
+    """
+    names = [each["name"] for each in functions]
+    if len(set(names)) < len(names):
+        raise Refused("tools has two of one name", "tools")
+    if name is not None:
         if name not in names:
             raise Refused(f"tool_choice names {name[:64]!r}, which is none of the tools", "tool_choice")
         return Tools([each for each in functions if each["name"] == name], "required")
@@ -108,23 +140,18 @@ def tools_of(fields: Fields) -> Tools:
     return Tools(functions, choice)
 
 
-def function_of(place: int, tool: Any) -> dict[str, Any]:
-    """One function. Raises Refused for what is none."""
-    where = f"tools[{place}]"
-    outer = Fields(tool)
-    if outer.take("type", (str,), "function") != "function":
-        raise Refused(f"{where} is no function", "tools")
-    inner = Fields(outer.take("function", (dict,), {}))
-    outer.done()
+def function_of(place: int, function: Any, parameters: str = "parameters") -> dict[str, Any]:
+    """One function, whose schema stands in the field `parameters`. Raises Refused for what is none."""
+    where, inner = f"tools[{place}]", Fields(function)
     name, about = inner.take("name", (str,), ""), inner.take("description", (str,), "")
-    parameters = inner.take("parameters", (dict,), {"type": "object", "properties": {}})
+    schema = inner.take(parameters, (dict,), {"type": "object", "properties": {}})
     inner.ignore("strict")
     inner.done()
     if not re.fullmatch(r"[\w.-]{1,64}", name):
         raise Refused(
             f"{where} has the name {name[:64]!r}, not 1 to 64 letters, digits, _, - and dots", "tools"
         )
-    return {"name": name, "description": about, "parameters": parameters}
+    return {"name": name, "description": about, "parameters": schema}
 
 
 def in_words(messages: Any) -> Any:
@@ -148,7 +175,7 @@ def in_words(messages: Any) -> Any:
                 "role": "user",
                 "content": f"{name} gave: {text_of(message.get('content') or '', 'messages')}",
             }
-            if out and out[-1].get("role") == "user" and out[-1].get("result"):
+            if out and out[-1].get("result"):
                 out[-1]["content"] += "\n" + result["content"]
             else:
                 out.append(result | {"result": True})

@@ -223,7 +223,9 @@ def test_a_talk_from_a_pipe_is_the_same_talk(api):
 
 
 def test_a_person_talks_with_a_server_as_with_a_model_here(api, person, tmp_path):
-    me = person("chat", "--api", api, "--temperature", "0", "-n", "30", XDG_DATA_HOME=str(tmp_path))
+    me = person(
+        "chat", "--api", api, "--temperature", "0", "-n", "30", columns=200, XDG_DATA_HOME=str(tmp_path)
+    )
     me.wait("> ")
     me.ask("Hello")
     assert re.search(r"\d+ tokens .* prompt 8 .* stop", me.look())

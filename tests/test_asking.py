@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.engine.fill import FIM_TOKENS
-from dsv2cli.engine.grammar import Grammar
+from dsv2cli.engine.grammar import Grammar, closed
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import Dsv2Error, UsageError
@@ -60,6 +60,32 @@ def test_every_answer_that_ends_matches_the_schema(embedded, embedded_tokenizer,
         assert len(value["friends"]) <= 3 and all(
             isinstance(friend, str) and len(friend) <= 8 for friend in value["friends"]
         )
+
+
+def test_an_object_has_the_members_that_its_schema_names_unless_it_speaks_of_others():
+    open_one = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    shut = open_one | {"additionalProperties": False}
+    for schema, wanted in (
+        (open_one, shut),
+        ({"items": open_one, "$defs": {"x": open_one}}, {"items": shut, "$defs": {"x": shut}}),
+        ({"anyOf": [open_one, {"type": "null"}]}, {"anyOf": [shut, {"type": "null"}]}),
+        (open_one | {"properties": {"a": open_one}}, shut | {"properties": {"a": shut}}),
+    ):
+        assert json.loads(closed(json.dumps(schema))) == wanted
+    for schema in (
+        open_one | {"additionalProperties": {"type": "string"}},
+        open_one | {"patternProperties": {"b": {}}},
+        open_one | {"minProperties": 2},
+        open_one | {"required": ["a", "b"]},
+        open_one | {"anyOf": [{"required": ["b"]}]},
+        {"allOf": [open_one, {"properties": {"b": {}}}]},
+        {"oneOf": [open_one, {"properties": {"b": {}}}]},
+        {"type": "object"},
+        {"enum": [open_one]},
+        True,
+    ):
+        assert json.loads(closed(json.dumps(schema))) == schema
+    assert closed("{nonsense") == "{nonsense"
 
 
 def test_every_answer_matches_the_expression_whole(embedded, embedded_tokenizer):

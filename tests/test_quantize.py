@@ -156,11 +156,9 @@ def test_a_model_loses_little(name):
     """
     folder = EMBEDDED if name == "embedded" else DATA / "golden" / name
     torch.manual_seed(0)
-    rows = (
-        torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False))
-        if name == "embedded"
-        else torch.randint(128, (400, 128))
-    )
+    rows = torch.randint(128, (150, 128))
+    if name == "embedded":  # the model card's figures are of all rows
+        rows = torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False))[::3]
     library, _ = load()
 
     def model(dtype, format):
@@ -186,7 +184,7 @@ def test_a_model_loses_little(name):
         for format, most in (("int8", 0.001), ("int4", 0.02), ("int4-all", 0.02)):
             packed = model(dtype, format)
             assert abs(loss(packed, rows, rows.shape[1]) / full - 1) < most, (dtype, format)
-            few = rows[:32, :160]
+            few = rows[:16, :96]
             assert abs(loss(packed, few, 1) / loss(packed, few, few.shape[1]) - 1) < 0.003, (dtype, format)
 
 

@@ -759,6 +759,29 @@ def test_sigterm_lets_open_answers_end(start):
     assert process.wait(30) == 0 and process.stderr.read() == "" and process.stdout.read() == ""
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.1])
+def test_a_server_that_is_killed_leaves_a_store_that_loads(start, tmp_path, seconds):
+    keep = ("--cache-store", str(tmp_path / "store"))
+    prompts = [f"{n} " + "The cat sat on the mat. " * 40 for n in range(4)]
+    process, port = started(start, *keep)
+    client = Client(port)
+    client.complete(prompt=prompts[0])
+    for prompt in prompts[1:]:  # whose pages are being written when it is killed
+        client.complete(prompt=prompt, max_tokens=1)
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    asked = ("complete", "-n", "12", "--temperature", "0", "--json")
+    for prompt in prompts:
+        kept = json.loads(run_dsv2(*asked, *keep, prompt).stdout)
+        assert kept["text"] == json.loads(run_dsv2(*asked, prompt).stdout)["text"]
+    process, port = started(start, *keep)
+    used = Client(port).complete(prompt=prompts[0])["usage"]
+    assert used["prompt_tokens_details"]["cached_tokens"] > 100
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+
+
 def test_a_key_from_the_environment_opens_an_address_and_no_key_is_refused(start):
     done = run_dsv2("serve", "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 2 and "--no-auth" in done.stderr

@@ -136,7 +136,10 @@ ENVIRONMENT = {
         "file, and the command line before both"
     ),
     "DSV2_CONFIG": "the configuration file; dsv2 config says where it is otherwise, and shows an example",
-    "DSV2_API_KEY": "the key that clients of dsv2 serve must send",
+    "DSV2_API_KEY": (
+        "the key that clients of dsv2 serve must send, and that --api sends, else OPENAI_API_KEY; a table "
+        "[servers.NAME] may name another variable"
+    ),
     "NO_COLOR": "no colours, and Markdown as it is written",
     "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "where models are kept, the key to private ones, and no downloads",
     "CXX": "the C++ compiler for the CPU kernels",
@@ -159,7 +162,14 @@ EXAMPLES = {
     "dsv2 complete --chat < question.txt": "one answer",
     "dsv2 complete --batch in.jsonl --output out.jsonl -m DIR": "many, going on where it was stopped",
     "dsv2 quantize DIR OUT --to int4": "a checkpoint in a quarter of its size",
-    "dsv2 serve -m DIR": "for programs that speak OpenAI's API: http://127.0.0.1:8000/v1",
+    "dsv2 serve -m DIR": (
+        "for other programs: an editor's base URL is http://127.0.0.1:8000/v1, and a browser finds a page at "
+        "http://127.0.0.1:8000"
+    ),
+    "ANTHROPIC_BASE_URL=http://127.0.0.1:8000 claude": (
+        "an agent that speaks Anthropic's API, beside dsv2 serve"
+    ),
+    "dsv2 chat --api https://HOST:PORT": "a talk with a model that a cluster serves",
     "dsv2 doctor DIR --hash": "whether its files are what was published",
 }
 KINDS = {"<str>": "TEXT", "<path>": "FILE", "<list[str]>": "TEXT", "<int>": "N", "<int range>": "N"}

@@ -6,11 +6,12 @@ By llguidance, an optional extra.
 from __future__ import annotations
 
 import functools
+import json
 from typing import TYPE_CHECKING, Any
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import AGAIN, one_line
+from dsv2cli.outside import AGAIN, one_line, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 # Between the parts of a JSON text: enough for any usual indentation, not enough for a model to lose itself in
 # blanks.
 WHITESPACE = r"\n? {0,8}"
+# Words of schemas that put others together: what one of them leaves open, another may need.
+COMBINING = (
+    "allOf",
+    "oneOf",
+    "not",
+    "if",
+    "dependentSchemas",
+    "dependencies",
+    "unevaluatedProperties",
+    "propertyNames",
+    "$dynamicRef",
+)
 
 
 class Grammar:
@@ -58,7 +71,7 @@ class Grammar:
             elif schema is not None:
                 schema = "{}" if schema.strip() == "true" else schema  # the same, and the library takes it
                 self.text = LLMatcher.grammar_from_json_schema(
-                    schema, defaults={"whitespace_pattern": WHITESPACE}
+                    closed(schema), defaults={"whitespace_pattern": WHITESPACE}
                 )
             else:
                 self.text = LLMatcher.grammar_from_regex(regex or "")
@@ -82,6 +95,41 @@ class Grammar:
 
     def begin(self) -> Constraint:
         return Constraint(self.matcher.deep_copy(), self.ends)
+
+
+def closed(schema: str) -> str:
+    """A schema whose objects have no members but those it names, where it does not speak of others.
+
+    What fits into it fits into the schema as it was, and a model does not lose itself in members of its own
+    making. One that puts schemas together is left as it is, and so is what can not be read.
+    """
+    if any(f'"{word}"' in schema for word in COMBINING):
+        return schema
+    try:
+        return json.dumps(with_closed_objects(parse_json(schema)))
+    except ValueError:
+        return schema
+
+
+def with_closed_objects(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    out = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(out.get(key), dict):
+            out[key] = {name: with_closed_objects(each) for name, each in out[key].items()}
+    for key in ("anyOf", "prefixItems"):
+        if isinstance(out.get(key), list):
+            out[key] = [with_closed_objects(each) for each in out[key]]
+    for key in ("items", "additionalProperties"):
+        out |= {key: with_closed_objects(out[key])} if key in out else {}
+    named = out.get("properties")
+    beside = ("additionalProperties", "patternProperties", "minProperties", "anyOf", "$ref")
+    if isinstance(named, dict) and not any(key in out for key in beside):
+        required = out.get("required", [])
+        if isinstance(required, list) and all(name in named for name in required):
+            out["additionalProperties"] = False
+    return out
 
 
 @functools.lru_cache(maxsize=4)

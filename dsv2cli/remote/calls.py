@@ -56,6 +56,7 @@ class Answer(Result):
         default_factory=list
     )  # {"token", "logprob", "top": [[text, logprob]]}
     times: list[float] = field(default_factory=list)  # when each piece came, by time.perf_counter
+    ended: float = 0.0  # when the last of it came, by the same
 
     def take(self, piece: str, began: float) -> None:
         """More of its text, of a try that `began` then."""

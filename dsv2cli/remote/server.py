@@ -259,6 +259,7 @@ class Server:
                 if piece := taken_in(event, result, call):
                     result.take(piece, began)
                     tell(piece)
+        result.ended = time.perf_counter()
         if not result.finish_reason:
             raise Passing("its answer broke off")
         if call.request.logprobs is not None and result.pieces and not result.scores:

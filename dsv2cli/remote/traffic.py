@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 
 from dsv2cli.engine.traffic import Run, Served, Traffic
@@ -28,6 +29,7 @@ class Client:
     def __init__(self, server: Server) -> None:
         """Try out how long a prompt becomes, and whether answers can be made to go on. Raises Dsv2Error."""
         self.server, self.ignore_eos, self.tokens_a_word, self.begins_with = server, True, 1.0, 0.0
+        self.salt = secrets.randbits(48)  # a server remembers what it was asked before
         try:
             self.try_out()
         except UsageError:
@@ -53,8 +55,8 @@ class Client:
         """One a request, of random words; about as many tokens as asked for."""
         words = max(1, round((traffic.prompt - self.begins_with) / self.tokens_a_word))
         common = round(traffic.shared * words)
-        beginning = random.Random(seed).choices(WORDS, k=common)
-        numbers = random.Random(seed + 1_000_003)
+        beginning = random.Random(self.salt + seed).choices(WORDS, k=common)
+        numbers = random.Random(self.salt + seed + 1_000_003)
         return [
             " ".join(beginning + numbers.choices(WORDS, k=words - common)) for _ in range(traffic.requests)
         ]
@@ -72,7 +74,8 @@ class Client:
                 arrived = time.perf_counter() if traffic.rate is None else began + at
                 call = self.call(text, traffic.generate)
                 await self.server.answer(call, lambda piece: None, whole=True)
-            return Served(arrived, call.result.times), call.result
+            # Tokens that are no text come without a piece.
+            return Served(arrived, call.result.times or [call.result.ended]), call.result
 
         coming = zip(self.prompts(traffic, seed), traffic.arrivals(seed), strict=True)
         async with asyncio.TaskGroup() as group:
@@ -80,7 +83,7 @@ class Client:
         seconds = time.perf_counter() - began
         answers = [task.result() for task in tasks]
         results = [result for _, result in answers]
-        if not all(served.times for served, _ in answers):
+        if not all(result.length for result in results):
             raise Dsv2Error("The server gave an empty answer", why="there is nothing to measure")
         return Run(
             served=[served for served, _ in answers],

@@ -12,7 +12,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv2cli.engine.grammar import WHITESPACE
+from dsv2cli.engine.grammar import WHITESPACE, closed
 from dsv2cli.outside import parse_json
 from dsv2cli.serve.fields import Fields, Refused, text_of
 
@@ -53,7 +53,7 @@ class Tools:
     @property
     def lark(self) -> str:
         """A grammar of answers: a call, or, where none is required, words that do not begin like one."""
-        call = f"%json {json.dumps(self.schema | BLANKS)}\n"
+        call = f"%json {json.dumps(json.loads(closed(json.dumps(self.schema))) | BLANKS)}\n"
         if self.choice == "required":
             return f'start: " "? {call}'
         return f'start: words | call\nwords: /( ?[^{{ ](.|\\n)*)?/\ncall: " "? {call}'

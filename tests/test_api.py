@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from running import run_dsv2
+from running import run_dsv2, run_process
 from serving import servers
 
 from dsv2cli.errors import Dsv2Error, UsageError
@@ -345,12 +345,49 @@ def test_an_address_is_what_people_type(text, url):
 
 @pytest.mark.parametrize(
     "text",
-    ["http://", "ftp://a", "http://me:secret@a", "http://a/?b", "http://a/#b", "http://[::1", "http://a:b"],
+    [
+        "http://",
+        "ftp://a",
+        "http://me:secret@a",
+        "http://a/?b",
+        "http://a/#b",
+        "http://[::1",
+        "http://a:b",
+        "http://a:99999",
+    ],
 )
 def test_what_is_no_address_is_said(text):
     with pytest.raises(UsageError) as caught:
         Address.of(text)
     assert "secret" not in caught.value.sentence.replace(text, "") or "password" in caught.value.sentence
+
+
+def test_settings_are_sent_as_they_were_given():
+    with odd_server(WHOLE) as (url, asked):
+        for given, field, value in (
+            (("--seed", str(2**64 - 1)), "seed", 2**63 - 1),
+            (("-n", "512"), "max_tokens", 512),
+            (("--top-k", "5"), "top_k", 5),
+            (("--ignore-eos",), "ignore_eos", True),
+        ):
+            assert run_dsv2("complete", "--api", url, *given, "--chat", "Once").returncode == 0
+            assert asked[-1][2][field] == value and len(asked[-1][2]) == 5
+        done = run_dsv2("complete", "--api", url, "--seed", "1", "--samples", "2", "--json", "Once")
+        assert [each[2]["seed"] for each in asked[-2:]] == [1, 2] and done.returncode == 0
+        done = run_dsv2("complete", "--api", url, "--stop", "\udcff", "Once")
+        assert done.returncode == 2 and "can be sent" in done.stderr
+    with odd_server((400, {}, "no")) as (url, _):
+        assert run_dsv2("complete", "--api", url, "--samples", "2", "--json", "Once").returncode == 2
+        done = run_dsv2("bench", "--api", url, "--concurrency", "2")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_log_probabilities_of_an_odd_shape_are_none():
+    for odd in (5, [], {"content": 5}, {"content": [{"token": "a", "top_logprobs": 5}]}, {"tokens": 5}):
+        scored = event(" upon", logprobs=odd, finish_reason="stop")
+        with odd_server((200, {}, [scored, "data: [DONE]\n\n"])) as (url, _):
+            done = run_dsv2("complete", "--api", url, "--logprobs", "1", "Once")
+            assert done.returncode in (0, 1) and "Traceback" not in done.stderr
 
 
 def test_a_key_goes_unencrypted_only_with_a_word():
@@ -384,8 +421,11 @@ def test_a_cut_stream_keeps_its_text_and_is_no_success():
         told = json.loads(done.stdout)
         assert done.returncode == 1 and told["text"] == " upon a" and told["finish_reason"] == "error"
         assert "cut off" in told["error"]
-    with odd_server((200, {}, [event(" upon"), "data: [DONE]\n\n"])) as (url, _):
-        assert run_dsv2("complete", "--api", url, "Once").returncode == 1  # no reason why it ended
+    for late in (["data: [DONE]\n\n"], [event("", finish_reason="stop"), None]):
+        with odd_server((200, {}, [event(" upon"), *late])) as (url, _):
+            assert run_dsv2("complete", "--api", url, "Once").returncode == 0  # it said that it is the end
+    with odd_server((200, {}, [event(" upon")])) as (url, _):
+        assert run_dsv2("complete", "--api", url, "Once").returncode == 1
     with odd_server((200, {}, [event(" upon"), 'data: {"error": {"message": "out of memory"}}\n\n'])) as (
         url,
         _,
@@ -423,6 +463,7 @@ def test_a_batch_ends_where_the_server_does_and_goes_on_later(api, tmp_path, mon
         ((200, {}, ["data: {nonsense\n\n"]), "can not be read"),
         ((200, {}, ["data: " + "x" * 17_000_000]), "line without end"),
         ((200, {}, ['data: {"choices": 5}\n\n']), "can not be read"),
+        ((200, {"content-encoding": "gzip"}, "no gzip"), "does not answer"),
         ((301, {"location": "https://elsewhere.example/v1"}, ""), "elsewhere.example"),
         ((500, {}, "<html>" + "x" * 100_000), "500"),
     ],
@@ -556,6 +597,33 @@ def test_in_order_keeps_the_order_and_the_width():
         assert done == calls
         assert [call.error for call in done] == ["refused" if each == "0.001" else "" for each in times]
     assert most[0] == 3
+
+
+def test_a_batch_goes_on_in_another_process(api, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Once"}\n' * 3)
+    asked = (
+        "complete",
+        "--api",
+        api,
+        "--batch",
+        str(source),
+        "--output",
+        str(out),
+        *GREEDY,
+        "--top-p",
+        "0.9",
+    )
+    for seed in ("1", "2", "3"):
+        done = run_process(*asked, "--min-p", "0.1", PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
+    assert len(out.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "SSL_CERT_FILE"])
+def test_variables_that_lead_nowhere_are_named(variable):
+    done = run_process("complete", "--api", "https://localhost:9", "Once", **{variable: "/nowhere"})
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr and done.stderr.startswith("error")
 
 
 def test_a_server_that_lists_nothing_still_answers_to_a_name():

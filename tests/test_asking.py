@@ -81,6 +81,9 @@ def test_an_object_has_the_members_that_its_schema_names_unless_it_speaks_of_oth
         {"allOf": [open_one, {"properties": {"b": {}}}]},
         {"oneOf": [open_one, {"properties": {"b": {}}}]},
         {"type": "object"},
+        open_one | {"required": [[]]},
+        {"required": ["a"], "anyOf": [{"properties": {"b": {}}}]},
+        {"$ref": "#/$defs/x", "properties": {"a": {}}},
         {"enum": [open_one]},
         True,
     ):

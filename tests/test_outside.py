@@ -476,6 +476,7 @@ def test_one_process_runs_a_template_again_and_again_and_is_replaced_when_it_wen
         text("")
     assert first.returncode == -signal.SIGKILL
     assert text("e") == "e1"
+    assert text("x" * 300_000).startswith("xxx")
     process().kill()
     time.sleep(0.2)
     assert text("f") == "f1"

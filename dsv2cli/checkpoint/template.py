@@ -149,18 +149,23 @@ class Renderer:
         except OSError as error:
             raise Dsv2Error("The chat template could not be run", why=reason(error)) from None
         assert process.stdout is not None
-        self.process = process
-        if line_within(process.stdout.fileno(), SECONDS_TO_START) != {}:
-            self.end()
+        greeting: object = None
+        try:
+            greeting = line_within(process.stdout.fileno(), SECONDS_TO_START)
+        finally:  # also where Ctrl-C came between
+            if greeting != {}:
+                process.kill()
+                process.communicate()
+        if greeting != {}:
             raise Dsv2Error("The chat template could not be run", why="its process does not start")
         return process
 
     def end(self) -> None:
         """Without the process, until there is a template to render."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
 
 
 @functools.cache
@@ -173,8 +178,9 @@ os.register_at_fork(after_in_child=renderer.cache_clear)  # else two would talk 
 
 def line_within(pipe: int, seconds: float) -> dict[str, str] | None:
     """The object in one line from a process, None if it ends before, or an error in words."""
-    limit, told = time.monotonic() + seconds, bytearray()
-    while select.select([pipe], [], [], max(0.0, limit - time.monotonic()))[0]:
+    limit, told, ready = time.monotonic() + seconds, bytearray(), select.poll()
+    ready.register(pipe, select.POLLIN)
+    while ready.poll(1000 * max(0.0, limit - time.monotonic())):
         block = os.read(pipe, 2**20)
         told += block
         if len(told) > LONGEST:
@@ -200,7 +206,11 @@ def answer_requests() -> None:
             held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             limit(resource.RLIMIT_AS, held + SPARE)
         print(json.dumps(attempt(template, values)), flush=True)
+        limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)  # the next conversation is read without it
 
 
 def limit(which: int, amount: int) -> None:
-    resource.setrlimit(which, (amount, resource.getrlimit(which)[1]))
+    """At most `amount`, or what this process is allowed at all."""
+    hard = resource.getrlimit(which)[1]
+    capped = amount if hard == resource.RLIM_INFINITY else hard if amount < 0 else min(amount, hard)
+    resource.setrlimit(which, (capped, hard))

@@ -314,6 +314,6 @@ def next_message(talk: Talk, line: str) -> dict[str, Any]:
     usage = {
         "prompt_tokens": result.prompt_length,
         "generated_tokens": result.length,
-        "reused_tokens": result.reused_tokens,
+        "reused_tokens": result.cached,
     }
     return {"role": "assistant", "content": answer, "finish_reason": result.finish_reason, "usage": usage}

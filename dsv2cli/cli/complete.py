@@ -288,7 +288,7 @@ def several(count: int, asked: asking.Asked, model: Answering, request: Request,
     be brought to its end.
     """
     jobs = [model.job_of(asked, request.having(seed=request.seed + i)) for i in range(count)]
-    cut_off, failed = False, ""
+    cut_off, failed = False, None
     left, ended = list(jobs), None
 
     def tell(job: Asking) -> None:
@@ -296,7 +296,7 @@ def several(count: int, asked: asking.Asked, model: Answering, request: Request,
 
     try:
         for job in model.samples(jobs):
-            cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.error
+            cut_off, failed = cut_off or job.result.finish_reason == "length", failed or job.failure
             tell(left.pop(0))
     except (KeyboardInterrupt, SystemExit) as error:
         ended = exit_code(error)
@@ -305,8 +305,8 @@ def several(count: int, asked: asking.Asked, model: Answering, request: Request,
         tell(job)
     if ended is not None:
         raise SystemExit(ended)
-    if failed:
-        raise Dsv2Error(failed)
+    if failed is not None:
+        raise failed
     if output.fail_on_length and cut_off:
         raise typer.Exit(CUT_OFF)
 

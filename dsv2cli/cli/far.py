@@ -4,16 +4,19 @@ it can not be asked for.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from typer._click.globals import get_current_context  # not among what typer exports
+
 from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.outside import parse_json, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +50,10 @@ def address_of(api: str, model: str | None) -> Address:
     key: str | None = None
     if "key-env" in named:
         key = os.environ.get(named["key-env"])
-        if key is None:
+        if not key:
             raise UsageError(f"{named['key-env']} is not set", why=f"[servers.{api}] takes its key from it")
     else:
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+        key = next((os.environ[name] for name in KEYS if name in os.environ), None) or None
     return Address.of(named.get("url", api), key, model or named.get("model"))
 
 
@@ -61,7 +64,11 @@ def connect(api: str, model: str | None, note: Callable[[str], object] = ui.note
     address = address_of(api, model)
     if address.open:
         note(f"the key goes to {address.host} unencrypted: https:// would hide it")
-    return Server(address, note)
+    try:
+        return Server(address, note)
+    except (ValueError, ImportError, OSError) as error:  # of variables that name proxies or certificates
+        why = "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and the like are looked at"
+        raise UsageError(f"No connection can be made: {reason(error)}", why=why) from None
 
 
 def refuse_what_is_here(wish: Wish, given: dict[str, bool] | None = None) -> None:
@@ -88,11 +95,17 @@ def request_of(sampling: Sampling, **more: Any) -> ServerRequest:
         raise UsageError("--stop is empty", why="every text begins with nothing", fix="leave it out")
     names = [field.name for field in fields(SamplingParams)] + ["seed"]
     chosen = {name: getattr(sampling, name) for name in names if getattr(sampling, name) is not None}
-    if sampling.max_new_tokens != type(sampling)().max_new_tokens:
+    if typed("max_new_tokens"):
         chosen["max_new_tokens"] = sampling.max_new_tokens
     most, stop, seed = sampling.max_new_tokens, tuple(sampling.stop or ()), secrets.randbits(32)
     request = ServerRequest(max_new_tokens=most, stop=stop, seed=seed, **more)
     return request.having(**chosen)
+
+
+def typed(parameter: str) -> bool:
+    """Whether somebody gave an option of the command that runs, wherever they did."""
+    source = get_current_context().get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
 
 
 class There:
@@ -145,7 +158,7 @@ class There:
         self, job: Call, asked: Asked | None = None, echo: bool = False, error: str = ""
     ) -> dict[str, Any]:
         """As of a model of this machine, with null for what a server does not tell."""
-        result, told = job.result, "completion_tokens" in job.result.told
+        result, told = job.result, job.result.counted
         return {
             "text": result.text if asked is None else asked.around(result.text, echo),
             "prompt_ids": None,
@@ -176,6 +189,7 @@ class ServerModel:
         self.server = server
         self.ready = threading.Event()
         self.failure: BaseException | None = None
+        self.counted: deque[tuple[list[dict[str, str]], int | None]] = deque(maxlen=8)
 
     @property
     def name(self) -> str:
@@ -232,7 +246,11 @@ class ServerModel:
         yield from self.server.stream(call, waiting=lambda: reading(0, 0))
 
     def count(self, messages: list[dict[str, str]]) -> int | None:
-        return self.server.count(messages)
+        if self.limit is None or not self.ready.is_set() or self.failure is not None:
+            return None
+        if messages not in [known for known, _ in self.counted]:
+            self.counted.append((messages, self.server.count(messages)))
+        return next(count for known, count in self.counted if known == messages)
 
     def length(self, text: str) -> int | None:
         return None  # each look at what is typed would be a request
@@ -244,7 +262,9 @@ class ServerModel:
         return ids
 
     def check(self, *texts: str) -> None:
-        pass  # it is for the server to refuse what is too long
+        from dsv2cli.remote.server import sent
+
+        sent(texts)  # what is too long is for the server to refuse
 
     def remember(self, path: Any) -> str:
         return ""
@@ -264,6 +284,6 @@ def schema_of(text: str | None, chat: bool) -> Any:
         why = "the protocol knows a schema for the answer to a message only"
         raise UsageError("--json-schema goes with --chat here", why=why, fix="--chat")
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
-        raise UsageError("--json-schema is no JSON", why=str(error)) from None
+        raise UsageError("--json-schema is no JSON", why=reason(error)) from None

@@ -38,6 +38,7 @@ class Asking(Protocol):
     request: Any
     result: Any
     error: str
+    failure: Dsv2Error | None
 
 
 class Answering(Protocol):

@@ -112,9 +112,12 @@ def closed(schema: str) -> str:
 
 
 def with_closed_objects(schema: Any) -> Any:
+    """Raises ValueError for one that puts schemas together in other words."""
     if not isinstance(schema, dict):
         return schema
     out = dict(schema)
+    if any(key in out for key in ("anyOf", "$ref")) and any(key in out for key in ("properties", "required")):
+        raise ValueError("it puts schemas together")
     for key in ("properties", "$defs", "definitions"):
         if isinstance(out.get(key), dict):
             out[key] = {name: with_closed_objects(each) for name, each in out[key].items()}
@@ -124,10 +127,10 @@ def with_closed_objects(schema: Any) -> Any:
     for key in ("items", "additionalProperties"):
         out |= {key: with_closed_objects(out[key])} if key in out else {}
     named = out.get("properties")
-    beside = ("additionalProperties", "patternProperties", "minProperties", "anyOf", "$ref")
+    beside = ("additionalProperties", "patternProperties", "minProperties")
     if isinstance(named, dict) and not any(key in out for key in beside):
         required = out.get("required", [])
-        if isinstance(required, list) and all(name in named for name in required):
+        if isinstance(required, list) and all(isinstance(n, str) and n in named for n in required):
             out["additionalProperties"] = False
     return out
 

@@ -143,6 +143,11 @@ class Result:
         return len(self.prompt_ids)
 
     @property
+    def cached(self) -> int | None:
+        """Tokens of the prompt that had been read before, where that is known."""
+        return self.reused_tokens
+
+    @property
     def length(self) -> int:
         return len(self.tokens)
 

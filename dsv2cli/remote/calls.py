@@ -16,12 +16,12 @@ CHAT, TEXT = "/chat/completions", "/completions"
 class ServerRequest(Request):
     """What to generate; what nobody chose is the server's own."""
 
-    given: frozenset[str] = frozenset()  # settings that somebody chose
+    given: tuple[str, ...] = ()  # settings that somebody chose, by name
     ignore_eos: bool = False
     schema: Any = None  # that the answer is to be held to
 
     def having(self, **values: Any) -> Self:
-        return replace(super().having(**values), given=self.given | values.keys())
+        return replace(super().having(**values), given=tuple(sorted({*self.given, *values})))
 
     def chosen(self) -> dict[str, Any]:
         return {name: value for name, value in super().chosen().items() if name in self.given}
@@ -30,7 +30,7 @@ class ServerRequest(Request):
         """As a body has them."""
         out: dict[str, Any] = {name: getattr(self.sampling, name) for name in RULES if name in self.given}
         if "seed" in self.given:
-            out["seed"] = self.seed
+            out["seed"] = self.seed % 2**63  # which is what most servers take
         # A server continues a text with 16 tokens where nothing is said, and a chat as far as it goes.
         if "max_new_tokens" in self.given or not chat:
             out["max_tokens"] = self.max_new_tokens
@@ -58,6 +58,10 @@ class Answer(Result):
     times: list[float] = field(default_factory=list)  # when each piece came, by time.perf_counter
     ended: float = 0.0  # when the last of it came, by the same
 
+    def begin_anew(self) -> None:
+        """Forget what has come so far: it is asked for again."""
+        vars(self).update(vars(Answer()))
+
     def take(self, piece: str, began: float) -> None:
         """More of its text, of a try that `began` then."""
         self.times.append(time.perf_counter())
@@ -83,7 +87,12 @@ class Answer(Result):
 
     @property
     def unit(self) -> str:
-        return "tokens" if "completion_tokens" in self.told else "pieces"
+        return "tokens" if self.counted else "pieces"
+
+    @property
+    def counted(self) -> bool:
+        """Whether the server told how many tokens there are."""
+        return number(self.told.get("completion_tokens")) is not None
 
 
 @dataclass(eq=False)
@@ -109,10 +118,6 @@ class Call:
     def body(self, model: str) -> dict[str, Any]:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
         return {"model": model} | self.prompt | self.request.fields(self.chat) | streaming
-
-    def begin_anew(self) -> None:
-        """Forget what has come of it so far."""
-        self.result = Answer()
 
     def fail(self, error: Dsv2Error) -> None:
         self.error, self.failure = error.sentence, error

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2 as httpx
@@ -29,11 +29,17 @@ LONGEST_WAIT = 60.0  # seconds that a server may ask for between two of them
 AGAIN = (429, 502, 503, 504)  # statuses that are over soon
 SECONDS_TO_CONNECT, SECONDS_OF_SILENCE = 10.0, 600.0
 LONGEST_LINE = 16 * 2**20  # bytes of an object
+# What no further try would mend.
+FOR_GOOD = (httpx.ReadTimeout, httpx.LocalProtocolError, httpx.UnsupportedProtocol, httpx.ProxyError)
 TICK = 0.1  # seconds between two looks at whether an answer is still wanted
 
 
 class Unreachable(Dsv2Error):
     """It is the server, or the way to it, that is at fault: another request would fare no better."""
+
+
+class NotThere(Unreachable):
+    """Nobody listens there."""
 
 
 class Unknown(UsageError):
@@ -51,7 +57,7 @@ class Address:
     """
 
     url: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     model: str | None = None
 
     @classmethod
@@ -64,7 +70,8 @@ class Address:
             url = httpx.URL(text if "://" in text else f"http://{text}")
         except (httpx.InvalidURL, ValueError) as error:
             raise UsageError(f"{text[:200]!r} is no address", why=reason(error), fix=fix) from None
-        if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        wrong = url.scheme not in ("http", "https") or not url.host or (url.port or 1) > 65535
+        if wrong or url.query or url.fragment:
             why = "it is http:// or https://, a host, and perhaps a port and a path"
             raise UsageError(f"{text[:200]!r} is no address of a server", why=why, fix=fix)
         if url.userinfo:
@@ -80,11 +87,14 @@ class Address:
         return httpx.URL(self.url).netloc.decode()
 
     @property
+    def here(self) -> bool:
+        """Whether it is this machine's own."""
+        return httpx.URL(self.url).host in ("localhost", "127.0.0.1", "::1")
+
+    @property
     def open(self) -> bool:
         """Whether the key would go through a network that others may read."""
-        url = httpx.URL(self.url)
-        here = ("localhost", "127.0.0.1", "::1")
-        return self.key is not None and url.scheme == "http" and url.host not in here
+        return self.key is not None and self.url.startswith("http:") and not self.here
 
 
 class Server:
@@ -97,6 +107,7 @@ class Server:
         self.client = httpx.AsyncClient(
             headers={"user-agent": "dsv2"} | headers,
             timeout=httpx.Timeout(SECONDS_OF_SILENCE, connect=SECONDS_TO_CONNECT),
+            trust_env=not address.here,  # what is here is not asked for through a proxy
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
         )
         self.loop = asyncio.new_event_loop()
@@ -110,7 +121,7 @@ class Server:
     def models(self) -> list[dict[str, Any]]:
         """Its models, each with an id. Raises Dsv2Error."""
         content = self.wait(self.whole("GET", self.address.url + "/models"))
-        listed = content.get("data") if isinstance(content, dict) else None
+        listed = content.get("data") if isinstance(content, dict) else content
         if not isinstance(listed, list):
             what = f"{self.address.url}/models is no list of models"
             raise Unreachable(what, fix="check the address: it may need a path, as /v1")
@@ -120,7 +131,9 @@ class Server:
         """Find out which model is meant, where nobody said so, and how much it holds. Raises Dsv2Error."""
         try:
             there = self.models()
-        except Unknown:
+        except NotThere:
+            raise
+        except Dsv2Error:
             if not self.name:
                 raise
             return  # there are servers that list none
@@ -149,7 +162,8 @@ class Server:
             return {}
         root = self.address.url.removesuffix("/v1")
         try:
-            content = self.wait(self.whole("POST", root + "/tokenize", {"model": self.name} | body))
+            asked = self.whole("POST", root + "/tokenize", {"model": self.name} | body, once=True)
+            content = self.wait(asked)
         except UsageError as error:  # of this text alone, where it is not that there is no such path
             self.counts = not isinstance(error, Unknown)
             return {}
@@ -238,13 +252,12 @@ class Server:
                 if not left or (call.result.pieces and not whole):
                     call.result.finish_reason = "error"
                     raise error.lasting(bool(call.result.pieces)) from None
-                if whole:
-                    call.begin_anew()
+                call.result.begin_anew()
                 await self.pause(error, TRIES - left)
 
     async def pause(self, error: Passing, number: int) -> None:
         """Before the next try: as long as the server asks for, or twice as long as before."""
-        wait = min(2.0 ** (number - 2), LONGEST_WAIT) if error.wait is None else error.wait
+        wait = min(2.0 ** (number - 2), LONGEST_WAIT) if error.wait is None else max(error.wait, 0.1)
         if wait >= 1:
             self.note(f"{self.address.host}: {error.what}; trying again in {wait:.0f} s")
         await asyncio.sleep(wait * random.uniform(1.0, 1.25))
@@ -252,13 +265,18 @@ class Server:
     async def asked(self, call: Call, tell: Callable[[str], object]) -> None:
         """One try. Raises Passing for what may be over soon, Dsv2Error."""
         result, began, body = call.result, time.perf_counter(), call.body(self.name)
-        async with contextlib.aclosing(self.events(self.address.url + call.path, body)) as events:
-            async for event in events:
-                if event is None:
-                    break
-                if piece := taken_in(event, result, call):
-                    result.take(piece, began)
-                    tell(piece)
+        try:
+            async with contextlib.aclosing(self.events(self.address.url + call.path, body)) as events:
+                async for event in events:
+                    if event is None:
+                        result.finish_reason = result.finish_reason or "stop"  # some say no more
+                        break
+                    if piece := taken_in(event, result, call):
+                        result.take(piece, began)
+                        tell(piece)
+        except Passing:
+            if not result.finish_reason:
+                raise
         result.ended = time.perf_counter()
         if not result.finish_reason:
             raise Passing("its answer broke off")
@@ -274,7 +292,7 @@ class Server:
         with_usage = True
         while True:
             with self.trouble():
-                async with self.client.stream("POST", url, json=body) as response:
+                async with self.client.stream("POST", url, **sent(body)) as response:
                     if response.status_code != 200:
                         data = await all_of(response)
                         if response.status_code == 400 and with_usage and b"stream_options" in data:
@@ -294,12 +312,15 @@ class Server:
                             yield parsed(said.encode())
                     return
 
-    async def whole(self, method: str, url: str, body: Any = None) -> Any:
-        """One object for another. Raises Dsv2Error."""
-        for left in reversed(range(TRIES)):
+    async def whole(self, method: str, url: str, body: Any = None, once: bool = False) -> Any:
+        """One object for another; asked for `once`, and not long. Raises Dsv2Error."""
+        content: dict[str, Any] = {} if body is None else sent(body)
+        if once:
+            content["timeout"] = SECONDS_TO_CONNECT
+        for left in reversed(range(1 if once else TRIES)):
             try:
                 with self.trouble():
-                    async with self.client.stream(method, url, json=body) as response:
+                    async with self.client.stream(method, url, **content) as response:
                         data = await all_of(response)
                 if response.status_code != 200:
                     raise self.refused(response, data)
@@ -326,8 +347,11 @@ class Server:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             what = f"There is no server at {self.address.url}"
-            raise Unreachable(what, why=reason(error), fix="start it, or another --api") from None
-        except httpx.TransportError as error:
+            raise NotThere(what, why=reason(error), fix="start it, or another --api") from None
+        except FOR_GOOD as error:
+            what = f"{self.address.host} can not be asked"
+            raise Unreachable(what, why=reason(error) if str(error) else type(error).__name__) from None
+        except httpx.HTTPError as error:
             raise Passing(reason(error) if str(error) else type(error).__name__) from None
 
     def refused(self, response: httpx.Response, data: bytes) -> Dsv2Error | Passing:
@@ -363,6 +387,18 @@ class Passing(Exception):
         return Unreachable("The server does not answer", why=self.what, fix="try again later")
 
 
+OURS = ("interrupted", "error", "deadline")  # reasons that mean something else here
+
+
+def sent(body: Any) -> dict[str, Any]:
+    """A body as httpx takes it. Raises UsageError for halves of characters, which no JSON may hold."""
+    try:
+        content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise UsageError("This is no text that can be sent", why=reason(error)) from None
+    return {"content": content, "headers": {"content-type": "application/json"}}
+
+
 def taken_in(event: Any, result: Answer, call: Call) -> str:
     """An object of a stream, or a whole answer, into the result; gives its text. Raises Dsv2Error."""
     if not isinstance(event, dict):
@@ -383,8 +419,8 @@ def taken_in(event: Any, result: Answer, call: Call) -> str:
         for name in ("content", "text"):
             if isinstance(holder, dict) and isinstance(holder.get(name), str):
                 text += holder[name]
-        if isinstance(choice.get("finish_reason"), str):
-            result.finish_reason = choice["finish_reason"]
+        if isinstance(ended := choice.get("finish_reason"), str):
+            result.finish_reason = "stop" if ended in OURS else ended
         if call.request.logprobs is not None:
             result.scores += scores_of(choice.get("logprobs"))
     return text
@@ -401,7 +437,7 @@ def scores_of(given: Any) -> list[dict[str, Any]]:
                 "logprob": each.get("logprob"),
                 "top": [
                     [top.get("token"), top.get("logprob")]
-                    for top in each.get("top_logprobs") or []
+                    for top in list_of(each.get("top_logprobs"))
                     if isinstance(top, dict)
                 ],
             }
@@ -422,6 +458,10 @@ def scores_of(given: Any) -> list[dict[str, Any]]:
     ]
 
 
+def list_of(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 async def all_of(response: httpx.Response) -> bytes:
     """The whole body. Raises Dsv2Error for one that is too long."""
     data = bytearray()
@@ -436,15 +476,18 @@ async def all_of(response: httpx.Response) -> bytes:
 
 async def lines_of(response: httpx.Response) -> AsyncIterator[str]:
     """Lines as they come, which end with LF, CR LF or CR alone. Raises Dsv2Error for one without end."""
-    held = ""
-    async for text in response.aiter_text():
-        *lines, held = (held + text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        for line in lines:
-            yield line
+    held = bytearray()
+    async for block in response.aiter_bytes():
+        held += block
+        if b"\n" in block or b"\r" in block:
+            *lines, rest = bytes(held).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            held = bytearray(rest)
+            for line in lines:
+                yield line.decode(errors="replace")
         if len(held) > LONGEST_LINE:
             raise Dsv2Error("The server's answer can not be read", why="it has a line without end")
     if held:
-        yield held
+        yield held.decode(errors="replace")
 
 
 def parsed(data: bytes) -> Any:

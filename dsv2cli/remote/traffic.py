@@ -43,7 +43,7 @@ class Client:
             call = self.call(" ".join(random.Random(words).choices(WORDS, k=words)), 2)
             self.server.wait(self.server.answer(call, lambda piece: None, whole=True))
             counts.append(call.result.prompt_length)
-        if all(counts):
+        if 0 < counts[0] < counts[1]:
             self.tokens_a_word = (counts[1] - counts[0]) / 128
             self.begins_with = counts[0] - 16 * self.tokens_a_word
 
@@ -78,8 +78,11 @@ class Client:
             return Served(arrived, call.result.times or [call.result.ended]), call.result
 
         coming = zip(self.prompts(traffic, seed), traffic.arrivals(seed), strict=True)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(*each)) for each in coming]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(*each)) for each in coming]
+        except ExceptionGroup as errors:  # of which one is enough
+            raise errors.exceptions[0] from None
         seconds = time.perf_counter() - began
         answers = [task.result() for task in tasks]
         results = [result for _, result in answers]

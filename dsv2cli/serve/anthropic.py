@@ -125,7 +125,7 @@ class Messages:
             "role": "assistant",
             "model": self.model.name,
             "content": content,
-            **(self.reason(job) if ended else {"stop_reason": None, "stop_sequence": None}),
+            **(self.reason(job, content) if ended else {"stop_reason": None, "stop_sequence": None}),
             "usage": self.used(job),
         }
 
@@ -139,13 +139,13 @@ class Messages:
             "output_tokens": len(job.result.tokens),
         }
 
-    def reason(self, job: Job) -> dict[str, str | None]:
-        """Why it ended, in their words."""
+    def reason(self, job: Job, content: list[Any]) -> dict[str, str | None]:
+        """Why an answer with these blocks ended, in their words."""
         result = job.result
         if result.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": result.stop}
         reason = "end_turn" if result.finish_reason == "stop" else "max_tokens"
-        if self.tools.call_in(result.text) is not None:
+        if any(block["type"] == "tool_use" for block in content):
             reason = "tool_use"
         return {"stop_reason": reason, "stop_sequence": None}
 
@@ -168,8 +168,9 @@ class Messages:
         if not self.begun and self.tools.may_call(job.result.text):
             self.held += text
             return []
-        delta = named("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
-        return [*self.begin({"type": "text", "text": ""}), delta]
+        said = {"type": "text_delta", "text": self.held + text}
+        self.held = ""
+        return [*self.begin({"type": "text", "text": ""}), named("content_block_delta", index=0, delta=said)]
 
     def begin(self, block: dict[str, Any]) -> list[Event]:
         """The one block of the answer, where it was not begun yet."""
@@ -177,20 +178,20 @@ class Messages:
         return [] if begun else [named("content_block_start", index=0, content_block=block)]
 
     def last(self, index: int, job: Job) -> list[Event]:
-        out, block = list[Event](), self.block(self.held)
+        out, block = list[Event](), self.block("" if self.begun else self.held)
         if block["type"] == "tool_use":
             said = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
             out = self.begin(block | {"input": {}})
             out.append(named("content_block_delta", index=0, delta=said))
         else:
             out = self.begin({"type": "text", "text": ""})
-            if self.held:  # a call that was cut off
+            if self.held:  # blanks, or a call that was cut off
                 said = {"type": "text_delta", "text": self.held}
                 out.append(named("content_block_delta", index=0, delta=said))
         return [
             *out,
             named("content_block_stop", index=0),
-            named("message_delta", delta=self.reason(job), usage=self.used(job)),
+            named("message_delta", delta=self.reason(job, [block]), usage=self.used(job)),
         ]
 
     def end(self, jobs: list[Job]) -> list[Event]:

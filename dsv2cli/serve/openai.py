@@ -322,9 +322,10 @@ class Chat:
 
     def more(self, index: int, job: Job, text: str, tokens: list[Token]) -> list[Event]:
         scores = self.scores(tokens) if job.request.logprobs is not None else None
-        if index in self.calls or self.tools.may_call(job.result.text):
+        if self.tools.may_call(job.result.text):
             self.calls[index] = self.calls.get(index, "") + text  # it comes whole, or not as a call
             return []
+        text = self.calls.pop(index, "") + text
         return [("", self.piece(index, {"content": text}, scores))]
 
     def last(self, index: int, job: Job) -> list[Event]:

@@ -42,7 +42,10 @@ class Tools:
         for each in self.functions:
             parameters = dict(each["parameters"])
             for key in ("$defs", "definitions"):
-                for name, value in dict(parameters.pop(key, {})).items():
+                defined = parameters.pop(key, {})
+                if not isinstance(defined, dict):
+                    raise Refused(f"tools has {key} that are no object", "tools")
+                for name, value in defined.items():
                     if known.setdefault(key, {}).setdefault(name, value) != value:
                         raise Refused(f"tools define {name[:40]!r} in {key} in several ways", "tools")
             properties = {"name": {"const": each["name"]}, "arguments": parameters}
@@ -65,7 +68,8 @@ class Tools:
 
     def may_call(self, text: str) -> bool:
         """Whether an answer that begins so may become a call: it is held back until it is whole."""
-        return bool(self) and text.lstrip().startswith("{")
+        begun = text.lstrip()
+        return bool(self) and (not begun or begun[0] == "{")
 
     def call_in(self, text: str) -> tuple[str, str] | None:
         """The call that an answer is: a name, and arguments in JSON; None where it is none, or cut off."""

@@ -203,7 +203,7 @@ class ServerModel:
     def limit(self) -> int | None:
         return self.server.context
 
-    held_bytes = None
+    held_bytes, counts_at_once = None, False
 
     def run(self) -> None:
         try:

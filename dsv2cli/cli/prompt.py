@@ -207,7 +207,9 @@ class Terminal:
         try:
             while self.held:
                 self.held.pop(0)()
-        except BaseException as error:  # nobody reads the answers any more, or a bug
+        except BaseException as error:  # nobody reads the answers any more, Ctrl-C, or a bug
+            if not hasattr(self, "prompt"):  # nothing is to be put in order yet
+                raise
             self.crash = error
             self.leave()
         if app is not None and app.is_running:
@@ -654,8 +656,7 @@ class Terminal:
         """What a long paste stands as."""
         lines = text.count("\n") + 1
         size = f"{len(text):,} characters"
-        # Where the meter shows something, tokens can be counted without waiting.
-        if self.meter and (tokens := self.talk.model.length(text)) is not None:
+        if self.talk.model.counts_at_once and (tokens := self.talk.model.length(text)) is not None:
             size = f"{tokens:,} tokens"
         return f"[pasted {lines} lines, {size}]"
 

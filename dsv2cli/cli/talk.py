@@ -121,6 +121,11 @@ class Model(Protocol):
         """Its tokens. Raises Dsv2Error."""
         ...
 
+    @property
+    def counts_at_once(self) -> bool:
+        """Whether nobody has to wait for `length`."""
+        ...
+
     def check(self, *texts: str) -> None:
         """Raises UsageError for texts that are too long to be looked at."""
         ...
@@ -224,6 +229,10 @@ class LoadedModel:
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_bos=False)
+
+    @property
+    def counts_at_once(self) -> bool:
+        return "tokenizer" in self.made
 
     def check(self, *texts: str) -> None:
         self.tokenizer.refuse_too_long(*texts)

@@ -16,7 +16,7 @@ from dsv2cli.checkpoint.tokenizer import Message
 from dsv2cli.cli import commands
 from dsv2cli.cli.chat import begun
 from dsv2cli.cli.options import Sampling
-from dsv2cli.cli.talk import cache_path
+from dsv2cli.cli.talk import LoadedModel, cache_path
 from dsv2cli.cli.typewriter import Typewriter
 from dsv2cli.engine import latents, store
 from dsv2cli.engine.request import Result
@@ -91,10 +91,10 @@ class SessionDriver:
         """The reply with what was saved, and the one that a new session with the same messages gives."""
         os.environ["XDG_DATA_HOME"] = str(data or folder)
         screen = Typewriter()
-        talk = begun(self.opened, lambda: self.opened, self.request, screen, "stop", keep=False)
+        talk = begun(LoadedModel(self.opened, lambda: self.opened), self.request, screen, "stop", keep=False)
         talk.resume(commands.find("last"), keep=False)
-        resumed = self.session()
-        talk.remember(resumed)
+        resumed = talk.model.made["session"] = self.session()
+        talk.remember()
         messages = [*talk.journal.messages(), {"role": "user", "content": "And?"}]
         return {
             "reply": self.reply(resumed, messages),
@@ -125,7 +125,7 @@ class JournalDriver(SessionDriver):
     def save(self) -> None:
         """What `dsv2 chat` leaves behind."""
         screen = Typewriter()
-        talk = begun(self.opened, lambda: self.opened, self.request, screen, "stop", keep=True)
+        talk = begun(LoadedModel(self.opened, lambda: self.opened), self.request, screen, "stop", keep=True)
         talk.journal.path = places.sessions() / f"{NAME}.jsonl"
         talk.set_system("Be brief.")
         session = self.session()

@@ -209,6 +209,15 @@ def embedded() -> PlainRunner:
     return load(EMBEDDED)
 
 
+@pytest.fixture(scope="module")
+def start_server(embedded: PlainRunner, embedded_tokenizer: Tokenizer) -> Iterator[Callable[..., Any]]:
+    """Starts servers in this process; gives each with its client."""
+    from serving import servers
+
+    with servers(embedded, embedded_tokenizer) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
 def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights, small enough for interpreted kernels."""

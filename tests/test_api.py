@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from running import run_dsv2, run_process
-from serving import servers
 
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.remote import server as remote
@@ -26,12 +25,6 @@ from dsv2cli.serve.door import Door
 KEY = "a-key-that-nobody-knows"
 GREEDY = ("--temperature", "0", "-n", "12")
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def start_server(embedded, embedded_tokenizer):
-    with servers(embedded, embedded_tokenizer) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")
@@ -579,7 +572,7 @@ def test_in_order_keeps_the_order_and_the_width():
     running, most, lock = [0], [0], threading.Lock()
 
     class Counting(Server):
-        async def answer(self, call, tell, whole):
+        async def answer(self, call, tell=None):
             with lock:
                 running[0] += 1
                 most[0] = max(most[0], running[0])

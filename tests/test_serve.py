@@ -16,7 +16,7 @@ import pytest
 from regenerate import PAGE, with_hashes
 from rows import answered
 from running import run_dsv2
-from serving import GREEDY, HELLO, Client, servers
+from serving import GREEDY, HELLO, Client
 
 from dsv2cli.cli.serve import listen
 from dsv2cli.engine.request import Request, SamplingParams
@@ -64,13 +64,6 @@ def function(name, parameters):
 
 
 KEY = "a-key-that-nobody-knows"
-
-
-@pytest.fixture(scope="module")
-def start_server(embedded, embedded_tokenizer):
-    """Starts servers in this process; gives each with its client."""
-    with servers(embedded, embedded_tokenizer) as start:
-        yield start
 
 
 @pytest.fixture(scope="module")

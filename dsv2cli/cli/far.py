@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from typer._click.globals import get_current_context  # not among what typer exports
 
 from dsv2cli.cli import ui
+from dsv2cli.cli.talk import Preparing
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import parse_json, reason
 
@@ -39,9 +40,10 @@ def address_of(api: str, model: str | None) -> Address:
     from dsv2cli.cli.config import config_path, read_config
     from dsv2cli.remote.server import Address
 
-    table = read_config().get("servers", {}).get(api)
+    servers = read_config().get("servers", {})
+    table = servers.get(api)
     if table is None and "://" not in api and ":" not in api and "." not in api and api != "localhost":
-        there = ", ".join(sorted(read_config().get("servers", {}))) or "none"
+        there = ", ".join(sorted(servers)) or "none"
         why = f"{config_path()} has {there}"
         raise UsageError(
             f"There is no server {api!r}", why=why, fix="--api http://HOST:PORT, or a table [servers.NAME]"
@@ -91,13 +93,11 @@ def request_of(sampling: Sampling, **more: Any) -> ServerRequest:
     from dsv2cli.engine.request import SamplingParams
     from dsv2cli.remote.calls import ServerRequest
 
-    if sampling.stop and not all(sampling.stop):
-        raise UsageError("--stop is empty", why="every text begins with nothing", fix="leave it out")
     names = [field.name for field in fields(SamplingParams)] + ["seed"]
     chosen = {name: getattr(sampling, name) for name in names if getattr(sampling, name) is not None}
     if typed("max_new_tokens"):
         chosen["max_new_tokens"] = sampling.max_new_tokens
-    most, stop, seed = sampling.max_new_tokens, tuple(sampling.stop or ()), secrets.randbits(32)
+    most, stop, seed = sampling.max_new_tokens, sampling.stops(), secrets.randbits(32)
     request = ServerRequest(max_new_tokens=most, stop=stop, seed=seed, **more)
     return request.having(**chosen)
 
@@ -122,20 +122,9 @@ class There:
         return Call(asked.given, request)
 
     def job(self, key: str, prompt: Any, request: ServerRequest) -> Call:
-        from dsv2cli.engine.store import checked
         from dsv2cli.remote.calls import Call
 
-        if key == "messages":
-            return Call({"messages": checked(prompt, "messages")}, request)
-        numbers = key == "prompt_ids"
-        right = (
-            isinstance(prompt, list) and all(type(token) is int for token in prompt)
-            if numbers
-            else isinstance(prompt, str)
-        )
-        if not right:
-            raise Dsv2Error(f"{key} is not a {'list of whole numbers' if numbers else 'text'}")
-        return Call({"prompt": prompt}, request)
+        return Call({"messages" if key == "messages" else "prompt": prompt}, request)
 
     def bad(self, request: ServerRequest, error: str) -> Call:
         from dsv2cli.remote.calls import Call
@@ -182,13 +171,12 @@ class There:
         } | ({"error": error} if error else {})
 
 
-class ServerModel:
+class ServerModel(Preparing):
     """A model behind a server, as a talk has it: see talk.Model."""
 
     def __init__(self, server: Server) -> None:
+        super().__init__()
         self.server = server
-        self.ready = threading.Event()
-        self.failure: BaseException | None = None
         self.counted: deque[tuple[list[dict[str, str]], int | None]] = deque(maxlen=8)
 
     @property
@@ -205,22 +193,11 @@ class ServerModel:
 
     held_bytes, counts_at_once = None, False
 
-    def run(self) -> None:
-        try:
-            self.server.choose()
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self.ready.set()
+    def prepare(self) -> None:
+        self.server.choose()
 
     def session(self, stop: threading.Event) -> ServerModel:
-        from dsv2cli.cli.talk import Stopped
-
-        while not self.ready.wait(0.05):
-            if stop.is_set():
-                raise Stopped
-        if self.failure is not None:
-            raise self.failure
+        self.wait(stop)
         return self
 
     def result(self) -> Result:

@@ -10,8 +10,6 @@ from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.asking import Asked
 from dsv2cli.engine.request import Request, Token, check_prompt
 from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.engine.store import checked
-from dsv2cli.errors import Dsv2Error
 from dsv2cli.run.open import Opened
 
 
@@ -37,16 +35,11 @@ class Here:
     def prompt_ids(self, key: str, prompt: Any) -> list[int]:
         """Raises Dsv2Error."""
         if key == "prompt_ids":
-            if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-                raise Dsv2Error("prompt_ids is not a list of whole numbers")
-            return prompt
+            return list(prompt)
         tokenizer = self.tokenizer or self.opened.tokenizer()  # says what is missing
         if key == "messages":
-            messages = checked(prompt, "messages")
-            tokenizer.refuse_too_long(*(message["content"] for message in messages))
-            return tokenizer.encode_chat(messages)
-        if not isinstance(prompt, str):
-            raise Dsv2Error("prompt is not a text")
+            tokenizer.refuse_too_long(*(message["content"] for message in prompt))
+            return tokenizer.encode_chat(prompt)
         tokenizer.refuse_too_long(prompt)
         return tokenizer.encode(prompt)
 

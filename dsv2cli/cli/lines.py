@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from dsv2cli.cli import ui
 from dsv2cli.engine.request import RULES, Request
+from dsv2cli.engine.store import checked
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import Number, json_text, lines_within, parse_json, path_of, reason, require_file
 
@@ -54,7 +55,7 @@ class Answering(Protocol):
         ...
 
     def job(self, key: str, prompt: Any, request: Any) -> Any:
-        """A line's prompt, of one of the kinds in PROMPTS. Raises Dsv2Error."""
+        """A prompt as checked_prompt gives it. Raises Dsv2Error."""
         ...
 
     def bad(self, request: Any, error: str) -> Any:
@@ -171,7 +172,7 @@ class Lines:
             raise Dsv2Error("stop can not be used", why="it needs a tokenizer, and texts that are not empty")
         request = replace(self.request, seed=self.request.seed + number, stop=tuple(stop))
         own = request.having(**{key: content[key] for key in NUMBERS if key in content})
-        return self.model.job(given[0], content[given[0]], own)
+        return self.model.job(given[0], checked_prompt(given[0], content[given[0]]), own)
 
     def answer(self, line: Line, job: Asking) -> dict[str, Any]:
         """The object of a finished job."""
@@ -271,6 +272,18 @@ class Lines:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             os.fsync(file.fileno())
         return written, errors
+
+
+def checked_prompt(key: str, prompt: Any) -> Any:
+    """A line's prompt, of one of the kinds in PROMPTS. Raises Dsv2Error for what is none."""
+    if key == "messages":
+        return checked(prompt, "messages")
+    if key == "prompt_ids":
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise Dsv2Error("prompt_ids is not a list of whole numbers")
+    elif not isinstance(prompt, str):
+        raise Dsv2Error("prompt is not a text")
+    return prompt
 
 
 def short(text: str) -> str:

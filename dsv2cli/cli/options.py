@@ -227,6 +227,12 @@ class Sampling:
         list[str] | None, typer.Option(help="End before this text; may be given several times.")
     ] = None
 
+    def stops(self) -> tuple[str, ...]:
+        """Raises UsageError for an empty one."""
+        if self.stop and not all(self.stop):
+            raise UsageError("--stop is empty", why="every text begins with nothing", fix="leave it out")
+        return tuple(self.stop or ())
+
     def request(
         self,
         checkpoint: Checkpoint,
@@ -238,8 +244,7 @@ class Sampling:
         """The checkpoint's sampling defaults with these on top. Raises UsageError for senseless values."""
         from dsv2cli.engine.request import Request, SamplingParams
 
-        if self.stop and not all(self.stop):
-            raise UsageError("--stop is empty", why="every text begins with nothing", fix="leave it out")
+        stops = self.stops()
         chosen = {each.name: getattr(self, each.name) for each in fields(SamplingParams)}
         return Request(
             SamplingParams.from_generation_config(
@@ -247,7 +252,7 @@ class Sampling:
             ),
             self.max_new_tokens,
             eos_ids=frozenset() if ignore_eos else checkpoint.eos_ids,
-            stop=tuple(self.stop or ()),
+            stop=stops,
             seed=secrets.randbits(32) if self.seed is None else self.seed,
             logprobs=logprobs,
             speculate=speculate,

@@ -156,15 +156,44 @@ class Answering(Protocol):
     ) -> Iterator[str]: ...
 
 
-class LoadedModel:
+class Preparing:
+    """What is got ready beside what a person types, and what whoever needs it waits for."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.failure: BaseException | None = None
+
+    def prepare(self) -> None:
+        """Get it ready."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """The same; whatever happens is kept for those who wait."""
+        try:
+            self.prepare()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.ready.set()
+
+    def wait(self, stop: threading.Event) -> None:
+        """Until it is ready. Raises Stopped where nobody wants to wait, and why it could not be."""
+        while not self.ready.wait(0.05):
+            if stop.is_set():
+                raise Stopped
+        if self.failure is not None:
+            raise self.failure
+
+
+class LoadedModel(Preparing):
     """A Model of this machine."""
 
     def __init__(self, checkpoint: Checkpoint, load: Callable[[], Opened]) -> None:
         """`load` may raise Dsv2Error, which is then raised wherever the model is asked for."""
+        super().__init__()
         self.checkpoint, self.load = checkpoint, load
         self.made: dict[str, Any] = {}
-        self.lock, self.ready = threading.Lock(), threading.Event()
-        self.failure: BaseException | None = None
+        self.lock = threading.Lock()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -175,26 +204,15 @@ class LoadedModel:
             tokenizer: Tokenizer = self.made["tokenizer"]
             return tokenizer
 
-    def run(self) -> None:
-        """Load; whatever happens is kept for those who wait."""
-        try:
-            opened = self.load()
+    def prepare(self) -> None:
+        opened = self.load()
 
-            from dsv2cli.engine.session import Session
+        from dsv2cli.engine.session import Session
 
-            self.made |= {"opened": opened, "session": Session(opened.runner, self.tokenizer, opened.store)}
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self.ready.set()
+        self.made |= {"opened": opened, "session": Session(opened.runner, self.tokenizer, opened.store)}
 
     def session(self, stop: threading.Event) -> Session:
-        """Once it is loaded. Raises Stopped where nobody wants to wait, and why it could not be loaded."""
-        while not self.ready.wait(0.05):
-            if stop.is_set():
-                raise Stopped
-        if self.failure is not None:
-            raise self.failure
+        self.wait(stop)
         session: Session = self.made["session"]
         return session
 

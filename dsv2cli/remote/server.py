@@ -14,9 +14,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2 as httpx
 
@@ -24,6 +24,7 @@ from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import one_line, parse_json, reason
 from dsv2cli.remote.calls import Answer, Call, number
 
+T = TypeVar("T")
 TRIES = 6  # of a request that did not come through
 LONGEST_WAIT = 60.0  # seconds that a server may ask for between two of them
 AGAIN = (429, 502, 503, 504)  # statuses that are over soon
@@ -44,10 +45,6 @@ class NotThere(Unreachable):
 
 class Unknown(UsageError):
     """There is no such path or model."""
-
-
-class Cut(Dsv2Error):
-    """An answer that ended in the middle."""
 
 
 @dataclass(frozen=True)
@@ -174,16 +171,14 @@ class Server:
 
     # Answers.
 
-    def stream(
-        self, call: Call, waiting: Callable[[], object] = lambda: None, whole: bool = False
-    ) -> Iterator[str]:
+    def stream(self, call: Call, waiting: Callable[[], object] = lambda: None) -> Iterator[str]:
         """An answer as it comes; the call's result is filled in. `waiting` is told while nothing comes, and
-        may raise. `whole`: nobody sees it before its end, so that one that was cut is asked for again.
+        may raise.
 
         Raises Dsv2Error for what could not be answered, or not to its end.
         """
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        task = asyncio.run_coroutine_threadsafe(self.answer(call, pieces.put, whole), self.loop)
+        task = asyncio.run_coroutine_threadsafe(self.answer(call, pieces.put), self.loop)
         task.add_done_callback(lambda done: pieces.put(None))
         try:
             while True:
@@ -236,24 +231,42 @@ class Server:
         if call.error:
             return
         try:
-            await self.answer(call, lambda piece: None, whole=True)
+            await self.answer(call)
         except (Unreachable, Unknown):
             raise
         except Dsv2Error as error:
             call.fail(error)
 
-    async def answer(self, call: Call, tell: Callable[[str], object], whole: bool) -> None:
-        """Ask until it comes through. Raises Dsv2Error."""
-        for left in reversed(range(TRIES)):
+    async def answer(self, call: Call, tell: Callable[[str], object] | None = None) -> None:
+        """Ask until it comes through; one that nobody is told of before its end is also asked for again where
+        it was cut. Raises Dsv2Error.
+        """
+
+        async def one_try() -> None:
+            call.result.begin_anew()
+            await self.asked(call, tell or (lambda piece: None))
+
+        try:
+            await self.tried(one_try, TRIES, lambda: tell is None or not call.result.pieces)
+        except Passing as error:
+            call.result.finish_reason = "error"
+            raise error.lasting(bool(call.result.pieces)) from None
+
+    async def tried(
+        self, one_try: Callable[[], Awaitable[T]], tries: int, again: Callable[[], bool] = lambda: True
+    ) -> T:
+        """What comes of a try, or of one after it. Raises Passing where all failed, or there is not to be
+        another.
+        """
+        number = 1
+        while True:
             try:
-                await self.asked(call, tell)
-                return
+                return await one_try()
             except Passing as error:
-                if not left or (call.result.pieces and not whole):
-                    call.result.finish_reason = "error"
-                    raise error.lasting(bool(call.result.pieces)) from None
-                call.result.begin_anew()
-                await self.pause(error, TRIES - left)
+                if number == tries or not again():
+                    raise
+                await self.pause(error, number)
+                number += 1
 
     async def pause(self, error: Passing, number: int) -> None:
         """Before the next try: as long as the server asks for, or twice as long as before."""
@@ -317,18 +330,19 @@ class Server:
         content: dict[str, Any] = {} if body is None else sent(body)
         if once:
             content["timeout"] = SECONDS_TO_CONNECT
-        for left in reversed(range(1 if once else TRIES)):
-            try:
-                with self.trouble():
-                    async with self.client.stream(method, url, **content) as response:
-                        data = await all_of(response)
-                if response.status_code != 200:
-                    raise self.refused(response, data)
-                return parsed(data)
-            except Passing as error:
-                if not left:
-                    raise error.lasting(False) from None
-                await self.pause(error, TRIES - left)
+
+        async def one_try() -> Any:
+            with self.trouble():
+                async with self.client.stream(method, url, **content) as response:
+                    data = await all_of(response)
+            if response.status_code != 200:
+                raise self.refused(response, data)
+            return parsed(data)
+
+        try:
+            return await self.tried(one_try, 1 if once else TRIES)
+        except Passing as error:
+            raise error.lasting(False) from None
 
     def wait(self, coroutine: Any) -> Any:
         """What comes of work in the other thread. Raises what it raises."""
@@ -383,7 +397,7 @@ class Passing(Exception):
     def lasting(self, said_something: bool) -> Dsv2Error:
         """The error, once it was tried often enough."""
         if said_something:
-            return Cut("The answer was cut off", why=self.what)
+            return Dsv2Error("The answer was cut off", why=self.what)
         return Unreachable("The server does not answer", why=self.what, fix="try again later")
 
 

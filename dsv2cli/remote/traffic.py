@@ -41,7 +41,7 @@ class Client:
         counts = []
         for words in (16, 144):
             call = self.call(" ".join(random.Random(words).choices(WORDS, k=words)), 2)
-            self.server.wait(self.server.answer(call, lambda piece: None, whole=True))
+            self.server.wait(self.server.answer(call))
             counts.append(call.result.prompt_length)
         if 0 < counts[0] < counts[1]:
             self.tokens_a_word = (counts[1] - counts[0]) / 128
@@ -73,7 +73,7 @@ class Client:
             async with places:
                 arrived = time.perf_counter() if traffic.rate is None else began + at
                 call = self.call(text, traffic.generate)
-                await self.server.answer(call, lambda piece: None, whole=True)
+                await self.server.answer(call)
             # Tokens that are no text come without a piece.
             return Served(arrived, call.result.times or [call.result.ended]), call.result
 

@@ -45,12 +45,12 @@ def tools_of(fields: Fields) -> Tools:
             raise Refused(f"tools[{place}] is no function, and nobody would run it here", "tools")
         functions.append(function_of(place, inner.left, "input_schema"))
     choice = Fields(fields.take("tool_choice", (dict,), {}))
-    kind = choice.take("type", (str,), "auto" if functions else "none")
+    kind = choice.take("type", (str,), "auto")
     choice.only("disable_parallel_tool_use", True, False)
     name = choice.take("name", (str,), "") if kind == "tool" else None
     choice.done()
     kind = {"any": "required", "tool": "required"}.get(kind, kind)
-    return chosen(functions, kind if functions or kind != "auto" else "none", name)
+    return chosen(functions, kind, name)
 
 
 def plain(message: Any) -> list[Any]:

@@ -101,14 +101,14 @@ def tools_of(fields: Fields) -> Tools:
             raise Refused(f"tools[{place}] is no object", "tools")
         if tool.get("type") == "function":
             functions.append(function_of(place, {key: tool[key] for key in tool if key != "type"}))
-    choice = fields.take("tool_choice", (str, dict), "auto" if functions else "none")
+    choice = fields.take("tool_choice", (str, dict), "auto")
     name = None
     if isinstance(choice, dict):
         inner = Fields(choice)
         inner.only("type", "function")
         choice, name = "required", inner.take("name", (str,), "")
         inner.done()
-    return chosen(functions, choice if functions or choice != "auto" else "none", name)
+    return chosen(functions, choice, name)
 
 
 @dataclass

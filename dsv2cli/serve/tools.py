@@ -56,7 +56,7 @@ class Tools:
     @property
     def lark(self) -> str:
         """A grammar of answers: a call, or, where none is required, words that do not begin like one."""
-        call = f"%json {json.dumps(json.loads(closed(json.dumps(self.schema))) | BLANKS)}\n"
+        call = f"%json {closed(json.dumps(self.schema | BLANKS))}\n"
         if self.choice == "required":
             return f'start: " "? {call}'
         return f'start: words | call\nwords: /( ?[^{{ ](.|\\n)*)?/\ncall: " "? {call}'
@@ -105,7 +105,7 @@ def tools_of(fields: Fields) -> Tools:
             raise Refused(f"tools[{place}] is no function", "tools")
         functions.append(function_of(place, outer.take("function", (dict,), {})))
         outer.done()
-    choice = fields.take("tool_choice", (str, dict), "auto" if functions else "none")
+    choice = fields.take("tool_choice", (str, dict), "auto")
     fields.only("parallel_tool_calls", True, False)
     fields.only("functions", [])
     fields.only("function_call", "none", "auto")
@@ -139,6 +139,8 @@ def chosen(functions: list[dict[str, Any]], choice: str, name: str | None) -> To
         if name not in names:
             raise Refused(f"tool_choice names {name[:64]!r}, which is none of the tools", "tool_choice")
         return Tools([each for each in functions if each["name"] == name], "required")
+    if choice == "auto" and not functions:
+        choice = "none"
     if choice not in ("none", "auto", "required") or (choice == "required" and not functions):
         raise Refused(f"tool_choice = {choice[:40]!r} can not be used", "tool_choice")
     return Tools(functions, choice)

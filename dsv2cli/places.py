@@ -10,6 +10,7 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import platformdirs
 
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.outside import require_file
+
+ENDING = 1.0  # so many seconds a killed process may take until what it held is free
 
 
 def data_folder() -> Path:
@@ -118,12 +121,27 @@ def temporary_folder(name: str, inside: Path | None = None) -> Path:
     return folder
 
 
+def lock(file: int, seconds: float = 0.0) -> None:
+    """Have a file of our own for us alone, waiting so long for a process that is just ending.
+
+    Raises BlockingIOError where another has it still.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """A lock on a file or folder of our own. Raises BlockingIOError where a process that lives has it."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(number)
         yield
     finally:
         os.close(number)

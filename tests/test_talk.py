@@ -476,6 +476,12 @@ def test_a_talk_that_is_open_is_locked_and_a_branch_of_it_is_in_the_same_record(
         other.resume(talk.journal.path)
     with pytest.raises(UsageError, match="open elsewhere"):
         commands.carry_out(other, f"/delete {talk.name} !")
+    free = threading.Timer(0.3, talk.journal.close)
+    path = talk.journal.path
+    free.start()
+    other.resume(path)  # what held it is just ending
+    other.journal.close()
+    talk.resume(path)
     other.resume(talk.journal.path, shared=True)
     for number in range(5):
         say(talk, f"left {number}")

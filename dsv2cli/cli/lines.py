@@ -6,7 +6,6 @@ A file of answers goes on where an interrupted run stopped.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from dsv2cli import places
 from dsv2cli.cli import ui
 from dsv2cli.engine.request import RULES, Request
 from dsv2cli.engine.store import checked
@@ -359,7 +359,7 @@ def locked(out: Path) -> Iterator[Any]:
     with out.open("ab") as file:
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                places.lock(file.fileno(), places.ENDING)
             except BlockingIOError:
                 fix = "wait for it, or another --output"
                 raise UsageError(f"Another run is writing to {out}", fix=fix) from None

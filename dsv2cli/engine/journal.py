@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import secrets
@@ -259,7 +258,7 @@ class Journal:
                 break
             except FileExistsError:
                 self.path = self.path.with_name(f"{self.path.stem}b{self.path.suffix}")
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        places.lock(self.file)
         copies = bool(self.waiting) and not self.waiting[0].startswith(b"\n")
         if not copies:  # what it copies begins so itself
             self.waiting.insert(0, json_text({"format": FORMAT, "time": now()}).encode() + b"\n")
@@ -311,7 +310,7 @@ def open_talk(path: Path, tell: Tell, shared: bool = False) -> Journal:
         raise unreadable(path, reason(error)) from None
     try:
         if not shared:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            places.lock(file, places.ENDING)
         journal = read(path, tell)
     except BlockingIOError:
         os.close(file)

@@ -35,6 +35,7 @@ ITEM_BYTES = {
     "U16": 2,
 }
 ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+LARGEST_NUMBER = 2**62
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 NAMES = {dtype: name for name, dtype in MAPPED.items()}
 INDEX = "model.safetensors.index.json"
@@ -82,12 +83,14 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
         return read_header(single)
     wanted = read_index(index_path)
     stored: dict[str, Stored] = {}
-    for name in sorted(set(wanted.values())):
+    placed: dict[str, set[str]] = {}
+    for tensor, name in wanted.items():
+        placed.setdefault(name, set()).add(tensor)
+    for name, listed in sorted(placed.items()):
         file = folder / name
         if not os.path.lexists(file):
             raise Dsv2Error(f"{file} is missing", why=f"{INDEX} names it", fix=AGAIN)
         header = read_header(file)
-        listed = {tensor for tensor, where in wanted.items() if where == name}
         for tensor in sorted(listed - header.keys()):
             raise Dsv2Error(f"{file} lacks the tensor {tensor}", why=f"{INDEX} places it there")
         for tensor in sorted(header.keys() - listed):
@@ -183,7 +186,9 @@ def stored(file: Path, name: str, entry: Any, body: int) -> Stored:
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        if not isinstance(numbers, list) or [
+            n for n in numbers if type(n) is not int or not 0 <= n < LARGEST_NUMBER
+        ]:
             raise ValueError(f"tensor {name} has no proper shape or offsets")
     if len(offsets) != 2 or offsets[1] < offsets[0] or not isinstance(dtype, str):
         raise ValueError(f"tensor {name} has no proper type or offsets")

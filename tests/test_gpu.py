@@ -413,9 +413,10 @@ def test_generating_ahead_of_the_reader_gives_the_same_tokens_and_ends_where_it_
             # What is said to be in the pool is there: going on from it is going on from the text.
             again = prompts[0] + jobs[0].result.token_ids
             assert sequences[0].length == len(again) - 1
-            after = Job(again, Request(GREEDY, 2), after=sequences[0])
-            list(scheduler.stream(after))
-            assert after.result.token_ids == answered(model, again, Request(GREEDY, 2)).token_ids
+            if request.logprobs is None:
+                after = Job(again, Request(GREEDY, 2), after=sequences[0])
+                list(scheduler.stream(after))
+                assert after.result.token_ids == answered(model, again, Request(GREEDY, 2)).token_ids
         return out
 
     plain, fast = both_ways(tokens, random_smallest())

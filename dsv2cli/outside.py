@@ -26,6 +26,7 @@ LARGEST_LINE = 64 * 2**20  # bytes of one that is read by lines
 TOO_LONG = b"\xff a line that is too long"
 DEEPEST = 64  # lists and objects within one another
 AGAIN = "download the file again"
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 KINDS = {  # what may stand in a file's place
     stat.S_IFIFO: "a FIFO",
     stat.S_IFDIR: "a folder",
@@ -74,6 +75,12 @@ def reason(error: BaseException) -> str:
 def one_line(text: str) -> str:
     """Words of somebody else, as they can stand behind "why:"."""
     return " ".join(text.split())[:300]
+
+
+def in_units(size: float) -> str:
+    """Bytes as a person reads them."""
+    unit, name = next((each for each in UNITS if size >= each[0] * 0.9995), UNITS[-1])
+    return f"{size / unit:.4g} {name}" if unit > 1 else f"{size:.0f} {name}"
 
 
 def require_file(path: Path, pipes: bool = False) -> os.stat_result:

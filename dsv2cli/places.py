@@ -35,6 +35,16 @@ def sessions() -> Path:
     return data_folder() / "sessions"
 
 
+def models() -> Path:
+    """Packed copies of models."""
+    return data_folder() / "models"
+
+
+def pages() -> Path:
+    """Pages of prompts, where `--cache-store auto` keeps them."""
+    return Path(platformdirs.user_cache_dir("dsv2")) / "pages"
+
+
 def session_names() -> list[str]:
     """Saved conversations, the latest first; what else may lie there, such as an editor's link, is none.
 

@@ -20,15 +20,16 @@ import pexpect
 import psutil
 import pytest
 import torch
+from hubs import home, hub, repository  # noqa: F401
 from person import Person
 from running import forked
 from safetensors.torch import save_file
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.checkpoint.template import renderer
 from dsv2cli.checkpoint.tokenizer import Tokenizer
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.run.runner import PlainRunner
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.engine.fill import FIM_TOKENS
 from dsv2cli.engine.grammar import Grammar, closed
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.hubs.find import EMBEDDED
 
 EOS = frozenset({4095})
 SCHEMA = {

@@ -16,11 +16,11 @@ from conftest import DATA
 from rows import answered
 from running import run_dsv2
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.engine.session import Session
+from dsv2cli.hubs.find import EMBEDDED
 
 V2 = str(DATA / "golden" / "v2")
 GREEDY = SamplingParams(temperature=0.0)

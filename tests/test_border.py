@@ -20,7 +20,6 @@ from running import forked, run_dsv2
 from safetensors.torch import load_file, save_file
 
 from dsv2cli import places
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import ui
 from dsv2cli.cli.flow import Flow
 from dsv2cli.engine import journal as journals
@@ -28,6 +27,7 @@ from dsv2cli.engine import latents, store
 from dsv2cli.engine.grammar import Grammar
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.kernels import build, native
 from dsv2cli.run import launch, page_store
 

@@ -11,6 +11,8 @@ import time
 import psutil
 import pytest
 from conftest import DATA
+from hubs import NAME, Hub
+from huggingface_hub import constants
 from running import run_dsv2, run_process
 
 from dsv2cli.cli.fields import COMPLETE, FIELDS
@@ -165,8 +167,8 @@ def test_a_failure_is_exit_code_1_and_a_sentence(copy_of_v2):
     shard = copy_of_v2 / "model-00002-of-000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     fails(run_dsv2("complete", "--prompt-ids", "1", "--model", str(copy_of_v2)), 1, shard.name, "truncated")
-    offline = run_process("complete", "hi", "--model", "no-such/repository", HF_HUB_OFFLINE="1")
-    fails(offline, 1, "no-such/repository")
+    offline = run_process("complete", "hi", "--model", "no-such/repository", "--yes", HF_HUB_OFFLINE="1")
+    fails(offline, 1, "no-such/repository", "HF_HUB_OFFLINE")
 
 
 def test_a_reader_that_leaves_early_is_no_failure():
@@ -343,6 +345,8 @@ def printed(command, folder):
         out = str(folder / "out.jsonl")
         run_dsv2("complete", "--batch", str(folder / "in.jsonl"), "--output", out, *brief)
         return (folder / "out.jsonl").read_text()
+    if command.startswith(("pull", "models ")) and command != "models --json":
+        return of_a_hub(command, folder)
     saved = str(folder / "saved.json")
     words = {
         "complete --json": ("--logprobs", "2", *brief, "Hello"),
@@ -362,6 +366,20 @@ def printed(command, folder):
     if command.startswith("bench --concurrency"):
         return run_dsv2("bench", "--json", "--concurrency", *words).stdout
     return run_dsv2(*command.split(), *words, stdin='[{"role": "user", "content": "Hello"}]').stdout
+
+
+def of_a_hub(command, folder):
+    """The same for what fetches, looks at or deletes a model."""
+    with Hub(DATA / "golden" / "dense_only") as hub, pytest.MonkeyPatch.context() as patch:
+        settings = {"ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "hub")}
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in (settings | {"HUGGINGFACE_CO_URL_TEMPLATE": template}).items():
+            patch.setattr(constants, name, value)
+        words = command.split()
+        if words[0] == "models":
+            run_dsv2("pull", NAME)
+            return run_dsv2(*words, NAME, *(["--yes"] if "rm" in words else [])).stdout
+        return run_dsv2(*words, NAME).stdout
 
 
 @pytest.mark.parametrize("command", FIELDS)

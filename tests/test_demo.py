@@ -15,10 +15,10 @@ from conftest import CPU
 from rows import answered
 
 from dsv2cli.checkpoint.blueprint import empty_model
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.request import Request, SamplingParams
+from dsv2cli.hubs.find import EMBEDDED
 from training import chats, train
 from training.chats import make_chat
 from training.corpus import render, rule_made

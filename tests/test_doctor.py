@@ -9,7 +9,7 @@ import pytest
 from conftest import DATA
 from running import run_dsv2, run_process
 
-from dsv2cli.checkpoint.hub import EMBEDDED
+from dsv2cli.hubs.find import EMBEDDED
 
 
 def doctor(*arguments, **environment):

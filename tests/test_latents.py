@@ -13,9 +13,9 @@ from conftest import CPU, DATA
 from rows import Rows
 from running import run_dsv2
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.formats import CACHE_BITS
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.kernels import native
 from dsv2cli.kernels.latents import Packing, apart, hadamard, rotated, together
 from dsv2cli.memory import ram_bytes

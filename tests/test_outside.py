@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 
 from dsv2cli import outside
 from dsv2cli.checkpoint.found import find
-from dsv2cli.checkpoint.hashes import write_sums
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.safetensors import read_header
 from dsv2cli.checkpoint.template import renderer
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.doctor import checkpoint as look_at
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.hubs.find import EMBEDDED
+from dsv2cli.hubs.hashes import write_sums
 from dsv2cli.model.config import DeepseekV2Config
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -680,7 +680,7 @@ def test_a_repository_of_which_only_the_config_is_here_says_so(tmp_path):
             find("a/b")
     finally:
         constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = before
-    assert "weights of a/b" in caught.value.what and "config.json" in caught.value.why
+    assert "is not on this machine" in caught.value.what and "dsv2 pull a/b" in caught.value.fix
 
 
 def test_a_number_says_what_it_may_be():

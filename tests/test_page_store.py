@@ -16,12 +16,12 @@ from running import run_dsv2
 from safetensors.torch import load_file, save_file
 from test_scheduler import GREEDY, alone, fresh, ids_of, through_kernels, told
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.engine.pages import Pages, names_of
 from dsv2cli.engine.request import Request, Result
 from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.engine.session import Session
 from dsv2cli.formats import PAGE
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.run.page_store import PageStore, digest_of
 
 REQUEST = Request(GREEDY, 12, frozenset([7]), logprobs=2)

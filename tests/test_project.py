@@ -25,9 +25,10 @@ kernels.build kernels.quantized kernels.native kernels.linear kernels.latents ke
 kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
 model.config model.share model.size model.rope model.pool model.step model.layers model.transformer
-checkpoint.hashes checkpoint.hub checkpoint.template checkpoint.tokenizer checkpoint.found
+hubs.hashes hubs.reference hubs.shelf hubs.find hubs.remote hubs.download hubs.pull hubs.removal
+checkpoint.template checkpoint.tokenizer checkpoint.found
 checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
-checkpoint.placement
+checkpoint.streamed checkpoint.verify checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
 run.worker
 engine.grammar engine.fill engine.request engine.sampling engine.text engine.pages engine.scheduler
@@ -35,9 +36,9 @@ engine.session engine.store engine.latents engine.journal engine.benchmark engin
 remote.calls remote.server remote.traffic
 serve.desk serve.door serve.fields serve.tools serve.openai serve.anthropic serve.responses
 serve.metrics serve.app
-cli.ui cli.values cli.config cli.options cli.flow cli.attach cli.talk cli.asking cli.far
+cli.ui cli.values cli.config cli.options cli.offer cli.flow cli.attach cli.talk cli.asking cli.far
 cli.here cli.lines cli.complete cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
-cli.figures cli.traffic cli.bench cli.models cli.serve cli.niah cli.info cli.doctor cli.quantize
+cli.figures cli.traffic cli.bench cli.pull cli.models cli.serve cli.niah cli.info cli.doctor cli.quantize
 cli.completion cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {
@@ -160,6 +161,9 @@ def test_completion_knows_local_models(tmp_path):
     for folder, kind in ((cache, "deepseek_v2"), (other, "llama")):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        (folder / "model.safetensors").touch()
+    (cache.parents[1] / "refs").mkdir()
+    (cache.parents[1] / "refs" / "main").write_text("1")
     golden = ROOT / "tests" / "data" / "golden"
     assert complete(f"dsv2 chat --model {golden}/v", HF_HUB_CACHE=str(tmp_path)) == [f"{golden}/v2"]
     assert complete(f"dsv2 info {golden.parent}/g") == [f"{golden}/"]

@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from dsv2cli.checkpoint import names
 from dsv2cli.checkpoint.blueprint import state_of
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model, read_packed
 from dsv2cli.checkpoint.pack import quantize_checkpoint
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.kernels.native import load
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.run.cpu import CppRunner

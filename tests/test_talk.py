@@ -16,7 +16,6 @@ from prompt_toolkit.document import Document
 
 from dsv2cli import places
 from dsv2cli.checkpoint.found import find
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.cli import commands
 from dsv2cli.cli.prompt import History, Suggestions
 from dsv2cli.cli.talk import LoadedModel, Stopped, Talk
@@ -26,6 +25,7 @@ from dsv2cli.engine.journal import SUMMARISE
 from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.run import page_store
 from dsv2cli.run.machine import look_around
 from dsv2cli.run.open import Opened

@@ -9,9 +9,9 @@ import pytest
 from conftest import DATA
 from jinja2 import Environment
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.tokenizer import IncrementalDecoder, Tokenizer
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.hubs.find import EMBEDDED
 
 TEXTS = [
     "hello world\n  你好 é 🙂",

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.tokenizer import Message, Tokenizer
 from dsv2cli.engine.request import Request, Result, SamplingParams
 from dsv2cli.engine.session import Session
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.outside import read_json
 from dsv2cli.run.runner import PlainRunner
 from training.chats import NAMES, compare, counting, fact, repeat, sums, unknown

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv2cli.checkpoint.hub import find_config, find_model
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.hubs.find import find_config, find_model
 from dsv2cli.model.config import DeepseekV2Config, token_ids
 from dsv2cli.outside import read_json
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,18 +199,23 @@ def tensors_of(folder: Path, config: DeepseekV2Config) -> dict[str, Stored]:
 
     Raises Dsv2Error.
     """
-    stored, counts = list_tensors(folder), dict[str, int]()
-    for name in stored:
-        for what, number in re.findall(r"\b(layers|experts)\.(\d{1,9})\.", name):
-            counts[what] = max(counts.get(what, 0), 1 + int(number))
+    stored = list_tensors(folder)
+    refuse_other_counts(stored, config, str(folder))
+    return stored
+
+
+def refuse_other_counts(names: Iterable[str], config: DeepseekV2Config, where: str) -> None:
+    """Raises Dsv2Error unless tensors of these names are of as many layers and experts as a config counts."""
+    counts: dict[str, int] = {}
+    for what, number in set(re.findall(r"\b(layers|experts)\.(\d{1,9})\.", "\n".join(names))):
+        counts[what] = max(counts.get(what, 0), 1 + int(number))
     wanted = {"layers": config.num_hidden_layers}
     if config.packed is None and config.moe_layers:
         wanted["experts"] = config.n_routed_experts or 0
     for what, count in wanted.items():
         if counts.get(what, 0) != count:
             why = f"config.json calls for {count:,}"
-            raise Dsv2Error(f"The files in {folder} hold {counts.get(what, 0):,} {what}", why=why)
-    return stored
+            raise Dsv2Error(f"The files in {where} hold {counts.get(what, 0):,} {what}", why=why)
 
 
 def packed_tensors(config: DeepseekV2Config, folder: Path) -> list[Stored]:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from dsv2cli.checkpoint.blueprint import blueprint, pieces, state_of, weights_bytes
-from dsv2cli.checkpoint.hashes import sha256, write_sums
-from dsv2cli.checkpoint.hub import WANTED_FILES
 from dsv2cli.checkpoint.load import Progress, of_total, read_piece
 from dsv2cli.checkpoint.names import match, tensors_of
 from dsv2cli.checkpoint.safetensors import INDEX, Stored, write_safetensors
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_FORMAT
+from dsv2cli.hubs.hashes import sha256, write_sums
+from dsv2cli.hubs.remote import WANTED
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
@@ -49,8 +49,7 @@ def quantize_checkpoint(
         raise UsageError(f"{folder} is packed already", why=why, fix=fix)
     if out.exists():
         raise UsageError(f"{out} exists already", fix="another name, or remove it first")
-    mlp, attention = PACKED_BITS[format]
-    sizes = {"bits": mlp, "attention_bits": attention, "group": group}
+    sizes = sizes_of(format, group)
     stored = tensors_of(folder, config)
     model = blueprint(config, format=format, group=group)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
@@ -61,19 +60,33 @@ def quantize_checkpoint(
             new = folder_of_it / out.name
             new.mkdir()
             weight_map = write_pieces(model, stored, new, sizes, kernels, of_total(progress, total))
-            copy_settings(folder, new)
-            write_json(new / INDEX, {"metadata": {}, "weight_map": weight_map})
             files = sorted({tensor.file for tensor in stored.values()})
-            sources = {file.name: sha256(file) for file in files}
-            packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
-            raw = read_json(folder / "config.json")
-            write_json(new / "config.json", raw | {"quantization_config": packing})
-            write_sums(new)
+            complete(folder, new, weight_map, sizes, {file.name: sha256(file) for file in files})
             new.rename(out)
     except OSError as error:
         why, fix = error.strerror or str(error), "make room, or choose another disk"
         raise Dsv2Error(f"Writing {out} failed", why=why, fix=fix) from error
     return sum(file.stat().st_size for file in out.iterdir())
+
+
+def sizes_of(format: str, group: int) -> dict[str, int]:
+    """What config.json says of a format."""
+    mlp, attention = PACKED_BITS[format]
+    return {"bits": mlp, "attention_bits": attention, "group": group}
+
+
+def complete(
+    folder: Path, new: Path, weight_map: dict[str, str], sizes: dict[str, int], sources: dict[str, str]
+) -> None:
+    """Write all that a packed checkpoint has besides its weights: settings from `folder`, the index, and what
+    the codes are and were made from. Raises OSError.
+    """
+    copy_settings(folder, new)
+    write_json(new / INDEX, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
+    packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
+    raw = read_json(folder / "config.json")
+    write_json(new / "config.json", raw | {"quantization_config": packing})
+    write_sums(new)
 
 
 def write_pieces(
@@ -89,20 +102,38 @@ def write_pieces(
     `counted` is told the bytes read so far.
     """
     weight_map: dict[str, str] = {}
-    metadata = {"format": f"{PACKED_BY} {PACKED_FORMAT}"} | {key: str(value) for key, value in sizes.items()}
-    tied = model.config.tie_word_embeddings
-    names = [name for name in pieces(model.config) if name != "lm_head" or not tied]
+    names = packed_pieces(model)
     done = 0
     for number, piece in enumerate(names, 1):
         progress = None if counted is None else partial(count_on, counted, done)
         done += read_piece(model, piece, stored, torch.device("cpu"), progress, kernels)
-        module = model.get_submodule(piece)
-        file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
-        tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
-        write_safetensors(new / file, tensors, metadata)
-        weight_map |= dict.fromkeys(tensors, file)
-        module.to(torch.device("meta"))
+        file = file_of(number, len(names))
+        weight_map |= dict.fromkeys(write_piece(model, piece, new / file, sizes), file)
     return weight_map
+
+
+def packed_pieces(model: DeepseekV2) -> list[str]:
+    """The pieces that get a file each; a tied head has none."""
+    tied = model.config.tie_word_embeddings
+    return [name for name in pieces(model.config) if name != "lm_head" or not tied]
+
+
+def file_of(number: int, count: int) -> str:
+    """The name of the file of a piece, counted from 1."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_piece(model: DeepseekV2, piece: str, path: Path, sizes: dict[str, int]) -> list[str]:
+    """Write a piece that has been packed, and forget its weights; gives the names of its tensors.
+
+    Raises OSError.
+    """
+    metadata = {"format": f"{PACKED_BY} {PACKED_FORMAT}"} | {key: str(value) for key, value in sizes.items()}
+    module = model.get_submodule(piece)
+    tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
+    write_safetensors(path, tensors, metadata)
+    module.to(torch.device("meta"))
+    return list(tensors)
 
 
 def count_on(counted: Callable[[int], None], before: int, done: int, _: int) -> None:
@@ -123,7 +154,7 @@ def refuse_full_disk(out: Path, needed: int) -> None:
 
 def copy_settings(folder: Path, out: Path) -> None:
     """Tokenizer, template and sampling defaults."""
-    for pattern in WANTED_FILES:
+    for pattern in WANTED:
         for file in folder.glob(pattern):
             if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors" and file.is_file():
                 shutil.copyfile(file, out / file.name)

@@ -28,6 +28,7 @@ class Prompt:
         str | None, typer.Argument(help="Text to continue. All of stdin, if piped, comes before it.")
     ] = None
     model: opt.ModelOption = None
+    yes: opt.YesOption = False
     api: opt.ApiOption = None
     prompt_ids: Annotated[
         str | None, typer.Option(help='Token ids instead of text, "1,2,3": no tokenizer needed.')

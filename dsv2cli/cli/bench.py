@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from dsv2cli.cli import offer, traffic, ui
 from dsv2cli.cli import options as opt
-from dsv2cli.cli import traffic, ui
 from dsv2cli.cli.figures import RANGE_HELP, digits, numbers, ranged
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import json_text, parse_json, read_bytes, reason
@@ -65,6 +65,7 @@ class Measure:
     heading = opt.TO_RUN
 
     model: opt.ModelOption = None
+    yes: opt.YesOption = False
     api: opt.ApiOption = None
     random_weights: Annotated[
         str | None,
@@ -183,7 +184,8 @@ def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish)
     if len(wishes) > 1 and (wish.gpus or 1) > 1:
         why = "the processes that share a model have one format"
         raise UsageError("Several --cache formats go without --gpus", why=why, fix="one after the other")
-    opened = opt.open_model(measure.model, wishes[0], measure.random_weights)
+    found = offer.find(measure.model, measure.yes, measure.random_weights)
+    opened = opt.open_model(measure.model, wishes[0], measure.random_weights, found)
     if measure.against is not None and opened.plan.format.startswith("int"):
         why, fix = "transformers has no such codes", "the checkpoint unpacked"
         raise UsageError("--against compares the same weights", why=why, fix=fix)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv2cli.cli import offer, ui
 from dsv2cli.cli import options as opt
-from dsv2cli.cli import ui
 from dsv2cli.cli.config import PresetOption
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import path_of, read_text, reason
@@ -36,6 +36,7 @@ class Conversation:
         str | None, typer.Argument(metavar="MESSAGE", help="The first message; then the prompt.")
     ] = None
     model: opt.ModelOption = None
+    yes: opt.YesOption = False
     api: opt.ApiOption = None
     system: Annotated[str | None, typer.Option(help="System prompt for the whole conversation.")] = None
     system_file: Annotated[Path | None, typer.Option(help="File that holds the system prompt.")] = None
@@ -139,10 +140,9 @@ def answering(
         server = far.connect(conversation.api, conversation.model, ui.note if screen is None else screen.note)
         return far.ServerModel(server), far.request_of(sampling)
 
-    from dsv2cli.checkpoint.found import find
     from dsv2cli.cli.talk import LoadedModel
 
-    checkpoint = find(conversation.model)
+    checkpoint = offer.find(conversation.model, conversation.yes)
     request = sampling.request(checkpoint)
     glance(checkpoint, wish)
     shown = ui if screen is None else screen

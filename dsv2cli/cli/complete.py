@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dsv2cli.cli import asking, ui
+from dsv2cli.cli import asking, offer, ui
 from dsv2cli.cli import options as opt
 from dsv2cli.errors import INTERRUPTED, Dsv2Error, UsageError
 from dsv2cli.run.wish import CompleteWish, Wish
@@ -127,10 +127,8 @@ def complete(prompt: asking.Prompt, sampling: Sampling, output: Output, wish: Co
         answer_there(prompt, text, schema, sampling, output, wish)
         return
 
-    from dsv2cli.checkpoint.found import find
-
     # What is wrong with the prompt is said before the weights are read.
-    checkpoint = find(prompt.model)
+    checkpoint = offer.find(prompt.model, prompt.yes)
     request = sampling.request(
         checkpoint, output.logprobs, sampling.ignore_eos, sampling.speculate, output.prompt_logprobs
     )

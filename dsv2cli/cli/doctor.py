@@ -182,7 +182,10 @@ def triton_kernels(gpu: bool) -> Finding:
 
 
 def extras() -> Iterator[Finding]:
-    for module, use, fix in (("llguidance", "--json-schema and --regex", 'pip install "llguidance>=1.7"'),):
+    for module, use, fix in (
+        ("llguidance", "--json-schema and --regex", 'pip install "llguidance>=1.7"'),
+        ("modelscope_hub", "dsv2 pull --source ms", 'pip install "modelscope-hub>=0.5"'),
+    ):
         if importlib.util.find_spec(module) is None:
             yield Finding(module, "note", f"not installed: no {use}", fix)
         else:
@@ -256,7 +259,7 @@ def settings_of(checkpoint: Checkpoint) -> str:
 
 def hashes_of(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A finding for each file that is not what was published, or one for all that are."""
-    from dsv2cli.checkpoint.hashes import published, refuse_other
+    from dsv2cli.hubs.hashes import published, refuse_other
 
     try:
         known = published(checkpoint.folder)

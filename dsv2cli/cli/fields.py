@@ -61,8 +61,37 @@ FIELDS: dict[str, dict[str, str]] = {
         "error": "why a line has no answer; then it stands alone, with line, its number",
     },
     "models --json": {
-        "models": "for each: name, context (the most tokens it holds, or null), bytes of its weights (null "
-        "of a server's), and where it is"
+        "models": "for each: name, source (hf, ms, ollama, dsv2, package or server), format of its weights, "
+        "context (the most tokens it holds, or null), bytes of its files (null of a server's), used (when it "
+        "was last read, or null), lacks (why it is not whole, or nothing), and where it is"
+    },
+    "models path --json": {
+        "name": "of the model, and its source, format, context, bytes, used, lacks and where, as in the list",
+        "source": "hf, ms, ollama or dsv2",
+        "format": "of its weights",
+        "context": "the most tokens it holds, or null",
+        "bytes": "of its files",
+        "used": "when it was last read",
+        "lacks": "nothing",
+        "where": "its folder or file",
+    },
+    "models verify --json": {
+        "name": "of the model",
+        "where": "its folder or file",
+        "ok": "whether nothing is bad",
+        "files": "for each, and for all headers together: file, bytes, state (ok, bad or unknown) and why",
+    },
+    "models rm --json": {"where": "what was deleted", "bytes": "that are free again"},
+    "pull --json": {
+        "folder": "where the model is",
+        "revision": "which commit, or with ModelScope which branch",
+        "bytes": "of its files",
+    },
+    "pull --dry-run --json": {
+        "folder": "where the model would be",
+        "revision": "which commit, or with ModelScope which branch",
+        "bytes": "that are still to come",
+        "files": "for each: name, bytes, and whether it is here",
     },
     "sessions --json": {
         "sessions": "for each: name, when, turns, model, bytes, and first, how it begins",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.asking import Asked
 from dsv2cli.engine.request import Request, Token, check_prompt
 from dsv2cli.engine.scheduler import Job, Scheduler
+from dsv2cli.hubs.hashes import edges
 from dsv2cli.run.open import Opened
 
 

@@ -98,10 +98,11 @@ def info(subject: Subject, output: Output, room: Room) -> None:
 
     Parameters by part, bytes in each format, what a token reads, the cache.
     """
-    from dsv2cli.checkpoint.hub import EMBEDDED, find_config
+    from dsv2cli.cli import offer
+    from dsv2cli.hubs.find import EMBEDDED
 
     model = subject.model
-    config = DeepseekV2Config.load(find_config(model))
+    config = DeepseekV2Config.load(offer.config_of(model))
     dtype = config.torch_dtype if room.dtype == "auto" else room.dtype
     refuse_cache(config, room.cache)
     facts = describe(config, model or "embedded", dtype, subject.context, room.cache)

@@ -80,12 +80,31 @@ TOPICS = {
         "earlier prompt finds its pages there. --cache int8, int6 or int4 holds them in fewer bits: for "
         "V2-Lite 17,334, 13,068 or 9,612 bytes a token instead of 31,104. On a CPU with its kernels an "
         "answer does not depend, to the last bit, on what else runs; elsewhere it may differ by rounding.",
-        "--cache-store DIR keeps full pages of prompts in files, readable by their owner only, and finds "
+        "--cache-store DIR (or auto, a place of our own) keeps full pages of prompts in files, readable by "
+        "their owner only, and finds "
         "them again in any later run: a long document or system prompt is read once. A page counts only "
         "for the model, number formats and kernels that made it, and only as it was written; one that is "
         "damaged is read anew. Latents say nearly as much as the text itself: keep the folder as private.",
         "--attention fixes the attention path. auto counts the multiplications: a first prefill expands "
         "keys and values from the cached latents, a decode step attends to the latents themselves.",
+    ),
+    "MODELS": (
+        "--model takes a folder; a short name (v2, v2-chat, v2-lite, v2-lite-chat, v2.5, coder-v2, "
+        "coder-v2-lite and others); a repository, OWNER/NAME or with @REVISION behind it, with hf: or ms: "
+        "before it where only that hub's copy is meant; or, with :int4 behind the name, a packed copy. It is "
+        "looked for in the caches of Hugging Face and ModelScope and in this program's own folder; nobody "
+        "is asked. One that is not here is offered at a terminal, fetched with --yes, and else an error that "
+        "says what to type.",
+        "dsv2 pull downloads safetensors, configs and tokenizer, never code, into the hub's own cache or a "
+        "folder (--to). What it was stopped at it goes on with, at the byte. A file gets its name when its "
+        "length and hash are those that were published, and SHA256SUMS, or a list beside the hub's "
+        "snapshot, says them from then on. It uses plain HTTP only, which HF_ENDPOINT and proxies lead, and "
+        "no other transport past them; a saved token goes to its own hub and, unless --send-token says "
+        "otherwise, to no other host. --quantize packs each layer as its files have come, and deletes them.",
+        "dsv2 models lists what is here, with Ollama's models of this family and downloads that were "
+        "interrupted; verify reads a copy whole, without a network, or with --online against what the hub "
+        "says today; rm deletes one, and no file that another revision needs. GGUF files are fetched "
+        "(--gguf), listed and verified, and not run yet.",
     ),
     "SERVING": (
         "dsv2 serve answers other programs by OpenAI's API: /v1/models, /v1/chat/completions and "
@@ -141,7 +160,10 @@ ENVIRONMENT = {
         "[servers.NAME] may name another variable"
     ),
     "NO_COLOR": "no colours, and Markdown as it is written",
-    "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "where models are kept, the key to private ones, and no downloads",
+    "HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE": "where models are kept and come from, the key to "
+    "private ones, and no downloads",
+    "MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN": "the same of ModelScope",
+    "OLLAMA_MODELS": "where Ollama keeps its models",
     "CXX": "the C++ compiler for the CPU kernels",
 }
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv2cli.cli import offer, ui
 from dsv2cli.cli import options as opt
-from dsv2cli.cli import ui
 from dsv2cli.cli.figures import numbers
 from dsv2cli.errors import UsageError
 from dsv2cli.run.wish import Wish
@@ -29,6 +29,7 @@ class Search:
     heading = opt.TO_RUN
 
     model: opt.ModelOption = None
+    yes: opt.YesOption = False
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens: a list or a range such as 512-4096*2.")
     ] = "256-2048*2"
@@ -91,7 +92,7 @@ def niah(search: Search, sampling: Seed, output: Output, wish: Wish) -> None:
     """
     sizes, percents = numbers("--lengths", search.lengths, 1), search.percents()
     texts = search.texts()
-    opened = opt.open_model(search.model, wish)
+    opened = opt.open_model(search.model, wish, found=offer.find(search.model, search.yes))
 
     from dsv2cli.engine import needle
 

@@ -165,7 +165,7 @@ def models(incomplete: str) -> list[str]:
     """For the shell's completion: folders that hold a checkpoint or lead on, and DeepSeek-V2 models already
     downloaded.
     """
-    from dsv2cli.checkpoint.hub import known_models
+    from dsv2cli.hubs.find import known_models
 
     return known_models(incomplete)
 
@@ -182,11 +182,14 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        metavar="DIR|REPO",
+        metavar="DIR|NAME",
         autocompletion=models,
-        help="Folder with a checkpoint, or a Hugging Face repository name. "
-        "Default: the small model inside the package.",
+        help="Folder with a checkpoint, a short name (v2-lite-chat), a repository (OWNER/NAME, "
+        "ms:OWNER/NAME) or a packed copy (v2-lite-chat:int4). Default: the small model inside the package.",
     ),
+]
+YesOption = Annotated[
+    bool, typer.Option("--yes", "-y", help="Download a model that is not on this machine, without asking.")
 ]
 ApiOption = Annotated[
     str | None,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from dsv2cli.cli import offer, ui
 from dsv2cli.cli import options as opt
-from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.run.wish import TRITON, KernelsOption
 
@@ -24,12 +24,20 @@ class Packing:
     model: Annotated[
         str,
         typer.Argument(
-            metavar="DIR|REPO",
+            metavar="DIR|NAME",
             autocompletion=opt.models,
-            help="Folder with a checkpoint, or a Hugging Face repository name.",
+            help="Folder with a checkpoint, a short name or a repository's.",
         ),
     ]
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the packed checkpoint.")]
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]",
+            help="New folder for the packed checkpoint. Default, for a repository: a place of our own, where "
+            "--model NAME:int4 finds it.",
+        ),
+    ] = None
+    yes: opt.YesOption = False
     to: Annotated[
         Literal["int8", "int4", "int4-all"],
         typer.Option(
@@ -54,11 +62,11 @@ def quantize(packing: Packing, wish: Kernels) -> None:
 
     It then loads at once, and by several processes into the same memory.
     """
-    from dsv2cli.checkpoint.hub import find_model
     from dsv2cli.checkpoint.pack import quantize_checkpoint
     from dsv2cli.kernels import native
 
-    folder = find_model(packing.model)
+    folder = offer.find(packing.model, packing.yes).folder
+    out = packing.out or own_place(packing.model, packing.to)
     if wish.kernels in TRITON:
         raise UsageError("The Triton kernels do not pack", fix="--kernels auto, or off")
     library, why = None, ""
@@ -69,5 +77,17 @@ def quantize(packing: Packing, wish: Kernels) -> None:
     opt.collect_garbage_from_here()
     began = time.perf_counter()
     with ui.loading(packing.model) as progress:
-        size = quantize_checkpoint(folder, packing.out, packing.to, int(packing.group), library, progress)
-    ui.note(f"{packing.out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+        size = quantize_checkpoint(folder, out, packing.to, int(packing.group), library, progress)
+    ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+
+
+def own_place(name: str, format: str) -> Path:
+    """Where a packed copy of a repository belongs. Raises UsageError for a folder's."""
+    from dsv2cli.hubs.reference import parse
+    from dsv2cli.hubs.shelf import packed_folder
+    from dsv2cli.outside import path_of
+
+    reference = parse(name)
+    if reference is None or path_of(name).exists():
+        raise UsageError("Where is the packed checkpoint to go?", fix=f"dsv2 quantize {name} OUT")
+    return packed_folder(replace(reference, format=format))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv2cli.cli import offer, ui
 from dsv2cli.cli import options as opt
-from dsv2cli.cli import ui
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import reason
 from dsv2cli.run.wish import CompleteWish
@@ -32,6 +32,7 @@ class Place:
     heading = "Where it listens, and to whom"
 
     model: opt.ModelOption = None
+    yes: opt.YesOption = False
     host: Annotated[
         str, typer.Option(help="Address to listen at. Any but this machine's own needs --api-key.")
     ] = "127.0.0.1"
@@ -109,10 +110,8 @@ def serve(place: Place, limits: Limits, wish: CompleteWish) -> None:
         fix = 'pip install "dsv2cli[serve]"'
         raise Dsv2Error("Serving needs some more packages", why=str(error), fix=fix) from None
 
-    from dsv2cli.checkpoint.found import find
-
     door = place.door(limits.max_body_mb * 2**20)
-    checkpoint = find(place.model)
+    checkpoint = offer.find(place.model, place.yes)
     tokenizer = checkpoint.tokenizer()  # says what is missing before the model is loaded
     listening = listen(place.host, place.port)
     with listening:

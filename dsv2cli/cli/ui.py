@@ -205,9 +205,9 @@ def last_words(error: Dsv2Error) -> None:
 
 
 @contextmanager
-def loading(name: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar with GB and GB/s on stderr while weights are read; gives the callback, or None without a
-    terminal.
+def loading(name: str, doing: str = "loading") -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar with GB, GB/s and time left on stderr while weights are read or fetched; gives the
+    callback, or None without a terminal.
     """
     if not sys.stderr.isatty():
         yield None
@@ -222,7 +222,7 @@ def loading(name: str) -> Iterator[Callable[[int, int], None] | None]:
     )
 
     bar = Progress(
-        TextColumn("loading {task.fields[name]}", markup=False),
+        TextColumn("{task.description} {task.fields[name]}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -231,7 +231,7 @@ def loading(name: str) -> Iterator[Callable[[int, int], None] | None]:
         transient=True,
     )
     with bar:
-        task = bar.add_task("load", name=harmless(name), total=None)
+        task = bar.add_task(doing, name=harmless(name), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

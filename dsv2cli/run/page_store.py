@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv2cli import places
-from dsv2cli.checkpoint.hashes import edges
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.hubs.hashes import edges
 from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.outside import reason, require_file
 from dsv2cli.run.runner import Runner

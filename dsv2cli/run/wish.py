@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from dsv2cli import places
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Packing = Literal["none", "int8", "int4", "int4-all"]
 Cache = Literal["auto", "bf16", "int8", "int6", "int4"]
@@ -112,9 +114,9 @@ class KeepingWish(Wish):
     cache_store: Annotated[
         str,
         Option(
-            metavar="DIR|off",
-            help="Keep the latents of prompts in a folder: one that begins like an earlier one, today or "
-            "tomorrow, is read from there on.",
+            metavar="DIR|auto|off",
+            help="Keep the latents of prompts in a folder (auto: one of our own): a prompt that begins like "
+            "an earlier one, today or tomorrow, is read from there on.",
         ),
     ] = "off"
     cache_store_gb: Annotated[
@@ -125,6 +127,8 @@ class KeepingWish(Wish):
     def kept(self) -> tuple[Path, int] | None:
         if self.cache_store == "off":
             return None
+        if self.cache_store == "auto":
+            return places.pages(), self.cache_store_gb * 10**9
         return Path(self.cache_store).expanduser(), self.cache_store_gb * 10**9
 
 

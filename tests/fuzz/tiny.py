@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from dsv2cli.checkpoint.found import Checkpoint
-from dsv2cli.checkpoint.hub import EMBEDDED
 from dsv2cli.checkpoint.load import random_model
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.checkpoint.pack import quantize_checkpoint
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.run.open import Opened, open_model
 from dsv2cli.run.wish import Wish

@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from dsv2cli import places
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.outside import AGAIN, reason, require_file, text_of
 
@@ -33,15 +34,46 @@ def published(folder: Path) -> dict[Path, str]:
         elif note.is_file():
             lines = [line.strip() for line in text_of(note).splitlines()]
             known |= {file: lines[1]} if len(lines) > 1 and HASH.fullmatch(lines[1]) else {}
-    if (folder / SUMS).is_file():
-        for line in text_of(folder / SUMS).splitlines():
-            match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *]([^/\0]+)", line)
-            if match is None:
-                raise Dsv2Error(
-                    f"{folder / SUMS} cannot be read", why=f"{line[:80]!r} is no line of it", fix=AGAIN
-                )
-            known[folder / match[2]] = match[1].lower()
+    for manifest in (manifest_of(folder), folder / SUMS):
+        known |= {folder / name: digest for name, digest in read_sums(manifest).items()}
     return known
+
+
+def manifest_of(folder: Path) -> Path:
+    """What `dsv2 pull` writes beside a snapshot in the hub's cache, of all files and their SHA-256."""
+    return folder.parents[1] / ".dsv2" / f"{folder.name}.sha256" if len(folder.parents) > 1 else folder / SUMS
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """What a file in the form of sha256sum says: name -> SHA-256; nothing where there is none.
+
+    Raises Dsv2Error for a damaged one.
+    """
+    sums: dict[str, str] = {}
+    for line in text_of(path).splitlines() if path.is_file() else ():
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *]([^/\0]+)", line)
+        if match is None:
+            raise Dsv2Error(f"{path} cannot be read", why=f"{line[:80]!r} is no line of it", fix=AGAIN)
+        sums[match[2]] = match[1].lower()
+    return sums
+
+
+def save_sums(path: Path, sums: dict[str, str]) -> None:
+    """Raises OSError."""
+    write_whole(path, sums_text(sums))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all. Raises OSError."""
+    with places.unfinished(path) as new:
+        new.write_text(text, encoding="utf-8")
+        new.chmod(0o644)
+        new.replace(path)
+
+
+def sums_text(sums: dict[str, str]) -> str:
+    """As sha256sum writes it."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def refuse_other(path: Path, wanted: str) -> None:
@@ -98,5 +130,5 @@ def git_sha1(path: Path) -> str:
 
 def write_sums(folder: Path) -> None:
     """SHA256SUMS of all files in a folder. Raises OSError."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files), encoding="utf-8")
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != SUMS]
+    (folder / SUMS).write_text(sums_text({path.name: sha256(path) for path in files}), encoding="utf-8")

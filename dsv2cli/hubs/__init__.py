@@ -1,0 +1,1 @@
+"""Where models come from and where they lie: names, copies on disk, downloads. Needs no torch."""

@@ -1,0 +1,124 @@
+"""From the name a user types to a folder with a checkpoint on this machine. Nobody is asked for it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from dsv2cli.errors import UsageError
+from dsv2cli.hubs import shelf
+from dsv2cli.hubs.reference import ALIASES, Reference, nearest, parse, short
+from dsv2cli.outside import path_of
+
+EMBEDDED = Path(__file__).parents[1] / "demo" / "checkpoint"
+
+
+class NotHere(UsageError):
+    """A model that could be downloaded."""
+
+    def __init__(self, reference: Reference, typed: str) -> None:
+        self.reference = reference
+        packed = reference.format and f" --quantize {reference.format}"
+        source = f"{reference.source}:" if reference.source else ""
+        name = f"{source}{short(reference.name)}{reference.revision and '@' + reference.revision}"
+        near = nearest(typed, known_here())
+        packed_here = [each for each in known_here() if each.startswith(f"{reference.name}:")]
+        if packed_here:
+            why = f"of it only {packed_here[0]} is here"
+        else:
+            why = f"it is no folder, and in no cache{here_are(near, reference.name)}"
+        super().__init__(f"{typed} is not on this machine", why=why, fix=f"dsv2 pull {name}{packed}")
+
+
+def here_are(near: list[str], name: str) -> str:
+    """A hint at names that were perhaps meant, where the given one is none that is known."""
+    others = [each for each in near if each != name]
+    return "" if name in ALIASES.values() or not others else f"; did you mean {' or '.join(others)}?"
+
+
+def find_model(name: str | None) -> Path:
+    """A folder for `name`: the embedded model for None, a folder on disk, or what parse() knows and shelf.py
+    finds.
+
+    Raises NotHere for what could be downloaded, UsageError for a name that is none, Dsv2Error for a copy that
+    can not be used.
+    """
+    if name is None:
+        return EMBEDDED
+    folder = path_of(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        fix = str(folder.parent) if folder.is_file() else "check the path"
+        kind = "is a file" if folder.is_file() else "is no folder"
+        raise UsageError(f"{name} {kind}", why="a model is a folder", fix=fix)
+    reference = parse(name)
+    if reference is None:
+        raise no_model(name)
+    copy = shelf.find_copy(reference)
+    if copy is None or copy.gguf is not None:
+        raise lacking(reference, name)
+    return copy.folder
+
+
+def no_model(name: str) -> UsageError:
+    """What to say of a name that is neither a path that is there nor a repository's."""
+    near = nearest(name, known_here())
+    fix = f"did you mean {' or '.join(near)}?" if near else "check the path."
+    return UsageError(
+        f"There is no model at {name}",
+        why="it is neither a folder here nor a name such as v2-lite-chat or deepseek-ai/DeepSeek-V2-Lite",
+        fix=f"{fix} Without --model the embedded model answers",
+    )
+
+
+def lacking(reference: Reference, typed: str) -> UsageError:
+    """NotHere, which says so where a part of the model is here."""
+    error = NotHere(reference, typed)
+    for copy in shelf.copies():
+        if shelf.is_meant(copy, reference):
+            error.why = f"only a part of it is, in {copy.folder}: {copy.lacks}"
+            if copy.gguf is not None:
+                error.why = f"of it {copy.gguf} is, and GGUF files are not run yet"
+    if reference.source == "ollama":
+        error.fix = f"ollama pull {reference.name}"
+    return error
+
+
+def find_config(name: str | None) -> Path:
+    """As find_model, but `name` may be a config file, or a repository of which only config.json is here."""
+    if name is not None and (path := path_of(name)).is_file():
+        return path
+    try:
+        return find_model(name)
+    except NotHere as error:
+        wanted = error.reference
+        roots = {"hf": shelf.hub_folder(wanted.name), "ms": shelf.modelscope_folder(wanted.name)}
+        for source, root in roots.items():
+            revision = wanted.revision or {"hf": "main", "ms": "master"}[source]
+            folder = root / "snapshots" / shelf.commit_of(root, revision)
+            if wanted.source in ("", source) and (folder / "config.json").is_file():
+                return folder
+        raise
+
+
+def known_here() -> list[str]:
+    """Names of what is complete on this machine."""
+    return list(dict.fromkeys(copy.name for copy in shelf.copies() if not copy.lacks))
+
+
+def known_models(beginning: str) -> list[str]:
+    """Names that begin so: folders here (with a slash where one leads on), short names, and models that are
+    on this machine.
+    """
+    parent, _, start = beginning.rpartition("/")
+    found = []
+    with contextlib.suppress(OSError, UsageError):
+        for entry in sorted(path_of(f"{parent}/" if parent or beginning.startswith("/") else ".").iterdir()):
+            if entry.is_dir() and entry.name.startswith(start) and (start or not entry.name.startswith(".")):
+                name = beginning[: len(beginning) - len(start)] + entry.name
+                found.append(name if (entry / "config.json").exists() else name + "/")
+    here = known_here()
+    bare = [name.partition(":")[2] for name in here if name.startswith(("hf:", "ms:"))]
+    found += [name for name in (*bare, *here, *ALIASES) if name.startswith(beginning)]
+    return list(dict.fromkeys(found))

@@ -34,7 +34,7 @@ from hubs import (
     snapshot,
     wanted,
 )
-from huggingface_hub import constants, scan_cache_dir
+from huggingface_hub import close_session, constants, scan_cache_dir
 from running import run_dsv2
 
 from dsv2cli.checkpoint.pack import quantize_checkpoint
@@ -293,6 +293,20 @@ def test_a_trickle_is_a_stall(hub, home, repository):
     hub.trickles = 1
     done = run_dsv2("pull", SHORT, "--stall", "0.5")
     assert done.returncode == 0 and same(snapshot(home), repository) and "no byte of" in done.stderr
+
+
+def test_a_proxy_leads_the_way(repository, home, monkeypatch):
+    """It is asked for the list and for every file, and its own host for nothing."""
+    with Hub(repository) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        name_hub(monkeypatch, "http://hub.example")
+        close_session()  # the hub's client reads its environment when it is made
+        pulled()
+        assert same(snapshot(home), repository)
+        assert {path.partition("/deepseek-ai")[0] for path, _ in proxy.bodies()} == {"http://hub.example"}
+    close_session()
 
 
 def test_who_knows_nobody_says_so_before_anything_comes(hub, home, monkeypatch):

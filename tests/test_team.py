@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import share_of, split
 from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
 from dsv2cli.run.cpu import CppRunner
+from dsv2cli.run.launch import first_cause
 from dsv2cli.run.leader import Leader, follow
 from dsv2cli.run.page_store import PageStore
 from dsv2cli.run.plan import Plan, ranks_needed, refuse_what_does_not_fit
@@ -562,6 +564,19 @@ def test_a_rank_that_is_killed_ends_all_within_ten_seconds_and_is_named(start, m
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - killed < 10 and process.returncode == 1 and named(errors), errors
     assert not psutil.wait_procs(ranks, timeout=10)[1]
+
+
+def test_the_rank_that_was_killed_is_named_and_not_one_that_aborts_for_want_of_it():
+    lines = ("kill -ABRT $$", "exit 1", "sleep 0.3; kill -KILL $$", "exec sleep 60")
+    processes = [subprocess.Popen(["sh", "-c", line]) for line in lines]
+    try:
+        assert first_cause(processes, 30) == 2
+        assert first_cause(processes[:2], 0.3) == 1
+        assert first_cause(processes[:1], 0.3) == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_rank_that_is_killed_while_others_read_a_prompt_is_named_in_the_terminal_too(in_terminal):

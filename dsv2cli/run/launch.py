@@ -156,7 +156,8 @@ class Crew:
                 if self.closing:
                     return
                 if process.poll() is not None:
-                    self.fail(f"Rank {rank} of the model ended", self.how_it_ended(process))
+                    rank = 1 + first_cause(self.processes)
+                    self.fail(f"Rank {rank} of the model ended", self.how_it_ended(self.processes[rank - 1]))
                 if turn % 10 == 0 and (how := pulse.look()):  # once a second is often enough
                     self.fail(f"Rank {rank} of the model does not answer", how)
             time.sleep(0.1)
@@ -198,6 +199,21 @@ class Crew:
     def close(self) -> None:
         if not self.closing:
             self.stop()
+
+
+def first_cause(processes: list[subprocess.Popen[bytes]], seconds: float = 1.0) -> int:
+    """Which of several processes, of which one has ended, to name: one that was killed may take longer to be
+    gone than those that abort because they hear no more of it, or end with an exit code.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        codes = [(index, process.poll()) for index, process in enumerate(processes)]
+        ended = [(index, code) for index, code in codes if code is not None]
+        killed = [index for index, code in ended if code < 0 and code != -signal.SIGABRT]
+        if killed or time.monotonic() >= until:
+            with_code = [index for index, code in ended if code > 0]
+            return [*killed, *with_code, ended[0][0]][0]
+        time.sleep(0.02)
 
 
 class Pulse:

@@ -25,6 +25,7 @@ LARGEST = 256 * 2**20  # bytes of a file that is read whole
 LARGEST_LINE = 64 * 2**20  # bytes of one that is read by lines
 TOO_LONG = b"\xff a line that is too long"
 DEEPEST = 64  # lists and objects within one another
+STALL = 30.0  # seconds without a byte of a download, after which another way is tried
 AGAIN = "download the file again"
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 KINDS = {  # what may stand in a file's place

@@ -320,6 +320,34 @@ def come(folder):
     return total
 
 
+def started(hub, home, start, *arguments, least=50_000):
+    """A download that is under way: so much has come."""
+    hub.bytes_per_second = 100_000
+    process = start("pull", SHORT, *arguments)
+    until = time.monotonic() + 30
+    while come(home) < least:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def begin(hub, home, start, *arguments, least=50_000):
+    """The beginning of one that was killed."""
+    process = started(hub, home, start, *arguments, least=least)
+    process.kill()
+    process.wait()
+    hub.bytes_per_second = 0
+
+
+def two_ggufs(folder):
+    """A repository of two files of one model."""
+    folder.mkdir()
+    for name in ("x-Q4_K_M.gguf", "x-Q8_0.gguf"):
+        (folder / name).write_bytes(gguf("deepseek2") + name.encode())
+    shutil.copy(GOLDEN / "v2" / "config.json", folder)
+    return folder
+
+
 def pulled(*arguments, code=0, name=SHORT):
     done = run_dsv2("pull", name, "--stall", "5", *arguments)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr

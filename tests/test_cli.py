@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 from conftest import DATA
-from hubs import NAME, Hub
+from hubs import NAME, Hub, name_hub
 from huggingface_hub import constants
 from running import run_dsv2, run_process
 
@@ -371,10 +371,8 @@ def printed(command, folder):
 def of_a_hub(command, folder):
     """The same for what fetches, looks at or deletes a model."""
     with Hub(DATA / "golden" / "dense_only") as hub, pytest.MonkeyPatch.context() as patch:
-        settings = {"ENDPOINT": hub.url, "HF_HUB_CACHE": str(folder / "hub")}
-        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        for name, value in (settings | {"HUGGINGFACE_CO_URL_TEMPLATE": template}).items():
-            patch.setattr(constants, name, value)
+        name_hub(patch, hub.url)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
         words = command.split()
         if words[0] == "models":
             run_dsv2("pull", NAME)

@@ -16,7 +16,7 @@ from hubs import (
     NAME,
     SHORT,
     Hub,
-    come,
+    begin,
     gguf,
     in_shards,
     name_hub,
@@ -25,6 +25,8 @@ from hubs import (
     same,
     shard,
     snapshot,
+    started,
+    two_ggufs,
     wanted,
 )
 from huggingface_hub import constants, scan_cache_dir
@@ -191,12 +193,7 @@ def test_the_beginning_of_another_revision_hides_nothing_and_stays(hub, home, st
     assert run_dsv2("models", "path", NAME).stdout.strip() == str(snapshot(home))
     assert run_dsv2("models", "rm", NAME, "--yes").returncode == 0
     assert (root(home) / ".dsv2" / OTHER / f"{shard(1)}.part").exists() and not snapshot(home).exists()
-    hub.bytes_per_second = 100_000
-    process = start("pull", SHORT)
-    until = time.monotonic() + 30
-    while come(root(home)) < 20_000:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    process = started(hub, home, start, least=20_000)
     assert "is being fetched" in run_dsv2("models", "rm", f"{NAME}@{OTHER[:12]}", "--yes").stderr
     process.kill()
     process.wait()
@@ -204,12 +201,7 @@ def test_the_beginning_of_another_revision_hides_nothing_and_stays(hub, home, st
 
 
 def test_of_several_gguf_files_one_is_removed(home, tmp_path, monkeypatch):
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    for name in ("x-Q4_K_M.gguf", "x-Q8_0.gguf"):
-        (folder / name).write_bytes(gguf("deepseek2") + name.encode())
-    shutil.copy(DATA / "golden" / "v2" / "config.json", folder)
-    with Hub(folder) as hub:
+    with Hub(two_ggufs(tmp_path / "gguf")) as hub:
         name_hub(monkeypatch, hub.url)
         pulled("--gguf", "Q")
     assert {f"{NAME}/x-Q4_K_M.gguf", f"{NAME}/x-Q8_0.gguf"} < set(listed())
@@ -305,14 +297,7 @@ def test_removing_asks_and_touches_nothing_of_others(hub, home, person):
 
 
 def test_a_beginning_is_counted_and_can_be_removed(hub, home, start):
-    hub.bytes_per_second = 100_000
-    process = start("pull", SHORT)
-    until = time.monotonic() + 30
-    while come(root(home)) < 100_000:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    begin(hub, home, start, least=100_000)
     found = listed()[f"{NAME}@{COMMIT[:12]}"]
     assert found["bytes"] >= 100_000 and "interrupted" in found["lacks"]
     assert "interrupted" in run_dsv2("models", "path", NAME).stderr

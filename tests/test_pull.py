@@ -23,8 +23,8 @@ from hubs import (
     SHARDS,
     SHORT,
     Hub,
+    begin,
     come,
-    gguf,
     in_shards,
     name_hub,
     pulled,
@@ -32,6 +32,8 @@ from hubs import (
     same,
     shard,
     snapshot,
+    started,
+    two_ggufs,
     wanted,
 )
 from huggingface_hub import close_session, constants, scan_cache_dir
@@ -167,12 +169,7 @@ def test_revisions_are_kept_apart_and_named(hub, home):
 
 
 def test_gguf_files_are_chosen_by_a_part_of_their_name(home, tmp_path, monkeypatch):
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    for name in ("x-Q4_K_M.gguf", "x-Q8_0.gguf"):
-        (folder / name).write_bytes(gguf("deepseek2"))
-    shutil.copy(DATA / "golden" / "v2" / "config.json", folder)
-    with Hub(folder) as hub:
+    with Hub(two_ggufs(tmp_path / "gguf")) as hub:
         name_hub(monkeypatch, hub.url)
         pulled("--gguf", "Q4_K_M")
         assert sorted(path.name for path in snapshot(home).iterdir()) == ["config.json", "x-Q4_K_M.gguf"]
@@ -432,12 +429,7 @@ def test_two_at_once_share_the_work(hub, home, repository, start):
 
 
 def test_ctrl_c_ends_it_and_the_next_goes_on(hub, home, repository, start):
-    hub.bytes_per_second = 100_000
-    process = start("pull", SHORT)
-    until = time.monotonic() + 30
-    while come(root(home)) < 50_000:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    process = started(hub, home, start)
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     assert "interrupted" in json.loads(run_dsv2("models", "--json").stdout)["models"][1]["lacks"]
@@ -445,19 +437,6 @@ def test_ctrl_c_ends_it_and_the_next_goes_on(hub, home, repository, start):
     asked = len(hub.bodies())
     pulled()
     assert same(snapshot(home), repository) and any(part for _, part in hub.bodies()[asked:])
-
-
-def begin(hub, home, start, *arguments, least=50_000):
-    """Kill a download when so much has come."""
-    hub.bytes_per_second = 100_000
-    process = start("pull", SHORT, *arguments)
-    until = time.monotonic() + 30
-    while come(home) < least:
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    hub.bytes_per_second = 0
 
 
 def test_what_else_is_fetched_meanwhile_leaves_a_beginning_alone(hub, home, repository, start):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv2cli.errors import Dsv2Error
+from dsv2cli.hubs.shelf import INDEX, SINGLE
 from dsv2cli.outside import AGAIN, parse_json, read_json, reason, require_file
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -38,7 +39,6 @@ ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 LARGEST_NUMBER = 2**62
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 NAMES = {dtype: name for name, dtype in MAPPED.items()}
-INDEX = "model.safetensors.index.json"
 ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
 
 
@@ -77,7 +77,7 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
     """
     index_path = folder / INDEX
     if not os.path.lexists(index_path):
-        single = folder / "model.safetensors"
+        single = folder / SINGLE
         if not os.path.lexists(single):
             raise no_safetensors(folder)
         return read_header(single)
@@ -121,7 +121,7 @@ def no_safetensors(folder: Path) -> Dsv2Error:
             fix="convert it where you trust it: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)",
         )
-    return Dsv2Error(f"{folder} holds no safetensors", why=f"neither {INDEX} nor model.safetensors is there")
+    return Dsv2Error(f"{folder} holds no safetensors", why=f"neither {INDEX} nor {SINGLE} is there")
 
 
 def read_header(file: Path) -> dict[str, Stored]:

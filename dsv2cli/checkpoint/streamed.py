@@ -18,16 +18,24 @@ from dsv2cli.checkpoint.names import IGNORED, check, destinations, packings, pla
 from dsv2cli.checkpoint.pack import complete, file_of, packed_pieces, sizes_of, write_piece
 from dsv2cli.checkpoint.safetensors import DTYPES, INDEX, Stored, read_header, read_index
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.hubs.download import PART, STALL, Download
-from dsv2cli.hubs.pull import Bar, Folder, beside, downloaded, refuse_full_disk, refuse_other_folder, useful
+from dsv2cli.hubs.download import PART, Download
+from dsv2cli.hubs.pull import (
+    Bar,
+    Folder,
+    downloaded,
+    packed_place,
+    refuse_full_disk,
+    refuse_other_folder,
+    useful,
+)
 from dsv2cli.hubs.remote import Listing, RemoteFile, Tell
+from dsv2cli.hubs.shelf import SINGLE
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2
-from dsv2cli.outside import AGAIN, read_json, reason
+from dsv2cli.outside import AGAIN, STALL, read_json, reason
 
 SHARDS = 3  # that may lie on the disk at once
-SINGLE = "model.safetensors"
 
 
 @torch.inference_mode(False)
@@ -40,9 +48,9 @@ def pull_packed(
     bar: Bar,
     tell: Tell,
     stall: float = STALL,
-) -> int:
-    """Pack a repository into the new folder `out`; gives the bytes written. Raises Dsv2Error."""
-    place = Folder(listing, out, beside(out), f"packed {format} {group}")
+) -> None:
+    """Pack a repository into the new folder `out`. Raises Dsv2Error."""
+    place = packed_place(listing, out, format, group)
     packer = Packer(listing, place, format, group, kernels, tell)
     try:
         if not (out / "config.json").exists() and not packer.done.exists():
@@ -56,7 +64,6 @@ def pull_packed(
             refuse_other_packing(place.listing, out, sizes_of(format, group))
             shutil.rmtree(place.stage, ignore_errors=True)
             place.end()
-        return sum(file.stat().st_size for file in out.iterdir())
     except OSError as error:
         raise Dsv2Error(
             f"Writing {out} failed", why=reason(error), fix="make room, or choose another disk"
@@ -80,7 +87,7 @@ def refuse_other_packing(listing: Listing, out: Path, sizes: dict[str, int]) -> 
     shards = {file.name: file.hash for file in listing.files if file.name.endswith(".safetensors")}
     if isinstance(wanted, dict):  # of shards and a whole file beside one another, one was packed
         shards = {name: shards[name] for name in wanted if name in shards}
-    if made.get("source_sha256") != shards or any(made.get(name) != value for name, value in sizes.items()):
+    if wanted != shards or any(made.get(name) != value for name, value in sizes.items()):
         why = f"it is not what {listing.reference} gives today, packed in this format"
         raise UsageError(f"{out} exists already", why=why, fix="remove it first (dsv2 models rm), or --to")
 
@@ -120,7 +127,7 @@ class Packer:
         self.begin(sizes)
         names = packed_pieces(model)
         wanted = {name: set(places_of_piece(model, name)) for name in names}
-        where = self.shard_of(wanted, {file.name for file in shards})
+        where = self.shard_of(wanted)
         needs = {name: {where[tensor] for tensor in wanted[name]} for name in names}
         left = [name for number, name in enumerate(names, 1) if not self.file(number, names).exists()]
         order = list(dict.fromkeys(shard for name in left for shard in sorted(needs[name])))
@@ -167,21 +174,17 @@ class Packer:
             mark.write_bytes(now)
         self.packed.mkdir(exist_ok=True)
 
-    def shard_of(self, wanted: dict[str, set[str]], shards: set[str]) -> dict[str, str]:
+    def shard_of(self, wanted: dict[str, set[str]]) -> dict[str, str]:
         """Where each tensor of the model lies, by the index. Raises Dsv2Error for one that fits not."""
         tensors = {tensor for names in wanted.values() for tensor in names}
         if not (self.stage / INDEX).exists():
-            if SINGLE not in shards:
-                raise Dsv2Error(f"{self.listing.reference} has neither {INDEX} nor {SINGLE}")
             return dict.fromkeys(tensors, SINGLE)
         where = read_index(self.stage / INDEX)
         if lacking := sorted(tensors - where.keys()):
             raise Dsv2Error(
                 f"{self.listing.reference} lacks the tensor {lacking[0]}", why="its config calls for it"
             )
-        for tensor, shard in where.items():
-            if shard not in shards:
-                raise Dsv2Error(f"{self.listing.reference} lacks {shard}", why=f"{INDEX} names it", fix=AGAIN)
+        for tensor in where:
             if tensor not in tensors and not tensor.endswith(IGNORED) and tensor != "lm_head.weight":
                 why = "its config has no place for it"
                 raise Dsv2Error(f"{self.listing.reference} has the extra tensor {tensor}", why=why)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsv2cli.checkpoint.names import inspect
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.hubs.hashes import git_sha1, published
+from dsv2cli.hubs.hashes import SUMS, hash_like, published
 from dsv2cli.hubs.shelf import Copy
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.outside import reason
@@ -27,10 +25,8 @@ class Verdict:
     why: str = ""
 
 
-def looked_at(
-    copy: Copy, online: dict[str, tuple[int, str]] | None, progress: Progress | None
-) -> Iterator[Verdict]:
-    """Each file of a copy; with `online`, sizes and hashes of the hub today, against those too.
+def looked_at(copy: Copy, today: dict[str, str], progress: Progress | None) -> Iterator[Verdict]:
+    """Each file of a copy, against what was published when it came, and the hashes that the hub says today.
 
     Raises Dsv2Error for a manifest that can not be read.
     """
@@ -43,30 +39,39 @@ def looked_at(
     if copy.gguf is None:
         for name in sorted(known.keys() - names):
             yield Verdict(name, 0, "bad", "it is missing")
-    for name in sorted((online or {}).keys() - names):
+    for name in sorted(today.keys() - names):
         yield Verdict(name, 0, "bad", "the hub has it, and it is missing")
     total, done = copy.bytes, 0
+
+    def counted(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress is not None:
+            progress(done, total)
+
     for file in copy.files:
-        if file.name.startswith(".") or file.name == "SHA256SUMS":
+        if file.name.startswith(".") or file.name == SUMS:
             continue
-        wanted = {known.get(file.name), (online or {}).get(file.name, (0, None))[1]} - {None}
+        wanted = {digest for digest in (known.get(file.name), today.get(file.name)) if digest is not None}
         try:
             size = file.stat().st_size
-            digests = read(
-                file, {40 if len(str(each)) == 40 else 64 for each in wanted}, progress, done, total
-            )
+            found = {len(kind): hash_like(file, kind, counted) for kind in one_of_each(wanted)}
         except OSError as error:
             yield Verdict(file.name, 0, "bad", reason(error))
             continue
-        done += size
-        wrong = sorted(str(each) for each in wanted if each not in digests)
+        wrong = sorted(digest for digest in wanted if digest != found[len(digest)])
         if wrong:
-            found = next(digest for digest in digests if len(digest) == len(wrong[0]))
-            yield Verdict(file.name, size, "bad", f"its hash is {found}, not {wrong[0]}")
+            why = f"its hash is {found[len(wrong[0])]}, not {wrong[0]}"
+            yield Verdict(file.name, size, "bad", why)
         elif not wanted:
             yield Verdict(file.name, size, "unknown", "nothing says what its hash should be")
         else:
             yield Verdict(file.name, size, "ok")
+
+
+def one_of_each(digests: set[str]) -> list[str]:
+    """One hash of each kind, which their lengths tell."""
+    return list({len(digest): digest for digest in digests}.values())
 
 
 def whole(copy: Copy) -> Verdict:
@@ -79,20 +84,3 @@ def whole(copy: Copy) -> Verdict:
     except Dsv2Error as error:
         return Verdict(name, 0, "bad", error.sentence)
     return Verdict(name, 0, "ok", f"{count:,} tensors, as config and index call for")
-
-
-def read(file: Path, lengths: set[int], progress: Progress | None, done: int, total: int) -> set[str]:
-    """The hashes of a file that have these lengths. Raises OSError."""
-    digests = set()
-    if 40 in lengths:
-        digests.add(git_sha1(file))
-    if 64 in lengths:
-        digest = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(2**22):
-                digest.update(block)
-                done += len(block)
-                if progress is not None:
-                    progress(done, total)
-        digests.add(digest.hexdigest())
-    return digests

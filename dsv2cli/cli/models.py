@@ -219,16 +219,12 @@ def path(where: Where, name: str, as_json: bool) -> None:
 
 def verify(where: Where, name: str, as_json: bool) -> None:
     """Look at a model's files, and read them. Raises Dsv2Error where one is not what it should be."""
-    from dsv2cli.checkpoint.verify import Verdict, looked_at
+    from dsv2cli.checkpoint.verify import looked_at
 
-    online: dict[str, tuple[int, str]] | None = None
     copy = chosen(name)
-    if where.online:
-        online = published_today(copy)
-    verdicts: list[Verdict] = []
+    today = published_today(copy) if where.online else {}
     with ui.loading(name, "reading") as progress:
-        for verdict in looked_at(copy, online, progress):
-            verdicts.append(verdict)
+        verdicts = list(looked_at(copy, today, progress))
     bad = [verdict for verdict in verdicts if verdict.state == "bad"]
     if as_json:
         ui.write_json(
@@ -254,8 +250,8 @@ def verify(where: Where, name: str, as_json: bool) -> None:
         raise Dsv2Error(f"{len(bad)} files of {name} are wrong", why=f"{bad[0].file}: {bad[0].why}", fix=fix)
 
 
-def published_today(copy: Copy) -> dict[str, tuple[int, str]]:
-    """Size and hash of each file as the hub says. Raises Dsv2Error."""
+def published_today(copy: Copy) -> dict[str, str]:
+    """The hash of each file as the hub says. Raises Dsv2Error."""
     from dsv2cli.cli.offer import tell
     from dsv2cli.hubs.remote import WANTED, list_files
 
@@ -265,7 +261,7 @@ def published_today(copy: Copy) -> dict[str, tuple[int, str]]:
     names = tuple(file.name for file in copy.files)
     wanted = names if copy.gguf is not None else (*WANTED, *names)
     listing = list_files(replace(copy.reference, revision=revision), wanted, tell)
-    return {file.name: (file.size, file.hash) for file in listing.files}
+    return {file.name: file.hash for file in listing.files}
 
 
 def remove(where: Where, name: str, as_json: bool) -> None:

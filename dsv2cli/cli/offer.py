@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv2cli.cli import ui
-from dsv2cli.outside import in_units
+from dsv2cli.outside import STALL, in_units
 
 if TYPE_CHECKING:
     from dsv2cli.checkpoint.found import Checkpoint
     from dsv2cli.hubs.find import NotHere
-    from dsv2cli.hubs.reference import Reference
+    from dsv2cli.hubs.remote import Listing
+
+Progress = Callable[[int, int], None]
 
 
 def find(name: str | None, yes: bool = False, random_weights: str | None = None) -> Checkpoint:
@@ -30,11 +33,6 @@ def find(name: str | None, yes: bool = False, random_weights: str | None = None)
     except NotHere as error:
         offer(error, yes)
         return found.find(name)
-
-
-def folder_of(name: str, yes: bool) -> Path:
-    """As find, but only the folder."""
-    return find(name, yes).folder
 
 
 def config_of(name: str | None) -> Path:
@@ -66,36 +64,31 @@ def offer(error: NotHere, yes: bool) -> None:
         if not agreed(question):
             raise error
     if reference.format:
-        pack(reference, listing.reference.format)
+        pack(listing, reference.format)
     else:
         from dsv2cli.hubs.pull import fetch
 
         fetch(listing, bar, tell)
 
 
-def pack(
-    reference: Reference,
-    format: str,
-    out: Path | None = None,
-    send_token: bool = False,
-    stall: float | None = None,
-) -> Path:
+def pack(listing: Listing, format: str, out: Path | None = None, stall: float = STALL) -> Path:
     """Fetch a repository and pack it meanwhile; gives the folder. Raises Dsv2Error."""
-    from dataclasses import replace
-
     from dsv2cli.checkpoint.streamed import pull_packed
     from dsv2cli.formats import GROUP
-    from dsv2cli.hubs import shelf
-    from dsv2cli.hubs.download import STALL
-    from dsv2cli.hubs.pull import own_folder
-    from dsv2cli.hubs.remote import WANTED, list_files
     from dsv2cli.kernels import native
 
-    listing = list_files(reference, WANTED, tell, send_token)
-    folder = own_folder(out) if out is not None else shelf.packed_folder(replace(reference, format=format))
+    folder = packed_to(listing, format, out)
     library, _ = native.load("native")
-    pull_packed(listing, folder, format, GROUP, library, bar, tell, STALL if stall is None else stall)
+    pull_packed(listing, folder, format, GROUP, library, bar, tell, stall)
     return folder
+
+
+def packed_to(listing: Listing, format: str, out: Path | None) -> Path:
+    """The folder that a packed copy is to be, as named or of our own. Raises UsageError."""
+    from dsv2cli.hubs.pull import own_folder
+    from dsv2cli.hubs.shelf import packed_folder
+
+    return packed_folder(replace(listing.reference, format=format)) if out is None else own_folder(out)
 
 
 def agreed(question: str) -> bool:
@@ -110,13 +103,11 @@ def tell(text: str) -> None:
     ui.stderr().print(ui.harmless(text), style="dim", markup=False, soft_wrap=True)
 
 
-@contextmanager
-def bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
+def bar(name: str) -> AbstractContextManager[Progress | None]:
     """Progress with GB, speed and time left."""
-    with ui.loading(name, "fetching") as progress:
-        yield progress
+    return ui.loading(name, "fetching")
 
 
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    yield None
+def quiet(name: str) -> AbstractContextManager[Progress | None]:
+    """No progress."""
+    return nullcontext()

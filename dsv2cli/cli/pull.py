@@ -11,7 +11,7 @@ import typer
 from dsv2cli.cli import offer, ui
 from dsv2cli.cli import options as opt
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.outside import Number, in_units, reason
+from dsv2cli.outside import STALL, Number, in_units, reason
 
 if TYPE_CHECKING:
     from dsv2cli.hubs.remote import Listing
@@ -58,7 +58,7 @@ class Wanted:
     ] = False
     stall: Annotated[
         float, typer.Option(metavar="SECONDS", help="So long without a byte, and another way is tried.")
-    ] = 30.0
+    ] = STALL
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
@@ -140,7 +140,7 @@ def pull(wanted: Wanted, kept: Kept, output: Output) -> None:
         tell_plan(listing, kept.to, format, output.json)
         return
     if format:
-        folder = offer.pack(reference, format, kept.to, wanted.send_token, wanted.stall)
+        folder = offer.pack(listing, format, kept.to, wanted.stall)
     else:
         folder = hub.fetch(listing, offer.bar, offer.tell, kept.to, wanted.stall, wanted.check)
     if output.json:
@@ -159,13 +159,10 @@ def tell_plan(listing: Listing, to: Path | None, format: str, as_json: bool) -> 
     """Say what would come and what is there already."""
     from dsv2cli.formats import GROUP
     from dsv2cli.hubs import pull as hub
-    from dsv2cli.hubs.shelf import packed_folder
 
     if format:
-        own = packed_folder(replace(listing.reference, format=format))
-        folder = own if to is None else hub.own_folder(to)
-        purpose = f"packed {format} {GROUP}"
-        destination: hub.Destination = hub.Folder(listing, folder, hub.beside(folder), purpose)
+        folder = offer.packed_to(listing, format, to)
+        destination: hub.Destination = hub.packed_place(listing, folder, format, GROUP)
         whole = (folder / "config.json").exists()
         missing = set() if whole else {file.name for file in listing.files}
     else:

@@ -36,10 +36,9 @@ from dsv2cli.hubs.remote import (
     patience,
     retry_after,
 )
-from dsv2cli.outside import in_units, reason
+from dsv2cli.outside import STALL, in_units, reason
 
 WIDTH = 4  # files at once
-STALL = 30.0  # seconds without a byte, after which another way is tried
 FRUITLESS = 5  # tries of a file that bring nothing, one after the other
 BLOCK = 2**18  # bytes that are read at once: they stay in the core's cache
 TRICKLE = 1024  # bytes in the time of a stall are none
@@ -76,21 +75,20 @@ class Download:
         progress: Progress | None = None,
         window: int | None = None,
         stall: float = STALL,
-        width: int = WIDTH,
     ) -> None:
         self.listing, self.stage, self.tell = listing, stage, tell
         self.progress, self.stall = progress, stall
         self.todo = list(listing.files)
         self.total, self.done = listing.bytes, 0
         self.lock = threading.Condition()
-        self.width = width  # files that may come at once; fewer after a stall
+        self.width = WIDTH  # files that may come at once; fewer after a stall
         self.room = window if window is not None else len(self.todo)
         self.coming = 0
         self.finished: dict[str, str] = {}  # name -> SHA-256
         self.failure: BaseException | None = None
         self.stopped = False
         self.threads: list[threading.Thread] = []
-        # It reads straight into a buffer: for 4 GB httpx2 takes 7 s of a core, this 1 s.
+        # For 4 GB httpx2 takes 7 s of a core, this 1 s.
         trust = urllib.request.HTTPSHandler(context=httpx2.create_ssl_context())
         self.opener = urllib.request.build_opener(NoRedirect, trust)
 
@@ -264,7 +262,7 @@ class Download:
             if new.scheme not in ("http", "https") or (old.scheme == "https" and new.scheme == "http"):
                 what = f"{old.netloc} leads to {target[:80]}"
                 raise Dsv2Error(what, why="that is no https address", fix="another --source")
-            if (old.scheme, old.netloc) != (new.scheme, new.netloc):
+            if origin(url) != origin(target):
                 headers = {key: value for key, value in headers.items() if key.lower() not in SECRETS}
             url = target
         raise Broken(f"more than {REDIRECTS} redirects")

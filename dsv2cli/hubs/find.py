@@ -21,8 +21,9 @@ class NotHere(UsageError):
         packed = reference.format and f" --quantize {reference.format}"
         source = f"{reference.source}:" if reference.source else ""
         name = f"{source}{short(reference.name)}{reference.revision and '@' + reference.revision}"
-        near = nearest(typed, known_here())
-        packed_here = [each for each in known_here() if each.startswith(f"{reference.name}:")]
+        known = known_here()
+        near = nearest(typed, known)
+        packed_here = [each for each in known if each.startswith(f"{reference.name}:")]
         if packed_here:
             why = f"of it only {packed_here[0]} is here"
         else:

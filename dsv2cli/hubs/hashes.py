@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from dsv2cli import places
@@ -17,6 +18,7 @@ from dsv2cli.errors import Dsv2Error
 from dsv2cli.outside import AGAIN, reason, require_file, text_of
 
 SUMS = "SHA256SUMS"
+OURS = ".dsv2"  # what `dsv2 pull` keeps beside what a hub's cache holds: beginnings, manifests, a lock
 EDGE = 2**16  # bytes of each end of a file that tell it from another
 HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
@@ -41,7 +43,7 @@ def published(folder: Path) -> dict[Path, str]:
 
 def manifest_of(folder: Path) -> Path:
     """What `dsv2 pull` writes beside a snapshot in the hub's cache, of all files and their SHA-256."""
-    return folder.parents[1] / ".dsv2" / f"{folder.name}.sha256" if len(folder.parents) > 1 else folder / SUMS
+    return folder.parents[1] / OURS / f"{folder.name}.sha256" if len(folder.parents) > 1 else folder / SUMS
 
 
 def read_sums(path: Path) -> dict[str, str]:
@@ -79,7 +81,7 @@ def sums_text(sums: dict[str, str]) -> str:
 def refuse_other(path: Path, wanted: str) -> None:
     """Raises Dsv2Error unless a file has the SHA-256, or git's SHA-1, that was published."""
     try:
-        found = git_sha1(path) if len(wanted) == 40 else sha256(path)
+        found = hash_like(path, wanted)
     except OSError as error:
         raise Dsv2Error(f"{path} cannot be read", why=reason(error), fix=AGAIN) from None
     if found != wanted:
@@ -112,20 +114,25 @@ def read_edges(folder: Path, times: bool) -> str:
     return digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Of the whole file, in hexadecimal. Raises OSError."""
-    require_file(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_like(path: Path, wanted: str, counted: Callable[[int], None] = lambda _: None) -> str:
+    """A file's hash of the kind that another is: SHA-256, or git's SHA-1, which begins with the size.
 
-
-def git_sha1(path: Path) -> str:
-    """As git names the content. Raises OSError."""
-    digest = hashlib.sha1(f"blob {require_file(path).st_size}\0".encode(), usedforsecurity=False)
+    `counted` is told the bytes of each block that was read. Raises OSError.
+    """
+    size = require_file(path).st_size
+    digest = hashlib.sha256()
+    if len(wanted) == 40:
+        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)
+            counted(len(block))
     return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of the whole file, in hexadecimal. Raises OSError."""
+    return hash_like(path, "")
 
 
 def write_sums(folder: Path) -> None:

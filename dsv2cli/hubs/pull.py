@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,12 +17,12 @@ from pathlib import Path
 
 from dsv2cli import places
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.hubs.download import PART, STALL, Download, Progress
-from dsv2cli.hubs.hashes import SUMS, git_sha1, read_sums, save_sums, sha256, write_whole
+from dsv2cli.hubs.download import PART, Download, Progress
+from dsv2cli.hubs.hashes import SUMS, hash_like, read_sums, save_sums, sha256, write_whole
 from dsv2cli.hubs.reference import Reference
 from dsv2cli.hubs.remote import WANTED, Listing, RemoteFile, Tell, list_files
-from dsv2cli.hubs.shelf import INDEX, OURS, SINGLE, hub_folder, modelscope_folder, named_by
-from dsv2cli.outside import in_units, path_of, read_json, reason
+from dsv2cli.hubs.shelf import COMMIT, INDEX, OURS, SINGLE, hub_folder, modelscope_folder, named_by
+from dsv2cli.outside import STALL, in_units, path_of, read_json, reason
 
 LAST = (INDEX, "config.json")  # what makes a folder a model comes last
 
@@ -147,7 +146,7 @@ class HubCache(Destination):
         manifest = self.stage.with_name(f"{self.listing.revision}.sha256")
         save_sums(manifest, read_sums(manifest) | sums)
         name = self.listing.reference.revision or "main"
-        if not (re.fullmatch(r"[0-9a-f]{7,40}", name) and self.listing.revision.startswith(name)):
+        if not (COMMIT.fullmatch(name) and self.listing.revision.startswith(name)):
             (self.root / "refs" / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.root / "refs" / name, self.listing.revision)
 
@@ -217,11 +216,6 @@ def same(number: int, path: Path) -> bool:
     return False
 
 
-def hash_like(path: Path, wanted: str) -> str:
-    """A file's hash of the kind that another is. Raises OSError."""
-    return git_sha1(path) if len(wanted) == 40 else sha256(path)
-
-
 def destination_of(listing: Listing, to: Path | None) -> Destination:
     """Raises UsageError for a folder that holds something else, OSError for one that can not be looked at."""
     if to is not None:
@@ -233,6 +227,11 @@ def destination_of(listing: Listing, to: Path | None) -> Destination:
         stage = root / OURS / listing.revision.replace("/", "--")
         return Folder(listing, root / "snapshots" / listing.revision, stage)
     return HubCache(listing)
+
+
+def packed_place(listing: Listing, out: Path, format: str, group: int) -> Folder:
+    """The destination of a repository that is packed while it comes."""
+    return Folder(listing, out, beside(out), f"packed {format} {group}")
 
 
 def refuse_other_folder(to: Path, listing: Listing | None = None) -> None:

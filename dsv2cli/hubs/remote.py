@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dsv2cli.errors import Dsv2Error, UsageError
+from dsv2cli.hubs.hashes import HASH
 from dsv2cli.hubs.reference import SOURCES, Reference, nearest
 from dsv2cli.outside import one_line
 
@@ -28,7 +29,6 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer*.json", "special
 WANTED = ("*.safetensors", "*.safetensors.index.json", *SETTINGS, "chat_template*")
 MODEL = ("model*.safetensors",)
 HOMES = {"hf": ("huggingface.co",), "ms": ("modelscope.cn", "www.modelscope.cn", "modelscope.ai")}
-HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 LARGEST = 2**50  # bytes of a file
 SAFE = re.compile(r"[A-Za-z0-9_][\w.+-]*")  # a file's name, and no path
 TRIES, LONGEST_WAIT = 5, 300.0  # of a question; seconds that a server may ask to wait
@@ -132,12 +132,13 @@ def from_hugging_face(reference: Reference, tell: Tell, send_token: bool) -> Lis
         from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
-        raise offline(reference, "HF_HUB_OFFLINE is set")
+        raise offline(reference)
     endpoint = constants.ENDPOINT
     with understood(constants.HF_TOKEN_PATH):
         saved = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and not send_token else get_token()
     with understood("HF_ENDPOINT"):
         token = token_for("hf", endpoint, saved, send_token)
+    withheld = bool(saved and not token)
     ours: dict[str, Any] = {"library_name": "dsv2", "library_version": version("dsv2cli")}
     api = HfApi(endpoint=endpoint, token=token or False, **ours)
     name, revision = reference.name, reference.revision or None
@@ -145,7 +146,7 @@ def from_hugging_face(reference: Reference, tell: Tell, send_token: bool) -> Lis
     def ask() -> Any:
         return api.model_info(name, revision=revision, files_metadata=True, timeout=SLOW)
 
-    info = asked(ask, reference, endpoint, tell, withheld=bool(saved and not token))
+    info = asked(ask, reference, endpoint, tell, withheld)
     if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{7,64}", info.sha):
         raise Dsv2Error(f"{endpoint} does not say which commit of {name} it has", fix="another HF_ENDPOINT")
     files = []
@@ -155,7 +156,7 @@ def from_hugging_face(reference: Reference, tell: Tell, send_token: bool) -> Lis
             url = hf_hub_url(name, sibling.rfilename, revision=info.sha, endpoint=endpoint)
             files.append(RemoteFile(sibling.rfilename, sibling.size, hash, url))  # type: ignore[arg-type]
     headers = build_hf_headers(token=token or False, **ours)
-    return Listing(reference, info.sha, tuple(files), headers, endpoint, withheld=bool(saved and not token))
+    return Listing(reference, info.sha, tuple(files), headers, endpoint, withheld=withheld)
 
 
 def from_modelscope(reference: Reference, tell: Tell, send_token: bool) -> Listing:
@@ -166,8 +167,7 @@ def from_modelscope(reference: Reference, tell: Tell, send_token: bool) -> Listi
     from modelscope_hub import HubApi, HubConfig
 
     if any(os.environ.get(name, "").lower() in ON for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
-        raise offline(reference, "HF_HUB_OFFLINE is set")
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+        raise offline(reference)
     with understood("MODELSCOPE_ENDPOINT"):
         config = HubConfig()
         endpoint = config.endpoint or ""
@@ -305,7 +305,7 @@ def explained(error: BaseException, reference: Reference, endpoint: str, withhel
         what = f"{name} is not at {host}, or is private"
         return Dsv2Error(what, why=f"it answered {status or 404}", fix=trust if withheld else fix)
     if kind == "OfflineModeIsEnabled":
-        return offline(reference, "HF_HUB_OFFLINE is set")
+        return offline(reference)
     if status is not None:
         fix = "try later, or --source ms" if hub == "hf" else "try later, or --source hf"
         return Dsv2Error(f"{host} does not give {name}", why=f"it answered {status}", fix=fix)
@@ -317,7 +317,7 @@ def explained(error: BaseException, reference: Reference, endpoint: str, withhel
     )
 
 
-def offline(reference: Reference, why: str) -> Dsv2Error:
+def offline(reference: Reference) -> Dsv2Error:
     """What to say where nobody may be asked."""
     fix = "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE; dsv2 models says what is here"
-    return Dsv2Error(f"Nobody may be asked for {reference}", why=why, fix=fix)
+    return Dsv2Error(f"Nobody may be asked for {reference}", why="HF_HUB_OFFLINE is set", fix=fix)

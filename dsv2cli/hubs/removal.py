@@ -42,9 +42,8 @@ def planned(copy: Copy) -> Plan:
         ]
         rest = set(links_in([copy.root])) - set(files)
         return Plan(None, files, blobs_of(copy, files) - blobs_of(copy, rest))
-    begun = [path for path in (copy.root / OURS).glob("[!.]*") if path.is_dir()]
     revisions = [path for path in snapshots.glob("*") if path.is_dir()]
-    if copy.root == copy.folder or (not begun and revisions == [copy.folder]):
+    if copy.root == copy.folder or (not shelf.stages(copy.root) and revisions == [copy.folder]):
         return Plan(copy.root, [], set())
     own, others = links_in([copy.folder]), links_in(path for path in revisions if path != copy.folder)
     return Plan(copy.folder, [], blobs_of(copy, own) - blobs_of(copy, others))

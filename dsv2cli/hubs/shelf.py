@@ -18,13 +18,12 @@ from typing import Any
 from dsv2cli import places
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import PACKED_BITS, PACKED_BY
-from dsv2cli.hubs.hashes import SUMS, manifest_of
+from dsv2cli.hubs.hashes import OURS, SUMS, manifest_of
 from dsv2cli.hubs.reference import Reference
 from dsv2cli.outside import parse_json, read_bytes, read_json, require_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-OURS = ".dsv2"  # what a pull keeps beside what a hub's cache holds: beginnings, manifests, a lock
 GGUF = struct.Struct("<4sIQQ")  # magic, version, tensors, keys
 COMMIT = re.compile(r"[0-9a-f]{7,40}")  # or its beginning
 SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -337,10 +336,7 @@ def find_copy(reference: Reference) -> Copy | None:
     own choice, else the latest. None where there is none.
     """
 
-    def fits(copy: Copy) -> bool:
-        return not copy.lacks and is_meant(copy, reference)
-
-    found = [copy for copy in copies() if fits(copy)]
+    found = [copy for copy in copies() if not copy.lacks and is_meant(copy, reference)]
     order = ["hf", "ms", "ollama", ""]
     return min(
         found,

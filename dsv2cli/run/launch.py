@@ -115,8 +115,20 @@ def connect(store: Store, rank: int, size: int, plan: Plan) -> Team:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     backend = "cpu:gloo,cuda:nccl" if plan.on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    if torchrun_size() > 1 or not plan.on_gpu:  # NCCL wants all to leave, and a Crew's others are ended
+        atexit.register(leave)
     shared = shared_memory(rank, torch.device(plan.device)) if plan.on_gpu and plan.triton else None
     return Team(rank, size, shared, plan.sequences)
+
+
+def leave() -> None:
+    """End the team's threads while Python still runs: one that lets go of a tensor later ends the process by
+    SIGABRT, with all its work done.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Crew:

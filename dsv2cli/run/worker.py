@@ -63,7 +63,6 @@ def work() -> None:
         follow(runner)
     except RuntimeError:  # the leader is gone, and says why itself
         sys.exit(1)
-    dist.destroy_process_group()
 
 
 def end_with(parent: int) -> None:

@@ -45,6 +45,11 @@ def pages() -> Path:
     return Path(platformdirs.user_cache_dir("dsv2")) / "pages"
 
 
+def gguf_settings() -> Path:
+    """What GGUF files say of themselves, as the files of checkpoints."""
+    return Path(platformdirs.user_cache_dir("dsv2")) / "gguf"
+
+
 def session_names() -> list[str]:
     """Saved conversations, the latest first; what else may lie there, such as an editor's link, is none.
 

@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dsv2cli.checkpoint.blueprint import blueprint
+from dsv2cli.checkpoint.blueprint import blueprint, make_places, weights_to_pack
+from dsv2cli.formats import Coding
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.step import Span
 from dsv2cli.run.gpu import TritonRunner
@@ -84,9 +85,18 @@ def shortened(config, layers: int = 2):
     return dataclasses.replace(config, num_hidden_layers=layers, first_k_dense_replace=1, vocab_size=1024)
 
 
-def compile_steps(config, format: str | None, sizes: list[int]) -> None:
+def model_of(config, kind: str):
+    """Without numbers: with weights in bf16 for 16, in int8 or int4 for 8 or 4, or in codes of a Coding."""
+    format = None if kind == "16" else f"int{kind}"
+    model = blueprint(config, torch.bfloat16, format=format if kind in ("16", "8", "4") else None)
+    if (coding := Coding.parse(kind)) is not None:
+        make_places(model, {name: coding for name, _ in weights_to_pack(model)})
+    return model.to_empty(device="cpu").requires_grad_(False)
+
+
+def compile_steps(config, kind: str, sizes: list[int]) -> None:
     """All that a decode step of so many rows, and a prefill, launch."""
-    model = blueprint(config, torch.bfloat16, format=format).to_empty(device="cpu").requires_grad_(False)
+    model = model_of(config, kind)
     runner = TritonRunner(model)
     with torch.inference_mode():
         pool = runner.new_pool(4096)
@@ -98,14 +108,12 @@ def compile_steps(config, format: str | None, sizes: list[int]) -> None:
 
 
 def main() -> None:
-    """python tests/compile_for_gpu.py CONFIG BITS CAPABILITY: what each kernel takes, with BITS 16, 8 or 4,
-    for sm_CAPABILITY.
+    """python tests/compile_for_gpu.py CONFIG KIND CAPABILITY: what each kernel takes, with KIND 16, 8, 4 or a
+    Coding such as "4 32 plain F16 added", for sm_CAPABILITY.
     """
-    path, bits, capability = sys.argv[1:]
+    path, kind, capability = sys.argv[1:]
     compile_only(int(capability))
-    compile_steps(
-        shortened(DeepseekV2Config.load(Path(path))), None if bits == "16" else f"int{bits}", [1, 64]
-    )
+    compile_steps(shortened(DeepseekV2Config.load(Path(path))), kind, [1, 64])
     # The first step: a dense layer, and one of experts up to the head's own launch.
     layer = LAUNCHED[LAUNCHED.index("gather_kernel") + 1 :]
     print(f"one token: {layer.index('gather_kernel') + 1} launches a layer")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dsv2cli.checkpoint.blueprint import blueprint, weights_bytes
 from dsv2cli.checkpoint.load import give_memory, load_model
+from dsv2cli.formats import own_coding
 from dsv2cli.kernels import native
 from dsv2cli.kernels.experts import run_experts
 from dsv2cli.kernels.linear import gated_mlp
@@ -90,7 +91,7 @@ def stack(count, rows, cols, bits):
     if bits is None:
         return weight.bfloat16()
     parts = 2 if rows > cols else 1
-    packed = Quantized((count, rows, cols), bits, 64, parts, CPU)
+    packed = Quantized((count, rows, cols), own_coding(bits, 64), parts, CPU)
     for e in range(count):
         for part, piece in enumerate(weight[e].chunk(parts)):
             for place, values in zip(packed.part(e, part), pack_reference(piece, bits, 64), strict=True):

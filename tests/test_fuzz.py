@@ -13,7 +13,7 @@ from tests.fuzz.run import DRIVERS, fuzz, table
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cases are limited as Linux limits them")
 
 
-CASES = {"checkpoint": 130, "session": 80, "journal": 80, "lines": 30, "config": 60}
+CASES = {"checkpoint": 130, "foreign": 30, "session": 80, "journal": 80, "lines": 30, "config": 60}
 FOUND = Path(__file__).parent / "fuzz" / "found.txt"  # a driver, a seed and what it was, a line
 
 

@@ -17,28 +17,31 @@ from conftest import DATA, ROOT, golden_folders, smallest_config
 from rows import Rows, answered, scores_of
 from running import run_dsv2
 from safetensors.torch import load_file
-from test_native import close, quantize
+from test_native import CODINGS, close, quantize, random_codes
 
 pytest.importorskip("triton")
 
 import gpu_table
 
+from dsv2cli.checkpoint.blueprint import weights_to_pack
 from dsv2cli.checkpoint.load import load_model, random_model
+from dsv2cli.checkpoint.names import Packing, stored_as
 from dsv2cli.engine.pages import Sequence
 from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.sampling import distribution, sample_rows
 from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.formats import PAGE
+from dsv2cli.formats import PAGE, own_coding
 from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
 from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
-from dsv2cli.kernels.quantized import CODEBOOK, Quantized
+from dsv2cli.kernels.quantized import CODEBOOK, IQ4_NL, Quantized
 from dsv2cli.kernels.triton import attention as gpu_attention
 from dsv2cli.kernels.triton import experts as gpu_experts
 from dsv2cli.kernels.triton import linear as gpu_linear
 from dsv2cli.kernels.triton.linear import table
 from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.model.layers import hold_codes
 from dsv2cli.model.pool import LatentPool
 from dsv2cli.model.rope import rotate
 from dsv2cli.run.gpu import TritonRunner
@@ -65,7 +68,7 @@ def weights(values, kind, dtype, parts=1, group=64):
         return values.to(DEVICE, dtype)
     if values.dim() == 2:
         return quantize(values, kind, parts, group).to(DEVICE)
-    out = Quantized(tuple(values.shape), kind, group, parts, torch.device("cpu"))
+    out = Quantized(tuple(values.shape), own_coding(kind, group), parts, torch.device("cpu"))
     for e, matrix in enumerate(values):
         one = quantize(matrix, kind, parts, group)
         out.codes[e], out.scales[e] = one.codes, one.scales
@@ -104,6 +107,32 @@ def test_a_product_equals_the_plain_one(shape, dtype):
             )
 
 
+GPU_CODINGS = sorted({each.multiplied_out for each in CODINGS}, key=str)
+
+
+@pytest.mark.parametrize("coding", GPU_CODINGS, ids=str)
+def test_codes_of_other_programs_are_multiplied_as_they_are(coding):
+    """A few rows, many, two matrices side by side of one kind and of two."""
+    torch.manual_seed(0)
+    dtype = DTYPES[0]
+    shape = (19, 300)
+    weight, other = (random_codes(shape, coding)[1].to(DEVICE) for _ in range(2))
+    plain = weights(torch.randn(shape) * 0.02, 8, dtype)
+    for count in (2, gpu_linear.MATVEC_ROWS + 1):
+        x = random(count, shape[1], dtype=dtype)
+        for more in (other, plain):
+            both = gpu_linear.linear(x, table(weight), table(more))
+            close(both, torch.cat([linear(x, weight), linear(x, more)], dim=1), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("coding", [each for each in CODINGS if each.scale == "I8"][:2], ids=str)
+def test_scales_of_scales_are_multiplied_out(coding):
+    weight, x = random_codes((19, 512), coding)[1].to(DEVICE), random(2, 512)
+    assert weight.multiplied_out().codes is weight.codes
+    close(gpu_linear.linear(x, table(weight)), linear(x, weight.multiplied_out()), ROUNDING[torch.float32])
+    close(weight.multiplied_out().dequantize(torch.float32), weight.dequantize(torch.float32), 1e-3)
+
+
 def run_ptx(text, word):
     """What the few instructions of gpu_linear.UNPACK do, by the PTX manual: and, or, shr, prmt.
 
@@ -133,11 +162,12 @@ def test_the_gpus_own_instructions_unpack_every_code():
         0xFEDCBA98,
         0x1E2D3C4B,
     ]:
-        low, high = run_ptx(gpu_linear.UNPACK.value, word)
-        for j in range(4):
-            byte = word >> (8 * j) & 255
-            for got, code in ((low, byte & 15), (high, byte >> 4)):
-                assert (got >> (8 * j) & 255) == int(CODEBOOK[code]) & 255
+        for text, values in ((gpu_linear.UNPACK, CODEBOOK), (gpu_linear.NL_UNPACK, IQ4_NL)):
+            low, high = run_ptx(text.value, word)
+            for j in range(4):
+                byte = word >> (8 * j) & 255
+                for got, code in ((low, byte & 15), (high, byte >> 4)):
+                    assert (got >> (8 * j) & 255) == int(values[code]) & 255
 
 
 def added(x, feed, first=0):
@@ -331,12 +361,26 @@ def random_smallest(format=None):
     return random_model(DeepseekV2Config.from_dict(smallest_config()), DEVICE, torch.float32, format)
 
 
+def random_mixed():
+    """With random codes of other programs, another kind for each weight, as GGUF files mix them."""
+    model = random_smallest().cpu()
+    kinds = itertools.cycle(GPU_CODINGS)
+    for name, box in weights_to_pack(model, embedding=True):
+        leaf = name.rpartition(".")[2]
+        hold_codes(box, leaf, next(kinds))
+        weight = getattr(box, leaf)
+        for _, expert, part in stored_as(name, weight):
+            place = Packing(weight, expert, part)
+            place.keep(random_codes(place.shape, weight.coding)[0], weight.coding, None)
+    return model.to(DEVICE)
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: load_model(DATA / "golden" / "v2", DEVICE, torch.float32),
         random_smallest,
-        lambda: random_smallest("int8"),
+        random_mixed,
         lambda: random_smallest("int4-all"),
     ],
 )
@@ -503,7 +547,12 @@ def test_without_a_gpu_they_are_refused():
 
 @pytest.mark.parametrize(
     ("config", "bits", "capability"),
-    [("DeepSeek-V2-Lite", "4", "90"), ("DeepSeek-V2-Lite", "16", "80"), ("DeepSeek-V2-Chat", "8", "90")],
+    [
+        ("DeepSeek-V2-Lite", "4", "90"),
+        ("DeepSeek-V2-Lite", "16", "80"),
+        ("DeepSeek-V2-Chat", "8", "90"),
+        ("DeepSeek-V2-Lite", "4 32 plain F16 added", "80"),
+    ],
 )
 def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, capability):
     """Interpreted kernels may still not compile: so they are compiled, for the shapes of both families, with

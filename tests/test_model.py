@@ -193,7 +193,7 @@ def load_v2_logits(ids):
         ({"scoring_func": "sigmoid"}, "scoring_func"),
         ({"topk_method": "noaux_tc"}, "topk_method"),
         ({"model_type": "deepseek_v3"}, "model_type"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling.type"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "surprise": 1}}, "rope_scaling.surprise"),
         ({"rope_scaling": {"type": "yarn", "factor": "2"}}, "rope_scaling.factor"),

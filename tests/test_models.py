@@ -229,7 +229,50 @@ def test_gguf_files_and_weights_beside_one_another_are_removed_apart(home, tmp_p
         assert run_dsv2("models", "rm", name, "--yes").returncode == 0
         assert f"{name}/x-Q8_0.gguf" in listed() and name not in listed()
         assert run_dsv2("models", "verify", f"{name}/x-Q8_0.gguf").returncode == 0
-        assert "GGUF files are not run yet" in run_dsv2("complete", "-m", f"{source}:{SHORT}", "x").stderr
+        assert (
+            "can not be run" in run_dsv2("complete", "-m", f"{source}:{SHORT}", "x").stderr
+        )  # a header alone
+
+
+def test_what_ollama_and_the_hubs_have_as_gguf_runs_by_its_name(home, tmp_path, monkeypatch):
+    def ids(name):
+        done = run_dsv2("complete", "-m", name, "--prompt-ids", "5,6", "-n", "4", "--ignore-eos", "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["prompt_ids"]
+
+    file = DATA / "gguf" / "lite-Q4_0.gguf"
+    blob = ollama(home, "deepseek-coder-v2", "16b", file.read_bytes())
+    manifests = home / "ollama" / "manifests"
+    others = manifests / "hf.co" / "somebody" / "Lite-GGUF" / "Q4_0"
+    others.parent.mkdir(parents=True)
+    shutil.copyfile(manifests / "registry.ollama.ai" / "library" / "deepseek-coder-v2" / "16b", others)
+    assert {"ollama:deepseek-coder-v2:16b", "ollama:hf.co/somebody/Lite-GGUF:Q4_0"} < set(listed())
+    names = ["deepseek-coder-v2:16b", "deepseek-coder-v2", "hf.co/somebody/Lite-GGUF:Q4_0"]
+    for name in [f"ollama:{name}" for name in names] + [str(blob)]:
+        assert ids(name) == [5, 6]
+    assert listed()[f"ollama:{names[0]}"]["context"] == 163840
+    done = run_dsv2("complete", "-m", "ollama:deepseek-coder-v2:7b", "x")
+    assert done.returncode == 2 and "ollama pull deepseek-coder-v2:7b" in done.stderr
+    ollama(home, "deepseek-coder-v2", "lite", file.read_bytes())
+    done = run_dsv2("complete", "-m", "ollama:deepseek-coder-v2", "x")
+    assert done.returncode == 2 and "fix: ollama:deepseek-coder-v2:16b or ollama:" in done.stderr
+    manifest = manifests / "registry.ollama.ai" / "library" / "deepseek-coder-v2" / "lite"
+    layers = json.loads(manifest.read_text())["layers"]
+    adapter = {"mediaType": "application/vnd.ollama.image.adapter", "digest": "sha256:0"}
+    manifest.write_text(json.dumps({"layers": [*layers, adapter]}))
+    assert "an adapter" in run_dsv2("complete", "-m", "ollama:deepseek-coder-v2:lite", "x").stderr
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf"):
+        shutil.copyfile(file, folder / name)
+    with Hub(folder) as hub:
+        name_hub(monkeypatch, hub.url)
+        pulled("--gguf", "Q")
+    assert ids(f"{NAME}/a-Q4_0.gguf") == ids(f"hf:{SHORT}/a-Q8_0.gguf") == [5, 6]
+    done = run_dsv2("complete", "-m", NAME, "x")
+    assert done.returncode == 2 and "2 GGUF files" in done.stderr and f"{NAME}/a-Q8_0.gguf" in done.stderr
+    done = run_dsv2("complete", "-m", f"{NAME}/a-Q2_K.gguf", "x")
+    assert done.returncode == 2 and "--gguf a-Q2_K.gguf" in done.stderr
 
 
 def test_a_gguf_in_parts_is_one_model(home, tmp_path, monkeypatch):

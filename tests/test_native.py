@@ -11,9 +11,17 @@ from rows import Rows
 
 from dsv2cli.checkpoint.blueprint import make_quantized
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.formats import GROUP
+from dsv2cli.formats import GROUP, Coding, own_coding
 from dsv2cli.kernels import build, native
-from dsv2cli.kernels.quantized import Quantized, pack_reference, round_activations
+from dsv2cli.kernels.quantized import (
+    SCALES,
+    Codes,
+    Quantized,
+    decode,
+    interleave,
+    pack_reference,
+    round_activations,
+)
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.plan import cpp_refusal
 from dsv2cli.run.runner import PlainRunner
@@ -34,7 +42,7 @@ def kernels(request):
 
 
 def quantize(weight, bits, parts=1, group=GROUP):
-    out = Quantized(tuple(weight.shape), bits, group, parts, CPU)
+    out = Quantized(tuple(weight.shape), own_coding(bits, group), parts, CPU)
     for part, rows in enumerate(weight.chunk(parts)):
         for to, values in zip(out.part(None, part), pack_reference(rows, bits, group), strict=True):
             to.copy_(values)
@@ -61,6 +69,66 @@ def test_a_product_equals_the_plain_one(kernels, shape, group):
             close(kernels.linear(packed)(x), wanted, 4e-3)
 
 
+CODINGS = [
+    Coding(4, 32, "signed", "F16"),
+    Coding(4, 32, "iq4_nl", "F16"),
+    Coding(4, 32, "iq4_nl", "I8"),
+    Coding(4, 32, "plain", "F16", "added"),
+    Coding(4, 32, "plain", "I8", "added"),
+    Coding(4, 16, "signed", "I8"),
+    Coding(4, 64, "plain", "BF16", "zero"),
+    Coding(4, 128, "plain", "F16", "zero"),
+    Coding(8, 16, "signed", "I8"),
+    Coding(8, 32, "signed", "I8", "added"),
+    Coding(8, 32, "signed", "F16"),
+    Coding(8, 128, "signed", "F32"),
+    Coding(8, 64, "plain", "BF16", "added"),
+    Coding(8, 128, "e4m3", "F32"),
+]
+
+
+def random_codes(shape, coding, device=CPU):
+    """Codes as a file may hold them, with scales that give weights of about 0.02, and the matrix of them."""
+    rows, cols = shape
+    groups, largest = -(-cols // coding.group), 15 if coding.bits == 4 else 255
+    values = torch.randint(0, largest + 1, shape, dtype=torch.uint8)
+    if coding.table == "e4m3":
+        values = torch.where(values % 128 == 127, 0, values)
+
+    def numbers(size, low, high):
+        if coding.scale == "I8":
+            return torch.randint(1, 64, (rows, size)).to(torch.int8)
+        return (low + (high - low) * torch.rand(rows, size)).to(SCALES[coding.scale])
+
+    scales = numbers(groups, 0.5, 1.5) if coding.scale == "I8" else numbers(groups, 1e-3, 3e-3)
+    offsets = numbers(groups, -0.02, 0.02) if coding.offset == "added" else None
+    if coding.offset == "zero":
+        offsets = torch.randint(0, 16, (rows, groups)).to(SCALES[coding.scale])
+    supers = [None, None]
+    if coding.scale == "I8":
+        supers = [(torch.rand(rows, -(-cols // 256)) * 1e-5).half() for _ in range(2 if coding.offset else 1)]
+    codes = Codes(values, scales, offsets, supers[0], supers[1] if coding.offset else None)
+    out = Quantized(shape, coding, 1, device)
+    out.codes, out.scales, out.supers = interleave(codes, coding)
+    return codes, out
+
+
+@pytest.mark.parametrize("coding", CODINGS, ids=str)
+def test_codes_of_other_programs_mean_the_same_in_a_matrix_and_multiply_as_it(kernels, coding):
+    """All types of scales, offsets and tables; whole SUPERs and not."""
+    torch.manual_seed(0)
+    for shape in ((48, 2048), (33, 1408), (19, 72), (16, 10944)):
+        codes, packed = random_codes(shape, coding)
+        weights = decode(codes, coding)
+        assert torch.equal(packed.dequantize(torch.float32), weights)
+        index = torch.tensor([[0, shape[0] - 1], [17, 3]]) % shape[0]
+        assert torch.equal(packed.rows(index, torch.float32), weights[index])
+        for count in (1, 2, 5, 13):
+            x = torch.randn(count, shape[1]).bfloat16()
+            taken = x.float() if coding.table == "e4m3" else round_activations(x, coding.group)
+            close(kernels.linear(packed)(x), taken @ weights.T, 4e-3)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packing_in_c_equals_packing_in_torch(kernels, shape, bits):
@@ -70,7 +138,7 @@ def test_packing_in_c_equals_packing_in_torch(kernels, shape, bits):
     codes, scales = pack_reference(weight, bits, GROUP)
     mine, theirs = torch.empty_like(codes), torch.empty_like(scales)
     kernels.pack(weight, bits, GROUP, mine, theirs)
-    packed, other = Quantized(shape, bits, GROUP, 1, CPU), quantize(weight, bits)
+    packed, other = Quantized(shape, own_coding(bits, GROUP), 1, CPU), quantize(weight, bits)
     packed.codes, packed.scales = mine, theirs
     close(
         packed.dequantize(torch.float32), other.dequantize(torch.float32), 5e-3

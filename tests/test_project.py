@@ -25,9 +25,13 @@ kernels.build kernels.quantized kernels.native kernels.linear kernels.latents ke
 kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
 model.config model.share model.size model.rope model.pool model.step model.layers model.transformer
-hubs.hashes hubs.reference hubs.shelf hubs.find hubs.remote hubs.download hubs.pull hubs.removal
+hubs.hashes hubs.gguf hubs.gguf_held hubs.gguf_settings hubs.reference hubs.shelf hubs.find
+hubs.remote hubs.download hubs.pull hubs.removal
 checkpoint.template checkpoint.tokenizer checkpoint.found
-checkpoint.safetensors checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
+checkpoint.safetensors checkpoint.formats.coded checkpoint.formats.convert checkpoint.formats.parts
+checkpoint.formats.awq checkpoint.formats.gptq checkpoint.formats.fp8 checkpoint.formats.compressed
+checkpoint.formats.mlx checkpoint.formats.gguf checkpoint.formats.read
+checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
 checkpoint.streamed checkpoint.verify checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
 run.worker
@@ -166,7 +170,9 @@ def test_completion_knows_local_models(tmp_path):
     (cache.parents[1] / "refs" / "main").write_text("1")
     golden = ROOT / "tests" / "data" / "golden"
     assert complete(f"dsv2 chat --model {golden}/v", HF_HUB_CACHE=str(tmp_path)) == [f"{golden}/v2"]
-    assert complete(f"dsv2 info {golden.parent}/g") == [f"{golden}/"]
+    assert complete(f"dsv2 info {golden.parent}/go") == [f"{golden}/"]
+    lite = ROOT / "tests" / "data" / "gguf" / "lite-Q4_0.gguf"
+    assert complete(f"dsv2 chat --model {lite.parent}/li") == [str(lite)]
     assert complete("dsv2 bench -m deep", HF_HUB_CACHE=str(tmp_path)) == ["deepseek-ai/DeepSeek-V2-Lite"]
 
 

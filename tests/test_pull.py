@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import foreign
 import pytest
 from conftest import DATA
 from hubs import (
@@ -58,11 +59,12 @@ from dsv2cli.hubs.reference import ALIASES, Reference, nearest, parse
         ("hf:a/b@refs/pr/1:int8", Reference("a/b", "hf", "refs/pr/1", "int8")),
         ("v2-lite:int4", Reference("deepseek-ai/DeepSeek-V2-Lite", format="int4")),
         ("ollama:deepseek-coder-v2:16b", Reference("deepseek-coder-v2:16b", "ollama")),
+        ("ollama:deepseek-coder-v2", Reference("deepseek-coder-v2:latest", "ollama")),
         *(
             (text, None)
             for text in ("", "x", "a/b/c", "a/..", "../b", "a/b@../c", "v2:q4", "a--b/c", "a/b c")
         ),
-        *((text, None) for text in ("ms:", "hf:x", "a/b\n", "ollama:x", "http://a/b", "a/b@")),
+        *((text, None) for text in ("ms:", "hf:x", "a/b\n", "ollama:", "http://a/b", "a/b@")),
     ],
 )
 def test_a_name_means_a_repository_a_copy_or_nothing(text, reference):
@@ -178,7 +180,7 @@ def test_gguf_files_are_chosen_by_a_part_of_their_name(home, tmp_path, monkeypat
         assert "has no *.safetensors" in done.stderr and "--gguf" in done.stderr
         pulled("--gguf", "Q4", "--quantize", "int4", code=2)
     assert "gguf Q4_K_M" in run_dsv2("models").stdout
-    assert "GGUF" in run_dsv2("complete", "-m", SHORT, "x").stderr
+    assert "can not be run" in run_dsv2("complete", "-m", SHORT, "x").stderr  # it is a header alone
 
 
 # What goes wrong.
@@ -680,13 +682,20 @@ def test_packing_that_was_killed_goes_on_behind_what_is_packed(hub, home, reposi
     assert [path.name for path in packed.iterdir()] == [folder.name]
 
 
-def test_what_is_packed_already_is_not_packed_again(home, tmp_path, monkeypatch):
-    quantize_checkpoint(DATA / "golden" / "v2", tmp_path / "packed", "int4", 64)
-    with Hub(tmp_path / "packed") as hub:
+@pytest.mark.parametrize(("kind", "shown"), [("dsv2", "int4"), ("awq", "awq"), ("mlx", "mlx")])
+def test_what_is_packed_already_is_not_packed_again(home, tmp_path, monkeypatch, kind, shown):
+    """It is fetched and run as it is, also where another program has packed it."""
+    golden, packed = DATA / "golden" / "v2", tmp_path / "packed"
+    if kind == "dsv2":
+        quantize_checkpoint(golden, packed, "int4", 64)
+    else:
+        (foreign.write_awq if kind == "awq" else foreign.write_mlx)(golden, packed)
+    with Hub(packed) as hub:
         name_hub(monkeypatch, hub.url)
         assert "is quantised already" in pulled("--quantize", "int4", code=2).stderr
         pulled()
-    assert "int4" in run_dsv2("models").stdout
+    assert shown in run_dsv2("models").stdout
+    assert run_dsv2("complete", "-m", SHORT, "--prompt-ids", "1,2", "-n", "2", "--ignore-eos").returncode == 0
 
 
 def test_quantize_has_a_place_for_a_repositorys_copy(hub, home):

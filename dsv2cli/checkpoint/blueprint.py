@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.formats import GROUP, HEAD_BITS, PACKED_BITS
+from dsv2cli.formats import GROUP, HEAD_BITS, ITEM_BYTES, PACKED_BITS, Coding, own_coding
 from dsv2cli.model.config import DeepseekV2Config
-from dsv2cli.model.layers import MLP, Experts, Linear
+from dsv2cli.model.layers import MLP, Embedding, Experts, Linear, hold_codes
 from dsv2cli.model.share import shares_of
 from dsv2cli.model.transformer import DeepseekV2
 from dsv2cli.team import ALONE, Team
+
+Codings = dict[str, Coding]  # by the names that weights have in a model: model.layers.0.mlp.down_proj
 
 
 def empty_model(
@@ -47,37 +51,93 @@ def blueprint(
     format: str | None = None,
     group: int = GROUP,
     only_experts: bool = False,
+    codings: Codings | None = None,
+    columns: int = 1,
 ) -> DeepseekV2:
     """The model without memory, with places for codes where the checkpoint is packed, or is to be in
-    `format`.
+    `format`; or of the given `codings`, by the names of weights. So many `columns` stay together in a team.
     """
     if config.packed is not None:
-        format, group = config.packed.format, config.packed.group
+        format, group, codings = config.packed.format, config.packed.group, config.packed.codings
     dtype = dtype or getattr(torch, config.torch_dtype)
-    model = empty_model(config, torch.device("meta"), dtype, team, None if format is None else group)
-    if format is not None:
+    if codings is not None:
+        group = max((coding.columns for coding in codings.values()), default=1)
+    held = codings is not None or format is not None
+    unit = max(group, columns) if held else columns
+    model = empty_model(config, torch.device("meta"), dtype, team, unit if held or columns > 1 else None)
+    if codings is not None:
+        make_places(model, codings)
+    elif format is not None:
         make_quantized(model, format, group, only_experts)
     return model
 
 
-def make_quantized(model: DeepseekV2, format: str, group: int = GROUP, only_experts: bool = False) -> None:
-    """Put an empty Quantized in the place of every large weight that is read whole for a token, or of the
-    routed experts.
+def make_places(model: DeepseekV2, codings: Codings) -> None:
+    """Put an empty Quantized in the place of each of these weights.
 
-    The head gets 8 bits always; embedding, kv_b_proj (which attention reads both ways), router and norms
-    stay.
+    Raises Dsv2Error for a name that is none of a weight that may be packed.
     """
-    mlp, attention = PACKED_BITS[format]
+    known = {name for name, _ in weights_to_pack(model, embedding=True)}
+    if strange := sorted(codings.keys() - known):
+        raise Dsv2Error(f"config.json has a coding for {strange[0][:80]}", why="no such weight is packed")
+    for name, coding in codings.items():
+        box, _, leaf = name.rpartition(".")
+        hold_codes(model.get_submodule(box), leaf, coding)
+
+
+def make_quantized(model: DeepseekV2, format: str, group: int = GROUP, only_experts: bool = False) -> None:
+    """The same for every weight that `format` packs, or for the routed experts'."""
+    make_places(model, own_codings(model, format, group, only_experts))
+
+
+def weights_to_pack(model: DeepseekV2, embedding: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The large weights that are read whole for a token, by their names here, and the boxes they are in.
+
+    kv_b_proj (which attention reads both ways), router and norms stay, and so does the embedding where it is
+    not asked for.
+    """
+    tied = model.config.tie_word_embeddings
     for name, module in list(model.named_modules()):
-        if only_experts and not isinstance(module, Experts):
-            continue
         if isinstance(module, MLP | Experts):
-            module.hold_codes(mlp, group)
-        elif module is model.lm_head:
-            if not model.config.tie_word_embeddings:
-                module.hold_codes(HEAD_BITS, group)
+            yield from ((f"{name}.{leaf}", module) for leaf in ("gate_up_proj", "down_proj"))
+        elif module is model.lm_head or isinstance(module, Embedding):
+            if not tied and (embedding or module is model.lm_head):
+                yield f"{name}.weight", module
         elif isinstance(module, Linear) and not name.endswith("kv_b_proj"):
-            module.hold_codes(attention, group)
+            yield f"{name}.weight", module
+
+
+PARTS = {  # of names, the first that is found
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    ".self_attn.": "attention",
+    ".mlp.experts.": "routed experts",
+    ".mlp.shared_experts.": "shared experts",
+    ".mlp.": "dense layers",
+}
+
+
+def bits_by_part(config: DeepseekV2Config, codings: Codings) -> dict[str, float]:
+    """Bits that a weight takes in memory, by the parts of model/size.py; without a coding it is a number."""
+    model, sums = blueprint(config), dict[str, list[float]]()
+    plain = 8 * ITEM_BYTES[config.torch_dtype]
+    for name, box in weights_to_pack(model, embedding=True):
+        count = getattr(box, name.rpartition(".")[2]).numel()
+        bits = codings[name].bits_held if name in codings else plain
+        part = next(part for words, part in PARTS.items() if words in name)
+        total, weighted = sums.get(part, [0.0, 0.0])
+        sums[part] = [total + count, weighted + bits * count]
+    return {part: weighted / total for part, (total, weighted) in sums.items()}
+
+
+def own_codings(model: DeepseekV2, format: str, group: int = GROUP, only_experts: bool = False) -> Codings:
+    """What each weight is packed in by `dsv2 quantize` and --quantize: the head in 8 bits always."""
+    mlp, attention, head = (own_coding(bits, group) for bits in (*PACKED_BITS[format], HEAD_BITS))
+    out: Codings = {}
+    for name, box in weights_to_pack(model):
+        if isinstance(box, Experts) or not only_experts:
+            out[name] = mlp if isinstance(box, MLP | Experts) else head if box is model.lm_head else attention
+    return out
 
 
 def allocate(module: nn.Module, device: torch.device, recurse: bool = True) -> nn.Module:

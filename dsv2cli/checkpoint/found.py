@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.hubs.find import find_config, find_model
+from dsv2cli.hubs.hashes import edges
 from dsv2cli.model.config import DeepseekV2Config, token_ids
 from dsv2cli.outside import read_json
 
@@ -46,6 +48,12 @@ class Checkpoint:
             fix="download these files again, or give --ignore-eos",
         )
 
+    def mark(self) -> str:
+        """Tells it from others, however often its files were copied or touched. Raises Dsv2Error."""
+        foreign = self.config.foreign
+        listed = foreign.entry.get("files") if foreign is not None and foreign.method == "gguf" else None
+        return edges(self.folder, files=[Path(file) for file in listed or ()])
+
     def tokenizer(self) -> Tokenizer:
         """Raises Dsv2Error where there is none."""
         from dsv2cli.checkpoint.tokenizer import Tokenizer  # with it comes a library that takes its time
@@ -54,14 +62,15 @@ class Checkpoint:
 
     def tokenizer_if_any(self) -> Tokenizer | None:
         """With token ids a checkpoint may do without."""
-        return self.tokenizer() if (self.folder / "tokenizer.json").exists() else None
+        return self.tokenizer() if os.path.lexists(self.folder / "tokenizer.json") else None
 
 
 def find(name: str | None, random_weights: str | None = None) -> Checkpoint:
     """The checkpoint that a name means, or one of random weights whose config is named. Raises Dsv2Error."""
     if random_weights is not None:
         path = find_config(random_weights)
-        return Checkpoint(path, f"random weights of {random_weights}", DeepseekV2Config.load(path), {})
+        config = replace(DeepseekV2Config.load(path), foreign=None)  # its weights are not looked at
+        return Checkpoint(path, f"random weights of {random_weights}", config, {})
     folder = find_model(name)
     settings = read_json(folder / "generation_config.json", dict)
     return Checkpoint(folder, name or "embedded", DeepseekV2Config.load(folder), settings)

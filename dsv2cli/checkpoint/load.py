@@ -6,8 +6,9 @@ read. Peak memory is the model plus one staging buffer a reader.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from dsv2cli.checkpoint.blueprint import allocate, blueprint, no_room, state_of
+from dsv2cli.checkpoint.formats.coded import Coded
 from dsv2cli.checkpoint.names import (
     Packing,
     destinations,
     fitting,
+    kept_codings,
     own_codes,
     packed_tensors,
     packings,
     paired,
     tensors_of,
+    whole_columns,
 )
 from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, map_file, truncated, typed
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.kernels.quantized import Quantized
+from dsv2cli.kernels.quantized import Codes, Quantized, decode
+from dsv2cli.memory import give_back
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2, MoE
 from dsv2cli.outside import AGAIN
@@ -36,7 +41,7 @@ from dsv2cli.team import ALONE, Team
 
 READERS = 4
 STAGING_BYTES = 32 * 2**20
-SMALL = ("gate.weight", ".scales")  # ends of the names of what is little, besides norms and biases
+SMALL = ("gate.weight", ".scales", ".supers")  # ends of the names of what is little, besides norms and biases
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -74,10 +79,17 @@ def load_model(
             return map_packed(folder, config, device, dtype, team)
         return read_packed(folder, config, device, dtype, progress)
     stored = tensors_of(folder, config)
-    model = blueprint(config, dtype, team, format, only_experts=experts_on_gpu is not None)
+    codings = None
+    if config.foreign is not None and format is None:
+        codings = kept_codings(config, stored, device)
+    apart = experts_on_gpu is not None
+    columns = whole_columns(stored)
+    model = blueprint(config, dtype, team, format, only_experts=apart, codings=codings, columns=columns)
     fitted = fitting(model, stored, folder)  # before any memory is taken
     give_memory(model, device, experts_on_gpu)
     read_all(paired(model, fitted), progress, kernels)
+    if config.foreign is not None:
+        give_back()
     refuse_bad_numbers(model, folder)
     return model.eval().requires_grad_(False)
 
@@ -124,11 +136,14 @@ def no_numbers(folder: Path, name: str, tensor: Tensor) -> Dsv2Error:
     return Dsv2Error(f"{folder} has weights that are no numbers", why=why, fix=AGAIN)
 
 
-def look_at_small(folder: Path, tensors: list[Stored]) -> None:
+def look_at_small(folder: Path, tensors: Sequence[Stored | Coded]) -> None:
     """refuse_bad_numbers for files of which nothing else is read. Raises Dsv2Error."""
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
     for tensor in tensors:
-        if len(tensor.shape) == 1 or tensor.name.endswith(SMALL):
+        if isinstance(tensor, Coded):
+            if len(tensor.shape) == 1 and not tensor.weights(0, 1).isfinite().all():
+                raise no_numbers(folder, tensor.name, tensor.weights(0, 1))
+        elif len(tensor.shape) == 1 or tensor.name.endswith(SMALL):
             read = torch.empty(tensor.shape, dtype=MAPPED[tensor.dtype])
             for _ in read_tensor(tensor, read, staging):
                 pass
@@ -149,7 +164,7 @@ def map_packed(
     Nothing is read before it is used. Changes stay private. `dtype` converts what is not packed. Raises as
     load_model.
     """
-    model, state, files = blueprint(config, team=team), {}, {}
+    model, state, files = blueprint(config, dtype, team), {}, {}
     for tensor in packed_tensors(config, folder):
         if tensor.file not in files:
             files[tensor.file] = map_file(tensor.file)
@@ -157,11 +172,15 @@ def map_packed(
         data = typed(data, MAPPED[tensor.dtype]).view(tensor.shape)
         if team.size > 1:
             data = own_codes(tensor.name, data, model)
-        data = data.contiguous().to(device)
-        keeps_type = tensor.name.endswith((".codes", ".scales", "gate.weight")) or dtype is None
+        data = data.contiguous()
+        keeps_type = tensor.name.endswith((".codes", ".scales", ".supers", "gate.weight")) or dtype is None
         state[tensor.name] = data if keeps_type else data.to(dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
+    if device.type != "cpu":
+        multiply_out(model)
+        model.to(device)
+        refuse_bad_numbers(model, folder)
     return model.eval().requires_grad_(False)
 
 
@@ -176,12 +195,24 @@ def read_packed(
 
     Raises as it does.
     """
+    packed = config.packed
+    if packed is not None and any(coding.scale == "I8" for coding in (packed.codings or {}).values()):
+        return map_packed(folder, config, device, dtype)
     stored, model = packed_tensors(config, folder), blueprint(config, dtype)
     give_memory(model, device)
     places = state_of(model)
     read_all([(tensor, places[tensor.name].data) for tensor in stored], progress)
     refuse_bad_numbers(model, folder)
     return model.eval().requires_grad_(False)
+
+
+def multiply_out(model: DeepseekV2) -> None:
+    """Take the scales of scales out of a model that is to lie on a GPU: see Coding.multiplied_out."""
+    for box in list(model.modules()):
+        for name, weight in list(box.named_children()):
+            if isinstance(weight, Quantized):
+                setattr(box, name, weight.multiplied_out())
+    model.tie()
 
 
 @torch.inference_mode(False)
@@ -209,14 +240,19 @@ def random_model(
     for module in model.modules():
         if isinstance(module, Quantized):
             module.codes.view(torch.int64).random_()
-            module.scales.fill_(0.02 / 70)  # the root mean square of a code
+            if module.coding.table == "e4m3":
+                module.codes.clamp_(max=126)  # one more is no number
+            size = 0.02 / 70  # over the root mean square of a code
+            module.scales.fill_(size if module.supers is None else 1)
+            if module.supers is not None:
+                module.supers.fill_(size)
     return model.eval().requires_grad_(False)
 
 
 def read_piece(
     model: DeepseekV2,
     name: str,
-    stored: dict[str, Stored],
+    stored: dict[str, Stored | Coded],
     device: torch.device,
     progress: Progress | None = None,
     kernels: Kernels | None = None,
@@ -234,7 +270,9 @@ def read_piece(
 class Reader:
     """What the threads share that read tensors to their places."""
 
-    def __init__(self, pairs: list[tuple[Stored, Tensor | Packing]], progress: Progress | None) -> None:
+    def __init__(
+        self, pairs: list[tuple[Stored | Coded, Tensor | Packing]], progress: Progress | None
+    ) -> None:
         self.progress = progress
         self.total, self.done, self.lock = sum(tensor.length for tensor, _ in pairs), 0, threading.Lock()
         self.staging = threading.local()
@@ -242,29 +280,63 @@ class Reader:
         # matrix a thread.
         self.pinned = any(place.device.type == "cuda" for _, place in pairs)
 
-    def read(self, tensor: Stored, place: Tensor | Packing, kernels: Kernels | None) -> None:
+    def count(self, count: int) -> None:
+        """Bytes that were read."""
+        with self.lock:
+            self.done += count
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+    def read(self, tensor: Stored | Coded, place: Tensor | Packing, kernels: Kernels | None) -> None:
         """One tensor, into its place or through memory of its own into codes."""
+        if isinstance(tensor, Coded):
+            self.read_coded(tensor, place, kernels)
+            return
         into = place if isinstance(place, Tensor) else None
         if into is None:
             into = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=place.device)
         if not hasattr(self.staging, "buffer"):
             self.staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=self.pinned)
         for count in read_tensor(tensor, into, self.staging.buffer):
-            with self.lock:
-                self.done += count
-                if self.progress is not None:
-                    self.progress(self.done, self.total)
+            self.count(count)
         if isinstance(place, Packing):
             place.fill(into, kernels)
 
+    def read_coded(self, tensor: Coded, place: Tensor | Packing, kernels: Kernels | None) -> None:
+        """What another program has packed, some rows at a time."""
+        rows = tensor.pieces()[-1][1]
+        for begin, end in tensor.pieces():
+            if isinstance(place, Packing) and kernels is not None and place.takes(tensor):
+                place.unpack(tensor, begin, end, kernels)
+            else:
+                put(tensor, place, begin, end, kernels)
+            self.count(tensor.length * end // rows - tensor.length * begin // rows)
+
+
+def put(tensor: Coded, place: Tensor | Packing, begin: int, end: int, kernels: Kernels | None) -> None:
+    """Some rows of what another program has packed into their place. Raises OSError, and Dsv2Error."""
+    read = tensor.read(begin, end)
+    if isinstance(place, Packing) and isinstance(read, Codes):
+        assert tensor.coding is not None
+        place.keep(read, tensor.coding, kernels, begin)
+        return
+    numbers = read if isinstance(read, Tensor) else decode(read, tensor.coding)  # type: ignore[arg-type]
+    if isinstance(place, Packing):
+        place.fill(numbers.to(place.device), kernels, begin)
+    else:
+        (place[begin:end] if place.dim() == 2 else place[None]).copy_(numbers)
+
 
 def read_all(
-    pairs: list[tuple[Stored, Tensor | Packing]], progress: Progress | None, kernels: Kernels | None = None
+    pairs: Sequence[tuple[Stored | Coded, Tensor | Packing]],
+    progress: Progress | None,
+    kernels: Kernels | None = None,
 ) -> None:
     """Read with several threads; a read that fails ends the others and is raised here, as Dsv2Error."""
-    reader = Reader(pairs, progress)
+    reader = Reader(list(pairs), progress)
     ordered = sorted(pairs, key=lambda pair: (pair[0].file, pair[0].offset))
-    with ThreadPoolExecutor(READERS) as pool:
+    unpacks = any(isinstance(tensor, Coded) for tensor, _ in pairs)  # that takes a core, and memory
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1) if unpacks else READERS) as pool:
         futures = [pool.submit(reader.read, tensor, place, kernels) for tensor, place in ordered]
         try:
             for future in futures:

@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dsv2cli.checkpoint.blueprint import blueprint, pieces, state_of, weights_bytes
+from dsv2cli.checkpoint.blueprint import Codings, bits_by_part, blueprint, pieces, state_of, weights_bytes
+from dsv2cli.checkpoint.formats.coded import Coded
 from dsv2cli.checkpoint.load import Progress, of_total, read_piece
-from dsv2cli.checkpoint.names import match, tensors_of
+from dsv2cli.checkpoint.names import kept_codings, match, tensors_of
 from dsv2cli.checkpoint.safetensors import INDEX, Stored, write_safetensors
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_FORMAT
+from dsv2cli.formats import KEPT_FORMAT, PACKED_BITS, PACKED_BY, PACKED_FORMAT
 from dsv2cli.hubs.hashes import sha256, write_sums
 from dsv2cli.hubs.remote import WANTED
 from dsv2cli.kernels.native import Kernels
@@ -33,12 +35,13 @@ from dsv2cli.places import unfinished
 def quantize_checkpoint(
     folder: Path,
     out: Path,
-    format: str,
+    format: str | None,
     group: int,
     kernels: Kernels | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Pack the checkpoint in `folder` into the new folder `out`; gives the bytes written.
+    """Pack the checkpoint in `folder` into the new folder `out`; gives the bytes written. With `format` None
+    the codes of another program are kept as they are.
 
     `out` appears when all of it is there. Raises UsageError where it exists or the source is packed already,
     Dsv2Error as load_model and for a full disk.
@@ -46,12 +49,18 @@ def quantize_checkpoint(
     config = DeepseekV2Config.load(folder)
     if config.packed is not None:
         why, fix = "codes are made from full weights", "give the original"
+        if config.packed.codings is not None:
+            why, fix = "it holds the codes of another program already", "run it as it is"
         raise UsageError(f"{folder} is packed already", why=why, fix=fix)
     if out.exists():
         raise UsageError(f"{out} exists already", fix="another name, or remove it first")
-    sizes = sizes_of(format, group)
     stored = tensors_of(folder, config)
-    model = blueprint(config, format=format, group=group)
+    if format is not None:
+        sizes, model = sizes_of(format, group), blueprint(config, format=format, group=group)
+    else:
+        assert config.foreign is not None
+        codings = kept_codings(config, stored, torch.device("cpu"))
+        sizes, model = kept_sizes(config, codings), blueprint(config, codings=codings)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,31 +78,42 @@ def quantize_checkpoint(
     return sum(file.stat().st_size for file in out.iterdir())
 
 
-def sizes_of(format: str, group: int) -> dict[str, int]:
+def sizes_of(format: str, group: int) -> dict[str, Any]:
     """What config.json says of a format."""
     mlp, attention = PACKED_BITS[format]
-    return {"bits": mlp, "attention_bits": attention, "group": group}
+    return {"format": PACKED_FORMAT, "bits": mlp, "attention_bits": attention, "group": group}
+
+
+def kept_sizes(config: DeepseekV2Config, codings: Codings) -> dict[str, Any]:
+    """The same of the codes of another program."""
+    assert config.foreign is not None
+    on_gpu = {name: coding.multiplied_out for name, coding in codings.items()}
+    bits, more = bits_by_part(config, codings), bits_by_part(config, on_gpu)
+    said = {name: str(coding) for name, coding in codings.items()}
+    label = config.foreign.label
+    return {"format": KEPT_FORMAT, "label": label, "bits_held": bits, "bits_on_gpu": more, "codings": said}
 
 
 def complete(
-    folder: Path, new: Path, weight_map: dict[str, str], sizes: dict[str, int], sources: dict[str, str]
+    folder: Path, new: Path, weight_map: dict[str, str], sizes: dict[str, Any], sources: dict[str, str]
 ) -> None:
     """Write all that a packed checkpoint has besides its weights: settings from `folder`, the index, and what
     the codes are and were made from. Raises OSError.
     """
     copy_settings(folder, new)
     write_json(new / INDEX, {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
-    packing = {"quant_method": PACKED_BY, "format": PACKED_FORMAT, **sizes, "source_sha256": sources}
+    packing = {"quant_method": PACKED_BY, **sizes, "source_sha256": sources}
     raw = read_json(folder / "config.json")
+    raw.pop("quantization", None)  # of MLX
     write_json(new / "config.json", raw | {"quantization_config": packing})
     write_sums(new)
 
 
 def write_pieces(
     model: DeepseekV2,
-    stored: dict[str, Stored],
+    stored: dict[str, Stored | Coded],
     new: Path,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
     kernels: Kernels | None,
     counted: Callable[[int], None] | None,
 ) -> dict[str, str]:
@@ -123,12 +143,13 @@ def file_of(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def write_piece(model: DeepseekV2, piece: str, path: Path, sizes: dict[str, int]) -> list[str]:
+def write_piece(model: DeepseekV2, piece: str, path: Path, sizes: dict[str, Any]) -> list[str]:
     """Write a piece that has been packed, and forget its weights; gives the names of its tensors.
 
     Raises OSError.
     """
-    metadata = {"format": f"{PACKED_BY} {PACKED_FORMAT}"} | {key: str(value) for key, value in sizes.items()}
+    said = {key: str(value) for key, value in sizes.items() if not isinstance(value, dict)}
+    metadata = said | {"format": f"{PACKED_BY} {sizes['format']}"}
     module = model.get_submodule(piece)
     tensors = {f"{piece}.{name}": tensor for name, tensor in state_of(module).items()}
     write_safetensors(path, tensors, metadata)

@@ -17,8 +17,9 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_max_memory, offload_weight
 
 from dsv2cli.checkpoint.blueprint import blueprint, pieces, state_of
+from dsv2cli.checkpoint.formats.coded import Coded
 from dsv2cli.checkpoint.load import Progress, of_total, read_piece
-from dsv2cli.checkpoint.names import match, packed_tensors, tensors_of
+from dsv2cli.checkpoint.names import kept_codings, match, packed_tensors, tensors_of
 from dsv2cli.checkpoint.safetensors import Stored
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.memory import parse_size
@@ -62,6 +63,8 @@ def place(
     else:
         given = parse_memory(memory) if memory is not None else None
         refuse_strange(list(given or ()))
+        if format is None and (held := config.held_bits()):  # about as large, which is all that is asked here
+            format = "int4-all" if max(held.values()) < 6 else "int8"
         model, limits = blueprint(config, dtype, format=format), get_max_memory(given)
         found = infer_auto_device_map(model, limits, no_split_module_classes=WHOLE)
         places = {name: inherited(found, name) for name in names}
@@ -142,7 +145,10 @@ def load_placed(
         why = "its files are mapped as they lie, and the system pages them in"
         raise UsageError(f"{folder} is packed", why=why, fix="leave --placement out")
     stored = tensors_of(folder, config)
-    model = blueprint(config, dtype, format=format)
+    codings = None
+    if config.foreign is not None and format is None:
+        codings = kept_codings(config, stored, main)
+    model = blueprint(config, dtype, format=format, codings=codings)
     total = sum(tensor.length for tensor, _ in match(model, stored, folder))
     try:
         offload = Offload(scratch) if "disk" in places.values() else None
@@ -179,7 +185,7 @@ class Offload:
 
 def read_to_places(
     model: DeepseekV2,
-    stored: dict[str, Stored],
+    stored: dict[str, Stored | Coded],
     places: Places,
     offload: Offload | None,
     counted: Callable[[int], None] | None,

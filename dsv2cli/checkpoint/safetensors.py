@@ -22,7 +22,7 @@ from dsv2cli.hubs.shelf import INDEX, SINGLE
 from dsv2cli.outside import AGAIN, parse_json, read_json, reason, require_file
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MAPPED = DTYPES | {"U8": torch.uint8}
+MAPPED = DTYPES | {"U8": torch.uint8, "I8": torch.int8}
 ITEM_BYTES = {
     "F64": 8,
     "I64": 8,

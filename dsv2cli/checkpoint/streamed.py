@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dsv2cli.checkpoint.blueprint import blueprint, weights_bytes
+from dsv2cli.checkpoint.formats.coded import Coded
 from dsv2cli.checkpoint.load import read_piece
 from dsv2cli.checkpoint.names import IGNORED, check, destinations, packings, places_of, refuse_other_counts
 from dsv2cli.checkpoint.pack import complete, file_of, packed_pieces, sizes_of, write_piece
@@ -79,7 +81,7 @@ def move_in(packed: Path, out: Path) -> None:
         path.rename(out / path.name)
 
 
-def refuse_other_packing(listing: Listing, out: Path, sizes: dict[str, int]) -> None:
+def refuse_other_packing(listing: Listing, out: Path, sizes: dict[str, Any]) -> None:
     """Raises UsageError unless a folder is packed so, from these very files."""
     packing = read_json(out / "config.json").get("quantization_config")
     made = packing if isinstance(packing, dict) else {}
@@ -107,7 +109,7 @@ class Packer:
         try:
             refuse_full_disk(self.place, 2**20)
             useful(self.place, self.tell, stall)
-            if "quantization_config" in read_json(self.stage / "config.json"):
+            if {"quantization_config", "quantization"} & read_json(self.stage / "config.json").keys():
                 raise UsageError(f"{self.listing.reference} is quantised already", fix="leave --quantize out")
         except Dsv2Error:
             self.place.tidy()
@@ -164,7 +166,7 @@ class Packer:
     def file(self, number: int, names: list[str]) -> Path:
         return self.packed / file_of(number, len(names))
 
-    def begin(self, sizes: dict[str, int]) -> None:
+    def begin(self, sizes: dict[str, Any]) -> None:
         """Keep what an earlier run packed of the same shards in the same way, and nothing else."""
         mark = self.stage / "packing"
         sources = sorted((file.name, file.hash) for file in self.listing.files)
@@ -203,10 +205,10 @@ class Packer:
         wanted: set[str],
         where: dict[str, str],
         path: Path,
-        sizes: dict[str, int],
+        sizes: dict[str, Any],
     ) -> None:
         """One piece, whose shards are there. Raises Dsv2Error, OSError."""
-        stored: dict[str, Stored] = {}
+        stored: dict[str, Stored | Coded] = {}
         for shard in sorted({where[tensor] for tensor in wanted}):
             header = read_header(self.stage / shard)
             listed = {tensor for tensor, file in where.items() if file == shard}

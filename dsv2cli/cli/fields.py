@@ -113,6 +113,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "kv_saving_against_67b": "share of DeepSeek 67B's cache that is saved",
         "kv_saving_against_67b_at_6_bits": "the same for a cache in 6 bits, as the paper counts",
         "parts": "for each part parameters, read_per_token, and bytes by format",
+        "kept": "of codes of another program, for each part stored_as, bits_stored and bits_held of a weight",
         "fits": "for each memory and format: label, count, format, fits, needs and free in bytes, and more",
         "command": "what to type to run it here",
         "ceiling_context": "with --bandwidth: tokens in the cache that the ceilings are for",

@@ -9,7 +9,6 @@ from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.cli.asking import Asked
 from dsv2cli.engine.request import Request, Token, check_prompt
 from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.hubs.hashes import edges
 from dsv2cli.run.open import Opened
 
 
@@ -63,7 +62,7 @@ class Here:
 
     def mark(self) -> str:
         plan = self.opened.plan
-        return repr(([plan.format, plan.dtype, plan.packing], edges(self.opened.folder)))
+        return repr(([plan.format, plan.dtype, plan.packing], self.opened.mark()))
 
     def report(
         self, job: Job, asked: Asked | None = None, echo: bool = False, error: str = ""

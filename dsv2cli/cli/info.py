@@ -109,6 +109,7 @@ def info(subject: Subject, output: Output, room: Room) -> None:
     formats = [format for format in facts["formats"] if room.quantize in ("none", format)]
     facts["fits"] = [fit(config, facts, place, format) for place in room.memories() for format in formats]
     facts["command"] = command(facts, model, bool(config.packed))
+    facts["kept"] = kept(config)
     if room.bandwidth is not None:
         facts |= speeds(config, facts, room.bandwidth * GB, predict=room.gpus is not None)
     if output.json:
@@ -117,6 +118,39 @@ def info(subject: Subject, output: Output, room: Room) -> None:
     show(facts, here=room.gpus is None and room.memory is None)
     if model is None:
         show_card((EMBEDDED.parent / "MODEL_CARD.md").read_text(encoding="utf-8"))
+
+
+def kept(config: DeepseekV2Config) -> dict[str, Any]:
+    """Of what another program has packed: for each part what it is in, and bits of a weight in memory."""
+    if not config.held_bits():
+        return {}
+    found = config.foreign.entry.get("kinds") if config.foreign is not None else None
+    kinds = found if isinstance(found, dict) else {}
+    return {
+        part: {
+            "stored_as": sorted(types_of(kinds.get(part))),
+            "bits_stored": bits_stored(types_of(kinds.get(part))),
+            "bits_held": bits,
+        }
+        for part, bits in config.held_bits().items()
+    }
+
+
+def types_of(kinds: Any) -> dict[str, int]:
+    """The types of a GGUF file's part, each with its weights; nothing for what says none."""
+    from dsv2cli.hubs.gguf import TYPES
+
+    names = {name for name, *_ in TYPES.values()}
+    counts = kinds.items() if isinstance(kinds, dict) else ()
+    return {kind: count for kind, count in counts if kind in names and type(count) is int and count > 0}
+
+
+def bits_stored(kinds: dict[str, int]) -> float | None:
+    """Bits of a weight in a GGUF file, of so many weights of each type."""
+    from dsv2cli.hubs.gguf import TYPES
+
+    bits = {name: 8 * size / count for name, count, size in TYPES.values()}
+    return sum(bits[kind] * count for kind, count in kinds.items()) / sum(kinds.values()) if kinds else None
 
 
 def speeds(
@@ -147,7 +181,11 @@ def describe(
     config: DeepseekV2Config, name: str, dtype: str, context: int = 4096, cache: str = "auto"
 ) -> dict[str, Any]:
     """The numbers that follow from a config; sizes in bytes."""
-    formats = [size.own_format(config)] if config.packed is not None else [dtype, *PACKED_BITS]
+    formats = [dtype, *PACKED_BITS]
+    if config.packed is not None:
+        formats = [size.own_format(config)]
+    elif config.foreign is not None:
+        formats = [size.own_format(config), *PACKED_BITS]
     by_format = {format: size.parts(config, format, dtype) for format in formats}
     counted = by_format[formats[0]]
     cached = size.kv_bytes_per_token(config, dtype, cache)
@@ -197,7 +235,7 @@ def fit(config: DeepseekV2Config, facts: dict[str, Any], place: Memory, format: 
     """Whether the weights in one format fit into a memory, or shared out over several, of which each holds
     the whole cache.
     """
-    share = max(size.bytes_by_rank(config, format, facts["dtype"], place.count))
+    share = max(size.bytes_by_rank(config, format, facts["dtype"], place.count, gpu=place.kind == "gpu"))
     room = size.room(config, share, facts["dtype"], place.bytes, facts["context"], facts["cache"])
     counts = {
         "name": place.name,
@@ -237,6 +275,7 @@ def show(facts: dict[str, Any], here: bool) -> None:
     console, formats = ui.stdout(), facts["formats"]
     console.print(f"{headline(facts)}\n")
     console.print(sizes(facts))
+    show_kept(console, facts)
     saved = 1 - facts["kv_bytes_per_token"] / facts["kv_bytes_per_token_expanded"]
     less = f"{saved:.1%} less than full keys and values ({facts['kv_bytes_per_token_expanded']:,})"
     named = "" if facts["cache"] == "auto" else f" in {facts['cache']}"
@@ -261,6 +300,20 @@ def show(facts: dict[str, Any], here: bool) -> None:
         needed = readable(formats[least]["weights_bytes"])
         console.print(f"nothing fits here: {least} needs {needed} and some room")
     show_speeds(console, facts)
+
+
+def show_kept(console: Console, facts: dict[str, Any]) -> None:
+    """What the codes of another program become, and what that costs."""
+    if not facts["kept"]:
+        return
+    console.print()
+    for part, each in facts["kept"].items():
+        said = f"{each['bits_held']:.2f} bits a weight in memory"
+        if each["stored_as"]:
+            stored = f"{', '.join(each['stored_as'])} ({each['bits_stored']:.2f} bits)"
+            said = f"{stored}, {said}"
+        console.print(f"{part}: {ui.harmless(said)}")
+    console.print("codes and scales are kept as they are; kv_b_proj, norms and router are numbers")
 
 
 def headline(facts: dict[str, Any]) -> str:

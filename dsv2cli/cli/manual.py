@@ -103,8 +103,21 @@ TOPICS = {
         "otherwise, to no other host. --quantize packs each layer as its files have come, and deletes them.",
         "dsv2 models lists what is here, with Ollama's models of this family and downloads that were "
         "interrupted; verify reads a copy whole, without a network, or with --online against what the hub "
-        "says today; rm deletes one, and no file that another revision needs. GGUF files are fetched "
-        "(--gguf), listed and verified, and not run yet.",
+        "says today; rm deletes one, and no file that another revision needs.",
+        "A GGUF file runs as it is: --model FILE.gguf (of one in parts any part), a folder with one, "
+        "OWNER/NAME/FILE.gguf of a repository, or ollama:NAME:TAG of Ollama's store. F32, F16, BF16, Q4_0, "
+        "Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are read, and no IQ1 to IQ3, TQ or MXFP4. "
+        "Its codes and scales are kept to the bit, those of 5 and 6 bits in a byte and those of 2 and 3 bits "
+        "in half of one, so that Q2_K takes the memory of Q4_K; on a GPU the K types' scales are multiplied "
+        "out in fp16. kv_b_proj, norms and router are numbers. Settings, tokenizer and chat template are "
+        "those in its metadata, sampling, too, or else what the official checkpoints have (temperature 0.3, "
+        "top_p 0.95); Ollama's own template, system prompt and parameters are not read. Of a repository "
+        "files in subfolders are neither fetched nor found by name: give their path.",
+        "Checkpoints by AWQ, GPTQ, FP8 (E4M3), compressed-tensors (int4, int8, fp8) and MLX run so, too; "
+        "those with act-order, whose columns are in another order, are packed anew in 8 bits. Activations "
+        "are not rounded to what their settings say. info says what each part becomes; --quantize packs the "
+        "weights that the codes stand for anew, and dsv2 quantize keeps the codes, in files that load at "
+        "once.",
     ),
     "SERVING": (
         "dsv2 serve answers other programs by OpenAI's API: /v1/models, /v1/chat/completions and "
@@ -178,12 +191,14 @@ FILES = {
     "~/.local/share/dsv2/sessions/NAME.jsonl": "a conversation, and beside it NAME.safetensors, its cache",
     "~/.local/share/dsv2/history": "what was typed at prompts",
     "~/.cache/dsv2/kernels": "compiled kernels, each with its SHA-256",
+    "~/.cache/dsv2/gguf": "what GGUF files say of themselves, as a checkpoint's files",
 }
 EXAMPLES = {
     'dsv2 chat --system "You are a careful proof-reader."': "a conversation with the small model inside",
     "dsv2 complete --chat < question.txt": "one answer",
     "dsv2 complete --batch in.jsonl --output out.jsonl -m DIR": "many, going on where it was stopped",
     "dsv2 quantize DIR OUT --to int4": "a checkpoint in a quarter of its size",
+    "dsv2 chat -m ollama:deepseek-coder-v2": "with what Ollama has fetched",
     "dsv2 serve -m DIR": (
         "for other programs: an editor's base URL is http://127.0.0.1:8000/v1, and a browser finds a page at "
         "http://127.0.0.1:8000"

@@ -24,9 +24,9 @@ class Packing:
     model: Annotated[
         str,
         typer.Argument(
-            metavar="DIR|NAME",
+            metavar="DIR|FILE|NAME",
             autocompletion=opt.models,
-            help="Folder with a checkpoint, a short name or a repository's.",
+            help="Folder with a checkpoint, a GGUF file, a short name or a repository's.",
         ),
     ]
     out: Annotated[
@@ -39,11 +39,14 @@ class Packing:
     ] = None
     yes: opt.YesOption = False
     to: Annotated[
-        Literal["int8", "int4", "int4-all"],
+        Literal["int8", "int4", "int4-all", "as-is"] | None,
         typer.Option(
-            help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8."
+            show_default=False,
+            help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8. "
+            "as-is keeps the codes of another program, and loses nothing. Default: int4, or as-is where "
+            "there are such codes.",
         ),
-    ] = "int4"
+    ] = None
     group: Annotated[Literal["32", "64"], typer.Option(help="Numbers that share a scale.")] = "64"
 
 
@@ -60,13 +63,19 @@ class Kernels:
 def quantize(packing: Packing, wish: Kernels) -> None:
     """Pack a checkpoint into 8 or 4 bits.
 
-    It then loads at once, and by several processes into the same memory.
+    It then loads at once, and by several processes into the same memory. Also GGUF files, and checkpoints
+    that another program has packed.
     """
     from dsv2cli.checkpoint.pack import quantize_checkpoint
     from dsv2cli.kernels import native
 
-    folder = offer.find(packing.model, packing.yes).folder
-    out = packing.out or own_place(packing.model, packing.to)
+    found = offer.find(packing.model, packing.yes)
+    folder, foreign = found.folder, found.config.foreign
+    to = packing.to or ("int4" if foreign is None else "as-is")
+    if to == "as-is" and foreign is None:
+        why = "it holds no codes of another program"
+        raise UsageError(f"{packing.model} can not be packed as it is", why=why, fix="--to int4, or int8")
+    out = packing.out or own_place(packing.model, to)
     if wish.kernels in TRITON:
         raise UsageError("The Triton kernels do not pack", fix="--kernels auto, or off")
     library, why = None, ""
@@ -77,7 +86,8 @@ def quantize(packing: Packing, wish: Kernels) -> None:
     opt.collect_garbage_from_here()
     began = time.perf_counter()
     with ui.loading(packing.model) as progress:
-        size = quantize_checkpoint(folder, out, packing.to, int(packing.group), library, progress)
+        format = None if to == "as-is" else to
+        size = quantize_checkpoint(folder, out, format, int(packing.group), library, progress)
     ui.note(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
 
 
@@ -88,6 +98,6 @@ def own_place(name: str, format: str) -> Path:
     from dsv2cli.outside import path_of
 
     reference = parse(name)
-    if reference is None or path_of(name).exists():
+    if reference is None or path_of(name).exists() or format == "as-is" or reference.source == "ollama":
         raise UsageError("Where is the packed checkpoint to go?", fix=f"dsv2 quantize {name} OUT")
     return packed_folder(replace(reference, format=format))

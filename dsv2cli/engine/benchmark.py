@@ -114,7 +114,7 @@ def read_bytes_per_token(runner: Runner, context: int) -> float:
         used = 1.0
         if ".mlp.experts." in name:
             used = (config.num_experts_per_tok or 0) / (config.n_routed_experts or 1)
-        if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
+        if name.startswith("model.embed_tokens.") and not config.tie_word_embeddings:
             used = 1 / config.vocab_size
         total += used * tensor.numel() * tensor.element_size()
     return total - runner.saved_bytes

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dsv2cli.errors import UsageError
 from dsv2cli.hubs import shelf
+from dsv2cli.hubs.gguf import MAGIC
+from dsv2cli.hubs.gguf_settings import folder_of
 from dsv2cli.hubs.reference import ALIASES, Reference, nearest, parse, short
 from dsv2cli.outside import path_of
 
@@ -48,18 +50,73 @@ def find_model(name: str | None) -> Path:
         return EMBEDDED
     folder = path_of(name)
     if folder.is_dir():
-        return folder
+        return with_gguf(folder)
+    if folder.is_file() and is_gguf(folder):
+        return folder_of(folder)
     if folder.exists():
         fix = str(folder.parent) if folder.is_file() else "check the path"
         kind = "is a file" if folder.is_file() else "is no folder"
-        raise UsageError(f"{name} {kind}", why="a model is a folder", fix=fix)
+        raise UsageError(f"{name} {kind}", why="a model is a folder, or a GGUF file", fix=fix)
+    refuse_missing_file(name, folder)
+    repository, _, file = name.rpartition("/")
+    if file.endswith(".gguf") and (reference := parse(repository)) is not None:
+        return folder_of(file_of(reference, file, name))
     reference = parse(name)
     if reference is None:
         raise no_model(name)
     copy = shelf.find_copy(reference)
-    if copy is None or copy.gguf is not None:
+    if copy is None:
         raise lacking(reference, name)
-    return copy.folder
+    if copy.gguf is None:
+        return copy.folder
+    others = [
+        each.name for each in shelf.copies() if each.gguf is not None and shelf.is_meant(each, reference)
+    ]
+    if len(others) > 1 and reference.source != "ollama":
+        why, fix = f"{', '.join(others[:4])}", f"name one, such as {others[0]}"
+        raise UsageError(f"{name} holds {len(others)} GGUF files", why=why, fix=fix)
+    return folder_of(copy.gguf)
+
+
+def refuse_missing_file(name: str, path: Path) -> None:
+    """Raises UsageError for a GGUF file that is not there, by a name that can be no repository's."""
+    repository = parse(name.rpartition("/")[0])
+    local = repository is None or path.is_absolute() or path.parent.is_dir() or path.is_symlink()
+    if name.endswith(".gguf") and local:
+        why = "it is a link to nothing" if path.is_symlink() else f"{path.parent} has none of that name"
+        raise UsageError(f"There is no file {name}", why=why, fix="check the path")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is meant to be one, by its name or its first bytes."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+    return False
+
+
+def with_gguf(folder: Path) -> Path:
+    """A folder as it is; or where it has no safetensors and one GGUF file, that one's settings.
+
+    Raises UsageError where it has several.
+    """
+    if any((folder / name).exists() for name in (shelf.INDEX, shelf.SINGLE)):
+        return folder
+    files = shelf.gguf_files(folder)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise UsageError(
+            f"{folder} holds {len(files)} GGUF files", why=names, fix=f"name one, such as {files[0]}"
+        )
+    return folder_of(files[0]) if files else folder
+
+
+def file_of(reference: Reference, file: str, typed: str) -> Path:
+    """A GGUF file of a repository. Raises UsageError where it is not on this machine."""
+    for copy in shelf.copies():
+        if copy.gguf is not None and copy.gguf.name == file and shelf.is_meant(copy, reference):
+            return copy.gguf
+    why, fix = "it is in no cache", f"dsv2 pull {reference} --gguf {file}"
+    raise UsageError(f"{typed} is not on this machine", why=why, fix=fix)
 
 
 def no_model(name: str) -> UsageError:
@@ -79,16 +136,16 @@ def lacking(reference: Reference, typed: str) -> UsageError:
     for copy in shelf.copies():
         if shelf.is_meant(copy, reference):
             error.why = f"only a part of it is, in {copy.folder}: {copy.lacks}"
-            if copy.gguf is not None:
-                error.why = f"of it {copy.gguf} is, and GGUF files are not run yet"
     if reference.source == "ollama":
-        error.fix = f"ollama pull {reference.name}"
+        base = reference.name.rpartition(":")[0]
+        tags = [name for name in known_here() if name.startswith(f"ollama:{base}:")]
+        error.fix = " or ".join(tags) if len(tags) > 1 else f"ollama pull {reference.name}"
     return error
 
 
 def find_config(name: str | None) -> Path:
     """As find_model, but `name` may be a config file, or a repository of which only config.json is here."""
-    if name is not None and (path := path_of(name)).is_file():
+    if name is not None and (path := path_of(name)).is_file() and not is_gguf(path):
         return path
     try:
         return find_model(name)
@@ -116,9 +173,13 @@ def known_models(beginning: str) -> list[str]:
     found = []
     with contextlib.suppress(OSError, UsageError):
         for entry in sorted(path_of(f"{parent}/" if parent or beginning.startswith("/") else ".").iterdir()):
-            if entry.is_dir() and entry.name.startswith(start) and (start or not entry.name.startswith(".")):
-                name = beginning[: len(beginning) - len(start)] + entry.name
+            if not entry.name.startswith(start) or (not start and entry.name.startswith(".")):
+                continue
+            name = beginning[: len(beginning) - len(start)] + entry.name
+            if entry.is_dir():
                 found.append(name if (entry / "config.json").exists() else name + "/")
+            elif entry.suffix == ".gguf":
+                found.append(name)
     here = known_here()
     bare = [name.partition(":")[2] for name in here if name.startswith(("hf:", "ms:"))]
     found += [name for name in (*bare, *here, *ALIASES) if name.startswith(beginning)]

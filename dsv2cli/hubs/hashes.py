@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dsv2cli import places
@@ -90,20 +90,21 @@ def refuse_other(path: Path, wanted: str) -> None:
         )
 
 
-def edges(folder: Path, times: bool = False) -> str:
+def edges(folder: Path, times: bool = False, files: Sequence[Path] = ()) -> str:
     """Tells one checkpoint from another without reading it whole: names, sizes and both ends of its files,
-    and where `times` says so when they were changed. Raises Dsv2Error.
+    or of the given ones, and where `times` says so when they were changed. Raises Dsv2Error.
     """
     try:
-        return read_edges(folder, times)
+        listed = files or sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+        return read_edges(listed, times)
     except OSError as error:
         raise Dsv2Error(f"{folder} cannot be read", why=reason(error)) from None
 
 
-def read_edges(folder: Path, times: bool) -> str:
+def read_edges(files: Sequence[Path], times: bool) -> str:
     """edges, which raises OSError."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+    for file in files:
         about = require_file(file)
         when = (about.st_mtime_ns, about.st_ctime_ns) if times else ()
         digest.update(repr((os.fsencode(file.name), about.st_size, when)).encode())

@@ -6,6 +6,7 @@ hf:OWNER/NAME@REVISION                of Hugging Face, at a branch, tag or commi
 ms:v2-lite-chat                       of ModelScope
 v2-lite-chat:int4                     a packed copy that `dsv2 pull` or `dsv2 quantize` made
 ollama:deepseek-coder-v2:16b          of Ollama's own store
+hf:OWNER/NAME/FILE.gguf               one GGUF file of a repository
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ REPOSITORY = re.compile(
     r"(?:(?P<source>hf|ms):)?(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)"
     r"(?:@(?P<revision>[A-Za-z0-9][\w./-]*))?(?::(?P<format>[\w-]+))?"
 )
-OLLAMA = re.compile(r"ollama:(?P<name>[A-Za-z0-9][\w./-]*:[\w.-]+)")
+OLLAMA = re.compile(r"ollama:(?P<name>[A-Za-z0-9][\w./-]*)(?P<tag>:[\w.-]+)?")
+LATEST = ":latest"  # the tag that Ollama means where none is named
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Reference:
 def parse(text: str) -> Reference | None:
     """What a text names, short names written out; None where it has not the form of a name."""
     if match := OLLAMA.fullmatch(text):
-        return Reference(match["name"], "ollama")
+        return Reference(match["name"] + (match["tag"] or LATEST), "ollama")
     match = REPOSITORY.fullmatch(text)
     if match is None or (match["format"] or "int4") not in PACKED_BITS:
         return None

@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import stat
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,16 +17,17 @@ from typing import Any
 from dsv2cli import places
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import PACKED_BITS, PACKED_BY
+from dsv2cli.hubs.gguf import FILE_TYPES, SPLIT, architecture, glance
 from dsv2cli.hubs.hashes import OURS, SUMS, manifest_of
-from dsv2cli.hubs.reference import Reference
-from dsv2cli.outside import parse_json, read_bytes, read_json, require_file
+from dsv2cli.hubs.reference import LATEST, Reference
+from dsv2cli.outside import parse_json, read_bytes, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-GGUF = struct.Struct("<4sIQQ")  # magic, version, tensors, keys
 COMMIT = re.compile(r"[0-9a-f]{7,40}")  # or its beginning
-SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+OLLAMA_REGISTRY = "registry.ollama.ai"
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
+OLLAMA_ADAPTER = "application/vnd.ollama.image.adapter"
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,24 @@ class Copy:
         """Of the weights: bfloat16, int4, awq, gguf and so on."""
         if self.gguf is not None:
             known = re.search(r"(?i)\b(i?q[1-8]_\w+|bf16|f16|f32)\b", self.gguf.name.replace(".", " "))
-            return f"gguf {known[1]}" if known else "gguf"
-        packing = self.config.get("quantization_config")
+            number = None if known else glance(self.gguf).get("general.file_type")
+            kind = known[1] if known else FILE_TYPES.get(number if type(number) is int else -1, "")
+            return f"gguf {kind}".rstrip()
+        packing = self.config.get("quantization_config") or self.config.get("quantization")
         if not isinstance(packing, dict):
             return str(self.config.get("torch_dtype") or self.config.get("dtype") or "?")
         if packing.get("quant_method") != PACKED_BY:
-            return str(packing.get("quant_method"))
+            return str(packing.get("quant_method") or "mlx")
         bits = packing.get("bits"), packing.get("attention_bits")
-        return next((name for name, known in PACKED_BITS.items() if known == bits), "packed")
+        label = str(packing.get("label") or "packed")  # of another program's codes
+        return next((name for name, known in PACKED_BITS.items() if known == bits), label)
 
     @property
     def context(self) -> int | None:
         """The longest that the config allows."""
         longest = self.config.get("max_position_embeddings")
+        if self.gguf is not None:
+            longest = glance(self.gguf).get("deepseek2.context_length")
         return longest if isinstance(longest, int) else None
 
 
@@ -203,17 +208,23 @@ def of_modelscope_root(root: Path) -> Iterator[Copy]:
 def in_ollama() -> Iterator[Copy]:
     """Raises OSError."""
     for store in ollama_stores():
-        base = store / "manifests" / "registry.ollama.ai"
-        for manifest in sorted(base.glob("*/*/*")):
-            owner, model, tag = manifest.relative_to(base).parts
+        base = store / "manifests"
+        for manifest in sorted(base.glob("*/*/*/*")):
+            registry, owner, model, tag = manifest.relative_to(base).parts
             name = f"{model}:{tag}" if owner == "library" else f"{owner}/{model}:{tag}"
+            name = name if registry == OLLAMA_REGISTRY else f"{registry}/{name}"
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 layers = parse_json(read_bytes(manifest))["layers"]
                 digests = [layer["digest"] for layer in layers if layer["mediaType"] == OLLAMA_MODEL]
                 digest = digests[0] if digests else ""
                 blob = store / "blobs" / str(digest).replace(":", "-")
-                if re.fullmatch(r"sha256:[0-9a-f]{64}", digest) and gguf_architecture(blob) == "deepseek2":
-                    yield Copy(Reference(name, "ollama"), blob.parent, (blob,), manifest, blob)
+                if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+                    continue
+                lacks = "" if os.access(blob, os.R_OK) else f"{blob.name} is missing, or may not be read"
+                if any(layer["mediaType"] == OLLAMA_ADAPTER for layer in layers):
+                    lacks = "an adapter belongs to it, and none is run here"
+                if architecture(blob) == "deepseek2" or (lacks and "deepseek" in name):
+                    yield Copy(Reference(name, "ollama"), blob.parent, (blob,), manifest, blob, lacks)
 
 
 def packed() -> Iterator[Copy]:
@@ -246,14 +257,9 @@ def begun(reference: Reference, stage: Path) -> Copy:
 def of_folder(reference: Reference, folder: Path, root: Path) -> Iterator[Copy]:
     """What a folder holds of this family: a checkpoint, GGUF files, or nothing. Raises OSError."""
     files = tuple(sorted(path for path in folder.iterdir() if not path.is_dir()))
-    for file in files:
-        part = SPLIT.fullmatch(file.name)
-        if file.suffix != ".gguf" or (part is not None and int(part[2]) != 1):
-            continue
-        if gguf_architecture(file) == "deepseek2":
-            parts = files if part is not None else (file,)
-            own = [each for each in parts if each == file or is_part(each.name, file.name)]
-            yield Copy(reference, folder, tuple(own), root, file)
+    for file in filter(begins_gguf, files):
+        own = [each for each in files if each == file or is_part(each.name, file.name)]
+        yield Copy(reference, folder, tuple(own), root, file)
     if is_family(folder):
         lacks = what_lacks(folder)
         own = [file for file in files if file.suffix != ".gguf"]
@@ -311,32 +317,33 @@ def there(path: Path) -> bool:
         return False
 
 
-def gguf_architecture(path: Path) -> str:
-    """The model's kind by a GGUF file's first key, which is general.architecture; empty for anything else."""
-    try:
-        require_file(path)
-        with path.open("rb") as file:
-            magic, version, _, keys = GGUF.unpack(file.read(GGUF.size))
-            if magic != b"GGUF" or version not in (2, 3) or not keys:
-                return ""
-            for wanted in (b"general.architecture", None):
-                (length,) = struct.unpack("<Q", file.read(8))
-                text = file.read(min(length, 100))
-                if wanted is None:
-                    return text.decode("utf-8", "replace")
-                if text != wanted or file.read(4) != struct.pack("<I", 8):  # 8: a text
-                    return ""
-    except (OSError, struct.error):
-        pass
-    return ""
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files of this family in a folder, of one that was split the first part; none where it can not
+    be read.
+    """
+    with contextlib.suppress(OSError):
+        return [file for file in sorted(folder.iterdir()) if begins_gguf(file)]
+    return []
+
+
+def begins_gguf(file: Path) -> bool:
+    """Whether a GGUF file of this family begins here."""
+    part = SPLIT.fullmatch(file.name)
+    first = part is None or int(part[2]) == 1
+    return file.suffix == ".gguf" and first and architecture(file) == "deepseek2"
 
 
 def find_copy(reference: Reference) -> Copy | None:
     """The complete one that a name means; of several sources Hugging Face's, of several revisions the hub's
-    own choice, else the latest. None where there is none.
+    own choice, else the latest; of Ollama's without a tag the only one there. None where there is none.
     """
 
-    found = [copy for copy in copies() if not copy.lacks and is_meant(copy, reference)]
+    whole = [copy for copy in copies() if not copy.lacks]
+    found = [copy for copy in whole if is_meant(copy, reference)]
+    if not found and reference.source == "ollama" and reference.name.endswith(LATEST):
+        bare = reference.name.removesuffix(LATEST)
+        tags = [copy for copy in whole if copy.reference.name.rpartition(":")[0].lower() == bare.lower()]
+        found = tags if len(tags) == 1 else []
     order = ["hf", "ms", "ollama", ""]
     return min(
         found,

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from dsv2cli.formats import Coding
 from dsv2cli.kernels import build
-from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, Quantized
+from dsv2cli.kernels.quantized import CODEBOOK, SHRINKS, TABLES, Quantized
 
 
 class Kind(enum.IntEnum):
-    """How a Matrix holds its weights: cpu/matrix.h's Kind. Of packed ones it is the bits of a code."""
+    """How a Matrix holds its weights: cpu/matrix.h's Kind."""
 
     NONE = 0
     INT4 = 4
     INT8 = 8
+    FLOAT8 = 9
     BF16 = 16
 
 
@@ -26,10 +28,16 @@ class Matrix(ctypes.Structure):
     """cpu/matrix.h's Matrix."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scales")),
-        *((name, ctypes.c_int64) for name in ("codes_stride", "scales_stride")),
-        *((name, ctypes.c_int32) for name in ("kind", "rows", "cols", "group")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers")),
+        *((name, ctypes.c_int64) for name in ("codes_stride", "scales_stride", "supers_stride")),
+        *((name, ctypes.c_int32) for name in ("kind", "rows", "cols", "group", "number", "offset", "bias")),
+        ("table", ctypes.c_int8 * 16),
     ]
+
+
+Parts = tuple[Tensor, Tensor, Tensor | None]  # codes, scales and supers of some blocks of rows
+NUMBERS = ("BF16", "F16", "F32", "I8")  # cpu/matrix.h's Number
+OFFSETS = ("", "added", "zero")  # and Offset
 
 
 class AttentionPart(ctypes.Structure):
@@ -98,7 +106,6 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.dsv2_read.restype = ctypes.c_uint64
-        library.dsv2_codebook(bytes(int(value) + 128 for value in CODEBOOK))
         self.path = build.name_of(library)
 
     def linear(self, weight: Tensor | Quantized) -> Callable[[Tensor], Tensor]:
@@ -159,9 +166,23 @@ class Kernels:
     ) -> None:
         """The same as quantized.pack_reference, into codes and scales of its shapes. weight [rows, cols]"""
         wide = weight.float().contiguous()
-        given = ((ctypes.c_float * len(SHRINKS))(*SHRINKS), len(SHRINKS))
+        given = ((ctypes.c_float * len(SHRINKS))(*SHRINKS), len(SHRINKS), table_of(CODEBOOK))
         to = (pointer(codes), pointer(scales))
         self.library.dsv2_pack(pointer(wide), *wide.shape, bits, group, *given, *to, threads)
+
+    def unpack(self, type: int, raw: Tensor, rows: int, weight: Quantized, parts: Parts) -> None:
+        """Rows of GGUF blocks of a ggml type, raw [bytes], into codes, scales and supers of a weight."""
+        codes, scales, supers = parts
+        to = (pointer(codes), pointer(scales), None if supers is None else pointer(supers))
+        given = (pointer(raw), rows, ctypes.byref(matrix(weight)))
+        known = self.library.dsv2_unpack(type, *given, *to)
+        assert known, f"ggml type {type}"
+
+    def interleave(self, values: Tensor, coding: Coding, codes: Tensor) -> None:
+        """As quantized.interleave, for codes alone. values [rows, cols] uint8 -> codes [blocks, bytes]"""
+        values = values.contiguous()
+        shape = (*values.shape, coding.bits, coding.group)
+        self.library.dsv2_interleave(pointer(values), *shape, pointer(codes))
 
     def read(self, data: Tensor) -> None:
         """Read every byte of a tensor of any shape once, with all threads: what the memory can give."""
@@ -181,14 +202,26 @@ def matrix(weight: Tensor | Quantized | None) -> Matrix:
     rows, cols = weight.shape[-2:]
     stacked = len(weight.shape) == 3
     if isinstance(weight, Quantized):
-        codes, scales = weight.codes, weight.scales
-        strides = (codes.stride(0), scales.stride(0)) if stacked else (0, 0)
-        kind = Kind(weight.bits)
-        return Matrix(codes.data_ptr(), scales.data_ptr(), *strides, kind, rows, cols, weight.group)
+        coding = weight.coding
+        parts = (weight.codes, weight.scales, weight.supers)
+        addresses = [None if part is None else part.data_ptr() for part in parts]
+        strides = [
+            part.stride(0) * part.element_size() if stacked and part is not None else 0 for part in parts
+        ]
+        kind = Kind.FLOAT8 if coding.table == "e4m3" else Kind(coding.bits)
+        numbers = (NUMBERS.index(coding.scale), OFFSETS.index(coding.offset))
+        bias = 128 if (coding.bits, coding.table) == (8, "plain") else 0
+        table = table_of(TABLES[coding.table]) if coding.bits == 4 else table_of(())
+        return Matrix(*addresses, *strides, kind, rows, cols, coding.group, *numbers, bias, table)
     lies_as_read = weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1)
     assert lies_as_read, "kernels read bf16 as it lies"
     stride = weight.stride(0) * weight.element_size() if stacked else 0
-    return Matrix(weight.data_ptr(), None, stride, 0, Kind.BF16, rows, cols, 0)
+    return Matrix(weight.data_ptr(), None, None, stride, 0, 0, Kind.BF16, rows, cols)
+
+
+def table_of(values: Iterable[float]) -> ctypes.Array[ctypes.c_int8]:
+    """Sixteen whole numbers, or none."""
+    return (ctypes.c_int8 * 16)(*map(int, values))
 
 
 def load(target: str = "native") -> tuple[Kernels | None, str]:

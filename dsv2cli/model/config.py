@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.formats import GROUPS, PACKED_BITS, PACKED_BY, PACKED_FORMAT
+from dsv2cli.formats import GROUPS, ITEM_BYTES, KEPT_FORMAT, PACKED_BITS, PACKED_BY, PACKED_FORMAT, Coding
 from dsv2cli.outside import Number, read_json
 
 SIZE, COUNT, FACTOR = Number(1, 2**24, whole=True), Number(1, 2**14, whole=True), Number(0, 1e6)
@@ -67,10 +68,29 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Packed:
-    """How `dsv2 quantize` packed the weights: one of PACKED_BITS, and how many numbers share a scale."""
+    """How `dsv2 quantize` packed the weights: one of PACKED_BITS, and how many numbers share a scale; or the
+    codes of another program, kept as they were: `format` is then its name, and `codings` say what each weight
+    is in.
+    """
 
     format: str
     group: int
+    codings: dict[str, Coding] | None = field(default=None, hash=False)
+    bits: dict[str, float] = field(default_factory=dict, hash=False)  # of a weight, by size.Part, with scales
+    bits_on_gpu: dict[str, float] = field(default_factory=dict, hash=False)  # where they differ
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Weights that another program has packed, which are read as they are: the program's name for it, and
+    what it says of them.
+    """
+
+    method: str  # gguf, or quant_method: awq, gptq, fp8, compressed-tensors; or mlx
+    label: str  # for people
+    entry: dict[str, Any] = field(hash=False)
+    bits: dict[str, float] = field(hash=False)  # of a weight once it is loaded, by size.Part, with scales
+    bits_on_gpu: dict[str, float] = field(default_factory=dict, hash=False)  # where they differ
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,16 @@ class DeepseekV2Config:
     eos_token_id: int | list[int] | None = 100001
     torch_dtype: str = "bfloat16"
     packed: Packed | None = None
+    foreign: Foreign | None = None
+
+    def held_bits(self, gpu: bool = False) -> dict[str, float]:
+        """Bits that a weight takes in RAM or on a GPU, by size.Part, where another program has packed them;
+        else nothing.
+        """
+        held = self.foreign or self.packed
+        if held is None:
+            return {}
+        return held.bits | held.bits_on_gpu if gpu else held.bits
 
     @property
     def qk_head_dim(self) -> int:
@@ -179,7 +209,7 @@ class DeepseekV2Config:
         thetas = (raw.get("rope_theta"), rope.get("rope_theta"), cls.rope_theta)
         values["rope_theta"] = next(theta for theta in thetas if theta is not None)
         values["rope_scaling"] = parse_rope_scaling(rope, source)
-        values["packed"] = parse_packed(raw.get("quantization_config"), source)
+        values["packed"], values["foreign"] = parse_quantization(raw, source)
         config = cls(**values)
         check_numbers(config, source)
         return config
@@ -224,34 +254,104 @@ def parse_rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling:
     return RopeScaling(type=kind, **{key: rope[key] for key in known})
 
 
-def parse_packed(quantization: Any, source: str) -> Packed | None:
-    """`quantization_config` as `dsv2 quantize` writes it; those of other programs are refused.
+FOREIGN = ("gguf", "awq", "gptq", "fp8", "compressed-tensors")
+
+
+def parse_quantization(raw: dict[str, Any], source: str) -> tuple[Packed | None, Foreign | None]:
+    """`quantization_config` as `dsv2 quantize` writes it, or another program, or MLX's `quantization`.
 
     Raises Dsv2Error.
     """
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != PACKED_BY:
-        raise not_implemented(
-            source, "quantization_config", quantization, "only the codes of dsv2 quantize are read"
-        )
-    if quantization.get("format") != PACKED_FORMAT:
-        raise not_implemented(
-            source,
-            "quantization_config.format",
-            quantization.get("format"),
-            f"this version reads format {PACKED_FORMAT}",
-        )
+    entry = raw.get("quantization_config")
+    if isinstance(raw.get("quantization"), dict) and not (
+        isinstance(entry, dict) and "quant_method" in entry
+    ):
+        return None, Foreign("mlx", "mlx", raw["quantization"], foreign_bits("mlx", raw["quantization"]))
+    if entry is None:
+        return None, None
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    if method == PACKED_BY:
+        return parse_packed(entry, source), None
+    if method not in FOREIGN:
+        why = f"the codes of dsv2 quantize, {', '.join(FOREIGN)} and MLX are read"
+        raise not_implemented(source, "quantization_config", entry, why)
+    label = entry.get("label") if method == "gguf" else method
+    label = label if is_label(label) else method
+    on_gpu = numbers_of(entry.get("bits_on_gpu"))
+    return None, Foreign(method, label, entry, foreign_bits(method, entry), on_gpu)
+
+
+def numbers_of(bits: Any) -> dict[str, float]:
+    """Numbers of bits by the parts of a model; nothing for what is none."""
+    items = bits.items() if isinstance(bits, dict) else ()
+    return {name: float(each) for name, each in items if each in BITS}
+
+
+def is_label(label: Any) -> TypeGuard[str]:
+    """Whether a file's name for a format can be shown, and is none of our own."""
+    shown = isinstance(label, str) and re.fullmatch(r"[a-z][A-Za-z0-9_ -]{0,40}", label) is not None
+    return shown and label not in (*PACKED_BITS, *ITEM_BYTES)
+
+
+LARGE = ("attention", "dense layers", "routed experts", "shared experts")  # size.Parts that are packed
+BITS, GROUP_SIZE = Number(1, 32), Number(1, 2**14)
+
+
+def foreign_bits(method: str, entry: dict[str, Any]) -> dict[str, float]:
+    """About how many bits a weight takes of what a config says; a GGUF file's own tensors have said it."""
+    if isinstance(entry.get("bits_held"), dict):
+        return numbers_of(entry["bits_held"])
+    inner: dict[str, Any] = {}
+    if isinstance(groups := entry.get("config_groups"), dict):
+        first = next((each for each in groups.values() if isinstance(each, dict)), {})
+        inner = first["weights"] if isinstance(first.get("weights"), dict) else {}
+    bits, group = 8.0 if method == "fp8" else 4.0, 128.0
+    for name in ("bits", "w_bit", "num_bits"):
+        for each in (entry, inner):
+            bits = each[name] if each.get(name) in BITS else bits
+    for name in ("group_size", "q_group_size"):
+        for each in (entry, inner):
+            group = each[name] if each.get(name) in GROUP_SIZE else group
+    if method == "mlx":  # codes of fewer bits take 4, and of 5 and 6 a byte
+        bits = 4.0 if bits <= 4 else 8.0
+    if entry.get("desc_act") is True:  # packed anew
+        bits, group = 8.0, 64
+    parts = (*LARGE, "embedding", "head") if method == "mlx" else LARGE
+    return dict.fromkeys(parts, bits + 32 / min(group, 128))
+
+
+def parse_packed(quantization: dict[str, Any], source: str) -> Packed:
+    """What `dsv2 quantize` writes. Raises Dsv2Error."""
+    number = quantization.get("format")
+    if number == KEPT_FORMAT:
+        return parse_kept(quantization, source)
+    if number != PACKED_FORMAT:
+        why = f"this version reads formats {PACKED_FORMAT} and {KEPT_FORMAT}"
+        raise not_implemented(source, "quantization_config.format", number, why)
     bits, group = (quantization.get("bits"), quantization.get("attention_bits", 8)), quantization.get("group")
     format = next((name for name, each in PACKED_BITS.items() if each == bits), None)
     if format is None or type(group) is not int or group not in GROUPS:
-        raise not_implemented(
-            source,
-            "quantization_config",
-            quantization,
-            "bits are 8, 4, or 4 with attention in 8, groups 32 or 64",
-        )
+        why = "bits are 8, 4, or 4 with attention in 8, groups 32 or 64"
+        raise not_implemented(source, "quantization_config", quantization, why)
     return Packed(format, group)
+
+
+def parse_kept(quantization: dict[str, Any], source: str) -> Packed:
+    """Codes of another program, kept as they were: its name, and for each weight its Coding in a few words.
+
+    Raises Dsv2Error.
+    """
+    label, named = quantization.get("label"), quantization.get("codings")
+    if not is_label(label) or not isinstance(named, dict):
+        raise not_implemented(source, "quantization_config", quantization, "it names no codings")
+    codings = {}
+    for name, words in named.items():
+        coding = Coding.parse(words) if isinstance(words, str) else None
+        if coding is None:
+            raise not_implemented(source, f"quantization_config.codings.{name}", words, "it is no coding")
+        codings[name] = coding
+    bits, on_gpu = (numbers_of(quantization.get(key)) for key in ("bits_held", "bits_on_gpu"))
+    return Packed(label, 0, codings, bits, on_gpu)
 
 
 def refuse_unimplemented(raw: dict[str, Any], source: str) -> None:
@@ -289,6 +389,9 @@ def check_numbers(config: DeepseekV2Config, source: str) -> None:
             raise not_implemented(source, name, getattr(config, name), "it must be true or false")
     if config.torch_dtype not in ("float32", "bfloat16", "float16"):
         raise not_implemented(source, "torch_dtype", config.torch_dtype, "float32, bfloat16 and float16 are")
+    if config.v_head_dim > config.qk_head_dim:
+        why = f"a head's values may not be wider than its keys, {config.qk_head_dim}"
+        raise not_implemented(source, "v_head_dim", config.v_head_dim, why)
     if config.qk_rope_head_dim % 2:
         raise not_implemented(
             source, "qk_rope_head_dim", config.qk_rope_head_dim, "rotation needs an even size"

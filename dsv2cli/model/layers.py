@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv2cli.formats import Coding
 from dsv2cli.kernels import experts
 from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
 from dsv2cli.kernels.quantized import Quantized
@@ -41,13 +42,12 @@ class Products(Protocol):
         ...
 
 
-def hold_codes(box: nn.Module, leaf: str, bits: int, group: int, parts: int = 1) -> None:
-    """Put an empty Quantized in the place of a box's weight, of which `parts` equal parts of the rows are
-    packed alone.
-    """
+def hold_codes(box: nn.Module, leaf: str, coding: Coding) -> None:
+    """Put an empty Quantized in the place of a box's weight; gate and up are packed each alone."""
     weight = getattr(box, leaf)
     delattr(box, leaf)
-    setattr(box, leaf, Quantized(tuple(weight.shape), bits, group, parts, weight.device))
+    parts = 2 if leaf == "gate_up_proj" else 1
+    setattr(box, leaf, Quantized(tuple(weight.shape), coding, parts, weight.device))
 
 
 class Linear(nn.Module):
@@ -58,9 +58,6 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.product: OneProduct | None = None
-
-    def hold_codes(self, bits: int, group: int) -> None:
-        hold_codes(self, "weight", bits, group)
 
     def compute_with(self, products: Products | None) -> None:
         self.product = None if products is None or self.bias is not None else products.linear(self.weight)
@@ -97,13 +94,18 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(len(rows), size)
         )  # nn.Embedding would fill it with random numbers
-        self.rows, self.team = rows, team
+        self.rows, self.team, self.dtype = rows, team, self.weight.dtype
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Rows of what is here."""
+        weight: Weight = self.weight
+        return weight.rows(ids, self.dtype) if isinstance(weight, Quantized) else F.embedding(ids, weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.team.size == 1:
-            return F.embedding(ids, self.weight)
+            return self.find(ids)
         here = (ids >= self.rows.start) & (ids < self.rows.stop)
-        found = F.embedding(torch.where(here, ids - self.rows.start, 0), self.weight)
+        found = self.find(torch.where(here, ids - self.rows.start, 0))
         return self.team.sum(found.masked_fill(~here[..., None], 0))
 
 
@@ -150,10 +152,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(hidden, width))
         self.product: OneProduct | None = None
 
-    def hold_codes(self, bits: int, group: int) -> None:
-        hold_codes(self, "gate_up_proj", bits, group, parts=2)
-        hold_codes(self, "down_proj", bits, group)
-
     def compute_with(self, products: Products | None) -> None:
         self.product = None if products is None else products.mlp(self.gate_up_proj, self.down_proj)
 
@@ -173,10 +171,6 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(len(here), hidden, width))
         self.here = here
         self.product: ExpertProduct | None = None
-
-    def hold_codes(self, bits: int, group: int) -> None:
-        hold_codes(self, "gate_up_proj", bits, group, parts=2)
-        hold_codes(self, "down_proj", bits, group)
 
     def compute_with(self, products: Products | None) -> None:
         self.product = None if products is None else products.experts(self.gate_up_proj, self.down_proj)

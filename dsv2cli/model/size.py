@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv2cli.formats import CACHE_BITS, GROUP, HEAD_BITS, ITEM_BYTES, LANES, PACKED_BITS, latent_widths
+from dsv2cli.formats import CACHE_BITS, GROUP, HEAD_BITS, ITEM_BYTES, LANES, PACKED_BITS, SUPER, latent_widths
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import Share, share_of
 
@@ -43,9 +43,12 @@ class Matrix:
     stored: str = "plain"
     halves: int = 1  # gate and up in one matrix are padded to whole blocks each
 
-    def bytes_each(self, format: str, dtype: str, group: int) -> int:
+    def bytes_each(self, format: str, dtype: str, group: int, held: dict[str, float]) -> int:
+        """`held`: bits of a weight by part, where another program has packed them."""
         if self.stored == "router":
             return 4 * self.rows * self.cols
+        if self.part in held and (self.stored != "plain" or self.part == "embedding"):
+            return math.ceil(self.rows * self.cols * held[self.part] / 8)
         if self.stored == "plain" or format not in PACKED_BITS:
             return ITEM_BYTES[dtype] * self.rows * self.cols
         mlp, attention = PACKED_BITS[format]
@@ -104,6 +107,7 @@ def parts(
     dtype: str | None = None,
     group: int = GROUP,
     share: Share | None = None,
+    gpu: bool = False,
 ) -> list[Part]:
     """All weights by kind, or those of a part, in `format`: a number format, or one of PACKED_BITS.
 
@@ -111,9 +115,10 @@ def parts(
     """
     dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
     group = config.packed.group if config.packed is not None else group
+    held = config.held_bits(gpu) if format == own_format(config) else {}
     sums: dict[str, list[int]] = {}
     for m in matrices(config, share):
-        size = m.bytes_each(format, dtype, group)
+        size = m.bytes_each(format, dtype, group, held)
         numbers = m.rows * m.cols
         adding = (m.count * numbers, m.read * numbers, m.count * size, m.read * size)
         sums[m.part] = [a + b for a, b in zip(sums.get(m.part, [0] * 4), adding, strict=True)]
@@ -126,25 +131,30 @@ def weights_bytes(
     dtype: str | None = None,
     group: int = GROUP,
     share: Share | None = None,
+    gpu: bool = False,
 ) -> int:
-    return sum(part.bytes for part in parts(config, format, dtype, group, share))
+    return sum(part.bytes for part in parts(config, format, dtype, group, share, gpu))
 
 
 def bytes_by_rank(
-    config: DeepseekV2Config, format: str, dtype: str, size: int, sequences: bool = False
+    config: DeepseekV2Config, format: str, dtype: str, size: int, sequences: bool = False, gpu: bool = False
 ) -> list[int]:
-    """What the weights of each rank of a team take; `sequences` as for share_of."""
+    """What the weights of each rank of a team take, in RAM or on GPUs; `sequences` as for share_of."""
     group = None
     if format in PACKED_BITS:
         group = config.packed.group if config.packed is not None else GROUP
+    elif config.held_bits() and format == own_format(config):
+        group = SUPER
     return [
-        weights_bytes(config, format, dtype, share=share_of(config, rank, size, group, sequences))
+        weights_bytes(config, format, dtype, share=share_of(config, rank, size, group, sequences), gpu=gpu)
         for rank in range(size)
     ]
 
 
 def own_format(config: DeepseekV2Config) -> str:
     """What the checkpoint itself is in."""
+    if config.foreign is not None:
+        return config.foreign.label
     return config.torch_dtype if config.packed is None else config.packed.format
 
 

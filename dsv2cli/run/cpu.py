@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dsv2cli.formats import own_coding
 from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.native import AttentionPart, Kernels, LayerParts, MlpPart, PageTables, matrix
 from dsv2cli.kernels.quantized import Quantized
@@ -185,7 +186,7 @@ def up_projections(kernels: Kernels, attention: Attention, turned: bool) -> tupl
 
 def packed(kernels: Kernels, stack: Tensor, group: int) -> Quantized:
     """stack [count, rows, cols] -> the same in 8 bits"""
-    out = Quantized(tuple(stack.shape), 8, group, 1, stack.device)
+    out = Quantized(tuple(stack.shape), own_coding(8, group), 1, stack.device)
     for i, one in enumerate(stack):
         kernels.pack(one, out.bits, group, *out.part(i, 0), torch.get_num_threads())
     return out

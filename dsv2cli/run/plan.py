@@ -157,7 +157,7 @@ def threads_of(config: DeepseekV2Config, wish: Wish, here: Here, ranks: int) -> 
 def format_of(config: DeepseekV2Config, wish: Wish, dtype: str) -> str:
     """Of the weights. Raises UsageError where the checkpoint is packed otherwise."""
     if wish.packing is None:
-        return dtype if config.packed is None else config.packed.format
+        return dtype if not (config.packed or config.foreign) else size.own_format(config)
     if config.packed is not None and config.packed.format != wish.packing:
         raise UsageError(f"The checkpoint is packed in {config.packed.format}", fix="leave --quantize out")
     return wish.packing
@@ -199,7 +199,7 @@ def ranks_needed(
 ) -> int:
     """The fewest GPUs whose memories [bytes each] hold the weights with a tenth to spare, or all of them."""
     for count in range(1, len(memories)):
-        needed = size.bytes_by_rank(config, format, dtype, count, sequences)
+        needed = size.bytes_by_rank(config, format, dtype, count, sequences, gpu=True)
         if all(need < SPARE * has for need, has in zip(needed, memories, strict=False)):
             return count
     return len(memories)
@@ -221,8 +221,12 @@ def experts_that_fit(config: DeepseekV2Config, wish: Wish, here: Here, device: s
         raise UsageError("This model has no routed experts", fix="leave --experts out")
     if device == "cpu":
         return 0
-    rest = sum(part.bytes for part in size.parts(config, dtype) if part.name != "routed experts")
-    routed = size.parts(config, wish.packing or dtype, dtype)
+    kept = config.foreign is not None and wish.packing is None
+    own = size.own_format(config) if kept else dtype
+    rest = sum(
+        part.bytes for part in size.parts(config, own, dtype, gpu=True) if part.name != "routed experts"
+    )
+    routed = size.parts(config, wish.packing or own, dtype, gpu=True)
     each = sum(part.bytes for part in routed if part.name == "routed experts") // config.moe_layers
     memory = here.gpu_memories[int(device.removeprefix("cuda:"))]
     room = SPARE * memory - TALK * size.kv_bytes_per_token(config, dtype, wish.cache)
@@ -316,7 +320,7 @@ def refuse_what_does_not_fit(config: DeepseekV2Config, plan: Plan, memories: tup
     """
 
     def largest(format: str, ranks: int) -> int:
-        return max(size.bytes_by_rank(config, format, plan.dtype, ranks, plan.sequences))
+        return max(size.bytes_by_rank(config, format, plan.dtype, ranks, plan.sequences, gpu=True))
 
     most, has = largest(plan.format, plan.ranks), min(memories)
     if most <= has:

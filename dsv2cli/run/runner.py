@@ -158,7 +158,7 @@ class PlainRunner:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.model.embed_tokens.weight.dtype
+        return self.model.model.norm.weight.dtype
 
     @property
     def decodes_ahead(self) -> bool:

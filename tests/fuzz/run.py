@@ -13,12 +13,14 @@ import torch
 
 from tests.fuzz.case import FAULTS, GOOD, Driver, Verdict, run_case
 from tests.fuzz.checkpoint import CheckpointDriver
+from tests.fuzz.foreign import ForeignDriver
 from tests.fuzz.lines import LinesDriver
 from tests.fuzz.session import JournalDriver, SessionDriver
 from tests.fuzz.settings import SettingsDriver
 
 DRIVERS: dict[str, Callable[[Path], Driver]] = {
     "checkpoint": CheckpointDriver,
+    "foreign": ForeignDriver,
     "session": SessionDriver,
     "journal": JournalDriver,
     "lines": LinesDriver,

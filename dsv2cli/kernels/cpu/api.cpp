@@ -2,11 +2,12 @@
 // This is the one translation unit: native.py compiles it on first use, for the processor at hand.
 //
 // What is computed is said by plain torch (linear.py, attention.py, experts.py, quantized.py); these files do
-// it faster. Activations enter a product as bf16 where weights are bf16, else as int8 with a scale a group;
-// sums are kept in fp32 or int32. One token is bounded by memory, and the data are laid out for that.
+// it faster. Activations enter a product as bf16 where weights are bf16, as floats where they are 8-bit floats,
+// else as int8 with a scale a group; sums are kept in fp32 or int32. One token is bounded by memory, and the data are laid out for that.
 #include "attention.h"
 #include "mlp.h"
 #include "pack.h"
+#include "unpack.h"
 
 struct Layer {
   Attention attention;
@@ -14,11 +15,6 @@ struct Layer {
 };
 
 extern "C" {
-
-void dsv2_codebook(const uint8_t* values) {
-  for (int i = 0; i < NATIVE; i++) codebook[i] = values[i % ENTRIES];
-  codebook = from_code(codebook);
-}
 
 const char* dsv2_path() {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
@@ -83,14 +79,25 @@ void dsv2_layers(const Layer* layers, int count, int attention, int mlp, uint16_
   });
 }
 
-// weights [rows, cols] in fp32 -> codes and scales. shrinks [candidates]: see Packing.
+// weights [rows, cols] in fp32 -> codes and scales. shrinks [candidates], codebook [16]: see Packing.
 void dsv2_pack(const float* weights, int rows, int cols, int bits, int group, const float* shrinks,
-               int candidates, uint8_t* codes, uint16_t* scales, int threads) {
-  const Packing packing = {weights, rows, cols, bits, group, shrinks, candidates, codes, scales};
+               int candidates, const int8_t* codebook, uint8_t* codes, uint16_t* scales, int threads) {
+  const Packing packing = {weights, rows, cols, bits, group, shrinks, candidates, codebook, codes, scales};
   parallel(threads, [&](Thread& thread) {
     Packer packer(packing);
     thread.each(blocks_of(rows), [&](int block) { packer.pack_block(block); });
   });
+}
+
+// Rows of GGUF blocks of a ggml type into codes, scales and supers as `w` has them; 0 for an unknown type.
+int dsv2_unpack(int type, const uint8_t* raw, int rows, const Matrix* w, uint8_t* codes, uint8_t* scales,
+                uint16_t* supers) {
+  return unpack_rows(type, raw, rows, *w, codes, scales, supers);
+}
+
+// values [rows, cols], a code a byte, into interleaved codes.
+void dsv2_interleave(const uint8_t* values, int rows, int cols, int bits, int group, uint8_t* codes) {
+  interleave_rows(values, rows, cols, bits, group, codes);
 }
 
 // Reads `count` bytes with all threads: what the memory can give. The sum keeps it from being optimised away.

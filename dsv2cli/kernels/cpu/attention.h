@@ -232,7 +232,9 @@ struct Context {
 };
 
 struct AttentionScratch {
-  Rows in, low, nope, mixed, last;
+  Rows in, latent_in;  // norm(x), for the queries, and for the latent where it takes it otherwise
+  bool alike;
+  Rows low, nope, mixed, last;
   float *q_a, *q, *kv_a, *out, *sums, *most, *divisor, *rows;
   uint16_t* query;          // [n, heads, rank + rope]: absorbed, and rotated
   Side* laid;               // a thread's query, side by side
@@ -242,7 +244,9 @@ struct AttentionScratch {
   AttentionScratch(const Attention& p, const Context& context, int threads, Scratch& scratch) {
     const size_t n = context.n, heads = p.heads, width = p.rank + p.rope;
     const size_t partials = context.all_chunks() * heads;
-    in.claim(scratch, p.kv_a, n);
+    in.claim(scratch, p.q_a.kind != NONE ? p.q_a : p.q, n);
+    alike = in.suit(p.kv_a);
+    if (!alike) latent_in.claim(scratch, p.kv_a, n);
     if (p.q_a.kind != NONE) low.claim(scratch, p.q, n);
     nope.claim(scratch, p.k_up, n * heads);
     mixed.claim(scratch, p.v_up, n * heads);
@@ -292,6 +296,7 @@ struct AttentionPass {
       widen_row(x + (size_t)t * p.hidden, p.hidden, row);
       norm_row(row, p.norm, p.hidden, p.eps, row);
       s.in.put(t, 0, p.hidden, row);
+      if (!s.alike) s.latent_in.put(t, 0, p.hidden, row);
     });
   }
 
@@ -303,7 +308,7 @@ struct AttentionPass {
     const int jobs = jobs_of(first);
     thread.each_ahead(jobs + jobs_of(p.kv_a), [&](int job, int after) {
       if (job < jobs) product_job(first, job, after, s.in, n, queries);
-      else product_job(p.kv_a, job - jobs, after - jobs, s.in, n, latents);
+      else product_job(p.kv_a, job - jobs, after - jobs, s.alike ? s.in : s.latent_in, n, latents);
     });
   }
   void normalise_low() {

@@ -1,27 +1,40 @@
-// What a product multiplies: weights as Python hands them over, in bf16, int8 or int4, and activations, made
-// ready for one of these.
+// What a product multiplies: weights as Python hands them over, in bf16 or in codes of 8 or 4 bits, and
+// activations, made ready for one of these.
 #pragma once
 #include "work.h"
 
 constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved: a block
 
-// How a matrix holds its weights; native.py's Kind is its twin. INT4 and INT8 are also the bits of a code.
-enum Kind : int32_t { NONE = 0, INT4 = 4, INT8 = 8, BF16 = 16 };
+// How a matrix holds its weights; native.py's Kind is its twin. INT4: codes that stand for numbers of a table.
+// FLOAT8: floats of 8 bits, E4M3.
+enum Kind : int32_t { NONE = 0, INT4 = 4, INT8 = 8, FLOAT8 = 9, BF16 = 16 };
+enum Number : int32_t { OF_BF16, OF_F16, OF_F32, OF_I8 };  // type of the scales and offsets
+enum Offset : int32_t { WITHOUT, ADDED, ZERO };            // see formats.Coding
+
+constexpr int SUPER = 256;  // columns that share what scales in 8 bits are multiplied by
 
 // Weights [rows, cols], or a stack of such matrices; native.py's Matrix is its twin. bf16: row after row, no
-// scales. int8 and int4: blocks of 16 rows, and a scale for each row and group of columns, see quantized.py.
+// scales. The others: blocks of 16 rows, and for each block and group of columns 16 scales and, where there
+// are any, 16 offsets; for each SUPER columns supers likewise. See quantized.py.
 struct Matrix {
-  const uint8_t* codes;
-  const uint16_t* scales;
-  int64_t codes_stride, scales_stride;  // from one matrix of the stack to the next, in bytes and in scales
-  int32_t kind, rows, cols, group;
+  const uint8_t *codes, *scales;
+  const uint16_t* supers;
+  int64_t codes_stride, scales_stride, supers_stride;  // from one matrix of the stack to the next, in bytes
+  int32_t kind, rows, cols, group, number, offset;
+  int32_t bias;      // what is added to each value; of int8 codes that are no less than 0 it is 128
+  int8_t table[16];  // of INT4
 
   Matrix of_stack(int index) const {
     Matrix out = *this;
     out.codes += index * codes_stride;
     out.scales += index * scales_stride;
+    out.supers += index * supers_stride / 2;
     return out;
   }
+  int bits() const { return kind == INT4 ? 4 : 8; }
+  int groups() const { return (cols + group - 1) / group; }
+  int numbers() const { return offset ? 2 * LANES : LANES; }  // for one group
+  int scale_bytes() const { return numbers() * (number == OF_F32 ? 4 : number == OF_I8 ? 1 : 2); }
 };
 
 namespace {
@@ -30,14 +43,38 @@ INLINE int blocks_of(int rows) { return (rows + LANES - 1) / LANES; }
 
 // Where a row of a matrix begins, or the block that begins with that row; null where it is not known.
 struct Address {
-  const uint8_t* codes = nullptr;
-  const uint16_t* scales = nullptr;
+  const uint8_t *codes = nullptr, *scales = nullptr;
+  const uint16_t* supers = nullptr;
 };
 INLINE Address address_of(const Matrix& w, int row) {
   if (w.kind == BF16) return {w.codes + (size_t)std::min(row, w.rows - 1) * w.cols * 2};
-  const size_t block = row / LANES, groups = (w.cols + w.group - 1) / w.group;
-  return {w.codes + block * groups * w.group * LANES * w.kind / 8, w.scales + block * groups * LANES};
+  const size_t block = row / LANES, groups = w.groups(), supers = (w.cols + SUPER - 1) / SUPER;
+  return {w.codes + block * groups * w.group * LANES * w.bits() / 8, w.scales + block * groups * w.scale_bytes(),
+          w.number == OF_I8 ? w.supers + block * supers * w.numbers() : nullptr};
 }
+
+// The scales and offsets of 16 rows in one group of columns.
+struct Scales {
+  F scale, offset;
+};
+INLINE F floats_at(const uint8_t* at, int number) {
+  if (number == OF_BF16) return widen16((const uint16_t*)at);
+  if (number == OF_F16) return halves16((const uint16_t*)at);
+  if (number == OF_I8) return bytes16((const int8_t*)at);
+  return load_as<F>(at);
+}
+INLINE Scales supers_at(const Matrix& w, const uint16_t* at) {
+  return {halves16(at), w.offset ? halves16(at + LANES) : (F){}};
+}
+INLINE Scales scales_at(const Matrix& w, const uint8_t* at, const Scales& super) {
+  Scales out = {floats_at(at, w.number), {}};
+  if (w.offset) out.offset = floats_at(at + w.scale_bytes() / 2, w.number);
+  if (w.number == OF_I8) out.scale = out.scale * super.scale, out.offset = out.offset * super.offset;
+  if (w.offset == ZERO) out.offset = out.offset * out.scale * -1.0f;
+  if (w.bias) out.offset += out.scale * (float)w.bias;
+  return out;
+}
+INLINE bool has_offset(const Matrix& w) { return w.offset || w.bias; }
 
 // Consecutive rows, columns or tokens.
 struct Span {
@@ -50,50 +87,61 @@ struct Row {
   const float* floats;
   const int8_t* int8;
   const float* scale;
-  const int32_t* shift;
+  const int32_t* sum;
   int group, groups;
+  // What a sum of codes begins with: where they are unsigned, they are 128 more than the numbers meant.
+  int32_t shift(int g) const { return SIGNED ? 0 : -128 * sum[g]; }
 };
 
 // Activations ready to be multiplied with a kind of weights. For bf16: bf16, and where products are of floats the
-// same as floats, of each vector of bf16 first the even numbers and then the odd ones. For int8 and int4: int8, and for
-// each group a scale and a shift: -128 times its sum, because codes are 128 more than the numbers meant.
+// same as floats, of each vector of bf16 first the even numbers and then the odd ones. For 8-bit floats: floats.
+// For int8 and int4: int8, and for each group a scale and the sum of its numbers.
 struct Rows {
   int kind, cols, padded, group, groups;
   uint16_t* bf16;
   float* floats;
   int8_t* int8;
   float* scale;
-  int32_t* shift;
+  int32_t* sum;
+
+  static int kind_for(const Matrix& w) { return w.kind == INT4 ? INT8 : w.kind; }
+  // Whether these, claimed for another matrix, are right for w too.
+  bool suit(const Matrix& w) const { return kind == kind_for(w) && (kind == BF16 || group == w.group); }
 
   void claim(Scratch& scratch, const Matrix& w, int count) {
-    kind = w.kind == BF16 ? BF16 : INT8;
+    kind = kind_for(w);
     cols = w.cols;
     group = kind == BF16 ? 32 : w.group;
     groups = (cols + group - 1) / group;
     padded = groups * group;
-    bf16 = nullptr, floats = nullptr, int8 = nullptr, scale = nullptr, shift = nullptr;
-    if (kind == BF16) {
-      bf16 = scratch.take<uint16_t>((size_t)count * padded);
-      if (FLOATS) floats = scratch.take<float>((size_t)count * padded);
-    } else {
+    bf16 = nullptr, floats = nullptr, int8 = nullptr, scale = nullptr, sum = nullptr;
+    if (kind == BF16) bf16 = scratch.take<uint16_t>((size_t)count * padded);
+    if (kind == FLOAT8 || (kind == BF16 && FLOATS)) floats = scratch.take<float>((size_t)count * padded);
+    if (kind == INT8) {
       int8 = scratch.take<int8_t>((size_t)count * padded);
       scale = scratch.take<float>((size_t)count * groups);
-      shift = scratch.take<int32_t>((size_t)count * groups);
+      sum = scratch.take<int32_t>((size_t)count * groups);
     }
   }
   Row row(int number) const {
     const size_t at = (size_t)number * padded, group_at = (size_t)number * groups;
-    if (kind == BF16) return {bf16 + at, FLOATS ? floats + at : nullptr, nullptr, nullptr, nullptr, group, groups};
-    return {nullptr, nullptr, int8 + at, scale + group_at, shift + group_at, group, groups};
+    if (kind == INT8) return {nullptr, nullptr, int8 + at, scale + group_at, sum + group_at, group, groups};
+    return {bf16 ? bf16 + at : nullptr, floats ? floats + at : nullptr, nullptr, nullptr, nullptr, group, groups};
   }
   // Columns [from, from + count) of one row; `from` begins a group and only the last call may end within one.
   NOINLINE void put(int row, int from, int count, const float* x) {
     if (kind == BF16) return put_bf16(row, from, count, x);
+    if (kind == FLOAT8) return put_floats(row, from, count, x);
     for (int begin = 0; begin < count; begin += group)
       put_group(row, (from + begin) / group, std::min(group, count - begin), x + begin);
   }
 
  private:
+  INLINE void put_floats(int row, int from, int count, const float* x) {
+    float* const to = floats + (size_t)row * padded + from;
+    std::copy_n(x, count, to);
+    std::fill(to + count, to + (count + group - 1) / group * group, 0.0f);
+  }
   INLINE void put_bf16(int row, int from, int count, const float* x) {
     uint16_t* const to = bf16 + (size_t)row * padded;
     narrow_row(x, count, to + from);
@@ -117,7 +165,7 @@ struct Rows {
     }
     for (int i = count; i < group; i++) to[i] = 0;
     scale[(size_t)row * groups + g] = most / 127.0f;
-    shift[(size_t)row * groups + g] = SIGNED ? 0 : -128 * total;
+    sum[(size_t)row * groups + g] = total;
   }
 };
 

@@ -66,14 +66,17 @@ NOINLINE void silu_times(const float* gates, const float* ups, float* to, int co
 
 // ---- what lies between the phases -------------------------------------------------------------------------
 
-constexpr int MOST_UNIT = 64;  // columns of gate and up in one job, at most; a group of the down projection
+// Columns of gate and up in one job: whole groups of the down projection.
+constexpr int LEAST_UNIT = 64, MOST_UNIT = 128;
 constexpr int DOWN_JOBS = 8;   // jobs a thread of the down projections of one token: long streams
 constexpr int LOGITS = 8;      // of the router, in one job
 
 // A slot is one expert of one token; there are n * top_k. In `sums` each thread has its sums of a down job
 // [n, rows of the job], and behind them room for products.
 struct MlpScratch {
-  Rows in, routed, shared;  // norm(x); silu(gate) * up of each slot, and of each token
+  Rows in, shared_in;  // norm(x), for the routed experts, and for the shared ones where they take it otherwise
+  Rows routed, shared;  // silu(gate) * up of each slot, and of each token
+  bool alike;           // whether all take the same norm(x)
   float *normed, *logits, *weight, *sums;
   int32_t *index, *order, *tokens, *starts, *active, *actives, *all;
   size_t sums_length, thread_length;
@@ -82,6 +85,8 @@ struct MlpScratch {
     const size_t slots = (size_t)n * p.top_k;
     const size_t down_rows = n > 1 ? JOB_ROWS : (blocks_of(p.hidden) / (DOWN_JOBS * threads) + 1) * LANES;
     in.claim(scratch, p.experts ? p.gate_up : p.shared_gate_up, n);
+    alike = !p.shared_width || in.suit(p.shared_gate_up);
+    if (!alike) shared_in.claim(scratch, p.shared_gate_up, n);
     if (p.experts) routed.claim(scratch, p.down, slots);
     if (p.shared_width) shared.claim(scratch, p.shared_down, n);
     normed = scratch.take<float>((size_t)n * p.hidden);
@@ -111,6 +116,7 @@ struct UpJob {
   Matrix gate_up;
   int width;
   Span columns;
+  const Rows* from;
   Rows* to;
   const int32_t *rows_in, *rows_to;  // row rows_in[i] of the input gives row rows_to[i] of `to`
   int count;
@@ -140,7 +146,7 @@ struct MlpPass {
         has_routed(p.experts > 0),
         has_shared(p.shared_width > 0),
         slots(has_routed ? n * p.top_k : 0),
-        unit(s.in.kind == BF16 ? MOST_UNIT : (has_routed ? p.down.group : p.shared_down.group)),
+        unit(std::max({LEAST_UNIT, has_routed ? p.down.group : 0, has_shared ? p.shared_down.group : 0})),
         units(has_routed ? (p.width + unit - 1) / unit : 0),
         shared_units((p.shared_width + unit - 1) / unit),
         sums(s.sums + thread.number * s.thread_length),
@@ -152,6 +158,7 @@ struct MlpPass {
       widen_row(x + (size_t)t * p.hidden, p.hidden, row);
       if (p.norm) norm_row(row, p.norm, p.hidden, p.eps, row);
       s.in.put(t, 0, p.hidden, row);
+      if (!s.alike) s.shared_in.put(t, 0, p.hidden, row);
       s.all[t] = t;
     });
     if (thread.number == 0) *s.actives = s.active[0] = 0;
@@ -214,11 +221,13 @@ struct MlpPass {
     const int shared_job = job - *s.actives * units;
     if (shared_job >= 0) {
       const Span columns = unit_of(p.shared_width, shared_job);
-      return {p.shared_gate_up, p.shared_width, columns, &s.shared, s.all, s.all, n};
+      const Rows* from = s.alike ? &s.in : &s.shared_in;
+      return {p.shared_gate_up, p.shared_width, columns, from, &s.shared, s.all, s.all, n};
     }
     const int e = s.active[job / units], first = s.starts[e], count = s.starts[e + 1] - first;
     const Span columns = unit_of(p.width, job % units);
-    return {p.gate_up.of_stack(e), p.width, columns, &s.routed, s.tokens + first, s.order + first, count};
+    const Matrix gate_up = p.gate_up.of_stack(e);
+    return {gate_up, p.width, columns, &s.in, &s.routed, s.tokens + first, s.order + first, count};
   }
   Span unit_of(int width, int i) const { return {i * unit, std::min(unit, width - i * unit)}; }
   void gate_and_up_one(const UpJob& job, const Halves& next) {
@@ -226,7 +235,7 @@ struct MlpPass {
     const Span columns = job.columns;
     const int firsts[2] = {columns.begin, job.first_up() + columns.begin};
     float* const outs[2] = {gates, ups};
-    stream<2>(job.gate_up, firsts, columns.count, s.in.row(*job.rows_in), outs, next.at);
+    stream<2>(job.gate_up, firsts, columns.count, job.from->row(*job.rows_in), outs, next.at);
     silu_times(gates, ups, gates, columns.count);
     job.to->put(*job.rows_to, columns.begin, columns.count, gates);
   }
@@ -236,7 +245,7 @@ struct MlpPass {
     for (int t = 0; t < job.count; t += TILE_TOKENS) {
       const int count = std::min(TILE_TOKENS, job.count - t);
       Row x[TILE_TOKENS];
-      for (int i = 0; i < count; i++) x[i] = s.in.row(job.rows_in[t + i]);
+      for (int i = 0; i < count; i++) x[i] = job.from->row(job.rows_in[t + i]);
       for (int c = 0; c < columns.count; c += LANES) {
         const int firsts[2] = {columns.begin + c, job.first_up() + columns.begin + c};
         multiply(job.gate_up, firsts, 2, x, count, both);

@@ -13,6 +13,7 @@ struct Packing {
   int rows, cols, bits, group;
   const float* shrinks;  // what a group's largest number may become; the best of these `candidates` is taken
   int candidates;
+  const int8_t* codebook;
   uint8_t* codes;
   uint16_t* scales;
 };
@@ -33,8 +34,7 @@ struct Packer {
         scaled(p.group),
         index(p.group),
         bytes(p.group) {
-    for (int i = 0; i < ENTRIES; i++)
-      values[i] = SIGNED ? (float)(int8_t)codebook[i] : (float)codebook[i] - 128.0f;
+    for (int i = 0; i < ENTRIES; i++) values[i] = p.codebook[i];
     for (int i = 0; i < ENTRIES - 1; i++) middles[i] = (values[i] + values[i + 1]) / 2;
   }
 

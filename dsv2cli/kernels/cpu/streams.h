@@ -5,9 +5,9 @@
 
 namespace {
 
-// Codes are asked for AHEAD bytes early, scales as many numbers: 1 KB. Near the end of a stream what is asked
-// for is the stream that comes `next`.
-constexpr int SCALES_AHEAD = 512;
+// Codes are asked for AHEAD bytes early, scales 1 KB. Near the end of a stream what is asked for is the stream
+// that comes `next`.
+constexpr int SCALES_AHEAD = 1024;
 
 // ---- R streams side by side: gate and up, or the halves of many rows --------------------------------------
 
@@ -41,19 +41,27 @@ NOINLINE void stream_bf16(const Address* from, int count, const Row& x, int cols
   }
 }
 
-// Where R streams of int8 or int4 blocks are read, and where they are asked for.
-template <int BITS, int R> struct Reading {
-  const uint8_t *codes[R], *codes_ahead[R];
-  const uint16_t *scales[R], *scales_ahead[R];
-  const int group, codes_left, scales_left;
+// Where R streams of blocks of codes are read, and where they are asked for.
+template <int KIND, int R> struct Reading {
+  typedef std::conditional_t<KIND == FLOAT8, F, I> Sum;
+  const Matrix& w;
+  const NB table;
+  const uint8_t *codes[R], *codes_ahead[R], *scales[R], *scales_ahead[R];
+  const uint16_t* supers[R];
+  Scales super[R] = {};
+  const int group, record, codes_left, scales_left;
 
-  INLINE Reading(const Address* from, int group, int all)
-      : group(group),
-        codes_left(std::min(all, AHEAD / (group * LANES * BITS / 8))),
-        scales_left(std::min(all, SCALES_AHEAD / LANES)) {
+  INLINE Reading(const Matrix& w, const Address* from, int all)
+      : w(w),
+        table(KIND == INT4 ? table_of(w.table) : (NB){}),
+        group(w.group),
+        record(w.scale_bytes()),
+        codes_left(std::min(all, AHEAD / (group * LANES * w.bits() / 8))),
+        scales_left(std::min(all, SCALES_AHEAD / record)) {
     for (int r = 0; r < R; r++) {
       codes[r] = from[r].codes, codes_ahead[r] = codes[r] + AHEAD;
       scales[r] = from[r].scales, scales_ahead[r] = scales[r] + SCALES_AHEAD;
+      supers[r] = from[r].supers;
     }
   }
   // Before a group, of which `left` are still to be read: from here on `next` may be what is asked for.
@@ -63,10 +71,25 @@ template <int BITS, int R> struct Reading {
       if (next[r].codes && left == scales_left) scales_ahead[r] = next[r].scales;
     }
   }
-  // acc[r] += a group of columns times x, which are int8.
+  // acc[r] = group g of columns times x.
+  INLINE void multiply_group(Sum (&acc)[R], const Row& x, int g) {
+    for (int r = 0; r < R; r++) __builtin_prefetch(scales_ahead[r]), scales_ahead[r] += record;
+    if constexpr (KIND == FLOAT8) {
+      for (int r = 0; r < R; r++) acc[r] = (F){};
+      for (int k = g * group; k < (g + 1) * group; k += 4)
+        for (int r = 0; r < R; r++) {
+          dot_e4m3(acc[r], load_as<B>(codes[r]), x.floats + k);
+          __builtin_prefetch(codes_ahead[r]);
+          codes[r] += 64, codes_ahead[r] += 64;
+        }
+    } else {
+      for (int r = 0; r < R; r++) acc[r] = (I){} + x.shift(g);
+      add_group(acc, x.int8 + (size_t)g * group);
+    }
+  }
   INLINE void add_group(I (&acc)[R], const int8_t* x) {
+    constexpr int BITS = KIND == INT4 ? 4 : 8;
     const B low = (B)((U){} + 0x0f0f0f0fu);
-    for (int r = 0; r < R; r++) __builtin_prefetch(scales_ahead[r]), scales_ahead[r] += LANES;
 #pragma GCC unroll 4
     for (int k = 0; k < group; k += 32 / BITS) {
       B w[R];
@@ -74,35 +97,36 @@ template <int BITS, int R> struct Reading {
         w[r] = load_as<B>(codes[r]);
         __builtin_prefetch(codes_ahead[r]);
         codes[r] += 64, codes_ahead[r] += 64;
-        dot4(acc[r], BITS == 8 ? from_code(w[r]) : look_up(w[r] & low), load_as<int32_t>(x + k));
+        dot4(acc[r], BITS == 8 ? from_code(w[r]) : look_up(table, w[r] & low), load_as<int32_t>(x + k));
       }
       if (BITS == 4)
         for (int r = 0; r < R; r++)
-          dot4(acc[r], look_up((B)((U)w[r] >> 4) & low), load_as<int32_t>(x + k + 4));
+          dot4(acc[r], look_up(table, (B)((U)w[r] >> 4) & low), load_as<int32_t>(x + k + 4));
     }
   }
   // total[r] += acc[r] times the group's scales, of the weights and of x.
-  INLINE void scale_group(F (&total)[R], const I (&acc)[R], float x_scale) {
+  INLINE void scale_group(F (&total)[R], const Sum (&acc)[R], const Row& x, int g) {
+    const bool begins = w.number == OF_I8 && g * group % SUPER == 0;
     for (int r = 0; r < R; r++) {
-      total[r] += as_floats(acc[r]) * (widen16(scales[r]) * x_scale);
-      scales[r] += LANES;
+      if (begins) super[r] = supers_at(w, supers[r]), supers[r] += w.numbers();
+      add_scaled(w, total[r], acc[r], scales_at(w, scales[r], super[r]), x.scale, x.sum, g);
+      scales[r] += record;
     }
   }
 };
 
-template <int BITS, int R>
-NOINLINE void stream_codes(const Address* from, int blocks, const Row& x, float* const* out,
+template <int KIND, int R>
+NOINLINE void stream_codes(const Matrix& w, const Address* from, int blocks, const Row& x, float* const* out,
                            const Address* next) {
-  const int group = x.group, groups = x.groups, all = blocks * groups;
-  Reading<BITS, R> at(from, group, all);
+  const int groups = x.groups, all = blocks * groups;
+  Reading<KIND, R> at(w, from, all);
   for (int b = 0, left = all; b < blocks; b++) {
     F total[R] = {};
     for (int g = 0; g < groups; g++, left--) {
       at.look_at(next, left);
-      I acc[R];
-      for (int r = 0; r < R; r++) acc[r] = (I){} + x.shift[g];
-      at.add_group(acc, x.int8 + (size_t)g * group);
-      at.scale_group(total, acc, x.scale[g]);
+      typename Reading<KIND, R>::Sum acc[R];
+      at.multiply_group(acc, x, g);
+      at.scale_group(total, acc, x, g);
     }
     for (int r = 0; r < R; r++) store(out[r] + b * LANES, total[r]);
   }
@@ -114,8 +138,9 @@ NOINLINE void stream(const Matrix& w, const int* firsts, int count, const Row& x
                      const Address* next) {
   Address from[R];
   for (int r = 0; r < R; r++) from[r] = address_of(w, firsts[r]);
-  if (w.kind == INT8) stream_codes<8, R>(from, blocks_of(count), x, out, next);
-  else if (w.kind == INT4) stream_codes<4, R>(from, blocks_of(count), x, out, next);
+  if (w.kind == INT8) stream_codes<INT8, R>(w, from, blocks_of(count), x, out, next);
+  else if (w.kind == INT4) stream_codes<INT4, R>(w, from, blocks_of(count), x, out, next);
+  else if (w.kind == FLOAT8) stream_codes<FLOAT8, R>(w, from, blocks_of(count), x, out, next);
   else stream_bf16<R>(from, std::min(count, w.rows - firsts[R - 1]), x, w.cols, out, next);
 }
 INLINE void stream_one(const Matrix& w, Span rows, const Row& x, float* out, Address next) {

@@ -9,17 +9,29 @@ constexpr int TILE_TOKENS = 12;       // at most
 constexpr int TILE_ROWS = 2 * LANES;  // of the matrix, in what a tile gives: [token][TILE_ROWS]
 constexpr int AHEAD = 2048;           // bytes by which weights are asked for early
 
-// ---- int8 and int4 ----------------------------------------------------------------------------------------
+// ---- codes ------------------------------------------------------------------------------------------------
+
+// total += the sum of one group's products, times the group's scales, of the weights and of x.
+INLINE void add_scaled(const Matrix& w, F& total, const I& acc, const Scales& s, const float* x_scale,
+                       const int32_t* x_sum, int g) {
+  total += as_floats(acc) * (s.scale * x_scale[g]);
+  if (has_offset(w)) total += s.offset * ((float)x_sum[g] * x_scale[g]);
+}
+INLINE void add_scaled(const Matrix&, F& total, const F& acc, const Scales& s, const float*, const int32_t*,
+                       int) {
+  total += acc * s.scale;
+}
 
 // The rows of M tokens.
 template <int M> struct TileRows {
   const int8_t* int8[M];
-  const float* scale[M];
-  const int32_t* shift[M];
+  const float *scale[M], *floats[M];
+  const int32_t* sum[M];
   const int group, groups;
 
   INLINE explicit TileRows(const Row* x) : group(x[0].group), groups(x[0].groups) {
-    for (int m = 0; m < M; m++) int8[m] = x[m].int8, scale[m] = x[m].scale, shift[m] = x[m].shift;
+    for (int m = 0; m < M; m++)
+      int8[m] = x[m].int8, scale[m] = x[m].scale, floats[m] = x[m].floats, sum[m] = x[m].sum;
   }
 };
 
@@ -42,7 +54,7 @@ INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRo
   }
 }
 template <int R, int M>
-INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRows<M>& x, int g) {
+INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], NB table, const TileRows<M>& x, int g) {
   const int group = x.group, begin = g * group;
   const B low = (B)((U){} + 0x0f0f0f0fu);
 #pragma GCC unroll 2
@@ -51,8 +63,8 @@ INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRo
     for (int r = 0; r < R; r++) {
       const B both = load_as<B>(at[r]);
       if (M <= 2) __builtin_prefetch(at[r] + AHEAD);
-      w[r] = look_up(both & low);
-      v[r] = look_up((B)((U)both >> 4) & low);
+      w[r] = look_up(table, both & low);
+      v[r] = look_up(table, (B)((U)both >> 4) & low);
       at[r] += 64;
     }
     for (int m = 0; m < M; m++) {
@@ -64,9 +76,23 @@ INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRo
   }
 }
 
+template <int R, int M>
+INLINE void add_float8_group(F (&acc)[R][M], const uint8_t* (&at)[R], const TileRows<M>& x, int g) {
+  for (int k = g * x.group; k < (g + 1) * x.group; k += 4)
+    for (int r = 0; r < R; r++) {
+      const B w = load_as<B>(at[r]);
+      if (M <= 2) __builtin_prefetch(at[r] + AHEAD);
+      at[r] += 64;
+      for (int m = 0; m < M; m++) dot_e4m3(acc[r][m], w, x.floats[m] + k);
+    }
+}
+
 // R blocks times M tokens. out[token][TILE_ROWS]
-template <int BITS, int R, int M>
-INLINE void tile_blocks(const Address* from, const TileRows<M>& x, float* out) {
+template <int KIND, int R, int M>
+INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>& x, float* out) {
+  typedef std::conditional_t<KIND == FLOAT8, F, I> Sum;
+  const NB table = KIND == INT4 ? table_of(w.table) : (NB){};
+  const int record = w.scale_bytes(), numbers = w.numbers();
   F total[R][M];
   const uint8_t* at[R];
   for (int r = 0; r < R; r++) {
@@ -74,14 +100,20 @@ INLINE void tile_blocks(const Address* from, const TileRows<M>& x, float* out) {
     for (int m = 0; m < M; m++) total[r][m] = (F){};
   }
   for (int g = 0; g < x.groups; g++) {
-    I acc[R][M];
+    Sum acc[R][M];
     for (int r = 0; r < R; r++)
-      for (int m = 0; m < M; m++) acc[r][m] = (I){} + x.shift[m][g];
-    if constexpr (BITS == 8) add_int8_group(acc, at, x, g);
-    else add_int4_group(acc, at, x, g);
+      for (int m = 0; m < M; m++) {
+        acc[r][m] = (Sum){};
+        if constexpr (KIND != FLOAT8) acc[r][m] += SIGNED ? 0 : -128 * x.sum[m][g];
+      }
+    if constexpr (KIND == FLOAT8) add_float8_group(acc, at, x, g);
+    else if constexpr (KIND == INT8) add_int8_group(acc, at, x, g);
+    else add_int4_group(acc, at, table, x, g);
     for (int r = 0; r < R; r++) {
-      const F s = widen16(from[r].scales + (size_t)g * LANES);
-      for (int m = 0; m < M; m++) total[r][m] += as_floats(acc[r][m]) * (s * x.scale[m][g]);
+      Scales super = {};
+      if (w.number == OF_I8) super = supers_at(w, from[r].supers + (size_t)(g * w.group / SUPER) * numbers);
+      const Scales s = scales_at(w, from[r].scales + (size_t)g * record, super);
+      for (int m = 0; m < M; m++) add_scaled(w, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
     }
   }
   for (int m = 0; m < M; m++)
@@ -89,20 +121,23 @@ INLINE void tile_blocks(const Address* from, const TileRows<M>& x, float* out) {
 }
 
 // Two blocks times M tokens: both at once where there are registers for it.
-template <int BITS, int M> NOINLINE void tile_codes(const Address* from, const Row* x, float* out) {
+template <int KIND, int M>
+NOINLINE void tile_codes(const Matrix& w, const Address* from, const Row* x, float* out) {
   const TileRows<M> rows(x);
   constexpr int R = BROAD ? 2 : 1;
-  for (int first = 0; first < 2; first += R) tile_blocks<BITS, R, M>(from + first, rows, out + first * LANES);
+  for (int first = 0; first < 2; first += R)
+    tile_blocks<KIND, R, M>(w, from + first, rows, out + first * LANES);
 }
 
-template <int BITS> NOINLINE void tiles_codes(const Address* from, const Row* x, int count, float* out) {
+template <int KIND>
+NOINLINE void tiles_codes(const Matrix& w, const Address* from, const Row* x, int count, float* out) {
   while (count > 0) {
     int done = 1;
-    if (BROAD && count >= 12) tile_codes<BITS, 12>(from, x, out), done = 12;
-    else if (BROAD && count >= 8) tile_codes<BITS, 8>(from, x, out), done = 8;
-    else if (count >= 4) tile_codes<BITS, 4>(from, x, out), done = 4;
-    else if (count >= 2) tile_codes<BITS, 2>(from, x, out), done = 2;
-    else tile_codes<BITS, 1>(from, x, out);
+    if (BROAD && count >= 12) tile_codes<KIND, 12>(w, from, x, out), done = 12;
+    else if (BROAD && count >= 8) tile_codes<KIND, 8>(w, from, x, out), done = 8;
+    else if (count >= 4) tile_codes<KIND, 4>(w, from, x, out), done = 4;
+    else if (count >= 2) tile_codes<KIND, 2>(w, from, x, out), done = 2;
+    else tile_codes<KIND, 1>(w, from, x, out);
     count -= done, x += done, out += done * TILE_ROWS;
   }
 }
@@ -224,8 +259,9 @@ NOINLINE void multiply(const Matrix& w, const int* firsts, int blocks, const Row
     return;
   }
   const Address from[2] = {address_of(w, firsts[0]), address_of(w, firsts[blocks - 1])};
-  if (w.kind == INT8) tiles_codes<8>(from, x, count, out);
-  else tiles_codes<4>(from, x, count, out);
+  if (w.kind == INT8) tiles_codes<INT8>(w, from, x, count, out);
+  else if (w.kind == INT4) tiles_codes<INT4>(w, from, x, count, out);
+  else tiles_codes<FLOAT8>(w, from, x, count, out);
 }
 
 }  // namespace

@@ -48,6 +48,7 @@ typedef int32_t NI __attribute__((vector_size(NATIVE)));
 typedef uint32_t NU __attribute__((vector_size(NATIVE)));
 typedef uint8_t NB __attribute__((vector_size(NATIVE)));
 typedef uint16_t NH __attribute__((vector_size(NATIVE / 2)));
+typedef int8_t NQ __attribute__((vector_size(NATIVE / 4)));
 
 // F, I, U and B are vectors of 64 bytes. GCC keeps vectors that are wider than the processor's in memory,
 // which is ten and more times as slow; so these are pairs of narrower ones, or pairs of pairs, which it keeps
@@ -127,6 +128,33 @@ template <class T> INLINE T widen_as(const uint16_t* p) {
   }
 }
 INLINE F widen16(const uint16_t* p) { return widen_as<F>(p); }
+// Halves, which are finite, and signed bytes.
+template <class T> INLINE T halves_as(const uint16_t* p) {
+  if constexpr (is_pair<T>) {
+    typedef typename T::Half V;
+    return {halves_as<V>(p), halves_as<V>(p + sizeof(V) / 4)};
+  } else {
+#if defined(__AVX512VNNI__)
+    return (NF)_mm512_cvtph_ps((__m256i)load_as<NH>(p));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (NF)_mm256_cvtph_ps((__m128i)load_as<NH>(p));
+#else
+    const NU half = __builtin_convertvector(load_as<NH>(p), NU);
+    const NF size = (NF)((half & 0x7fff) << 13) * 0x1p112f;  // the exponent counts from another zero
+    return (NF)((NU)size | ((half & 0x8000) << 16));
+#endif
+  }
+}
+template <class T> INLINE T bytes_as(const int8_t* p) {
+  if constexpr (is_pair<T>) {
+    typedef typename T::Half V;
+    return {bytes_as<V>(p), bytes_as<V>(p + sizeof(V) / 4)};
+  } else {
+    return as_floats(__builtin_convertvector(load_as<NQ>(p), NI));
+  }
+}
+INLINE F halves16(const uint16_t* p) { return halves_as<F>(p); }
+INLINE F bytes16(const int8_t* p) { return bytes_as<F>(p); }
 INLINE F floats_of(const uint16_t* p) { return widen16(p); }
 INLINE F floats_of(const float* p) { return load_as<F>(p); }
 INLINE float float_of(uint16_t x) { return widen(x); }
@@ -212,19 +240,41 @@ template <class V, class W> INLINE void dot_bf16(Pair<V>& acc, Pair<W> w, Pair<W
   dot_bf16(acc.low, w.low, x.low), dot_bf16(acc.high, w.high, x.high);
 }
 
-NB codebook;  // the 16 values of an int4 code as dot4 wants them, over and over; set once by dsv2_codebook
-INLINE NB look_up(NB index) {
+// The 16 values of a 4-bit code as dot4 wants them, over and over.
+INLINE NB table_of(const int8_t* values) {
+  NB out;
+  for (int i = 0; i < NATIVE; i++) out[i] = (uint8_t)values[i % 16] ^ (SIGNED ? 0 : 128);
+  return out;
+}
+INLINE NB look_up(NB table, NB index) {
 #if defined(__AVX512VNNI__)
-  return (NB)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)index);
+  return (NB)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
 #elif defined(__AVX2__)
-  return (NB)_mm256_shuffle_epi8((__m256i)codebook, (__m256i)index);
+  return (NB)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
 #else
   NB out;
-  for (int i = 0; i < NATIVE; i++) out[i] = codebook[index[i]];
+  for (int i = 0; i < NATIVE; i++) out[i] = table[index[i]];
   return out;
 #endif
 }
-template <class V> INLINE Pair<V> look_up(Pair<V> index) { return {look_up(index.low), look_up(index.high)}; }
+template <class V> INLINE Pair<V> look_up(NB table, Pair<V> index) {
+  return {look_up(table, index.low), look_up(table, index.high)};
+}
+
+// acc[i] += sum of 4 products of 8-bit floats (E4M3), the bytes of w, with 4 floats.
+INLINE NF e4m3(NU sign_and_rest) {  // in the highest byte; its exponent counts from another zero
+  return (NF)((NU)((NI)sign_and_rest >> 4) & 0x87f00000u) * 0x1p120f;
+}
+INLINE void dot_e4m3(NF& acc, NB w, const float* x) {
+  const NU four = (NU)w;
+  acc += e4m3(four << 24) * x[0];
+  acc += e4m3(four << 16) * x[1];
+  acc += e4m3(four << 8) * x[2];
+  acc += e4m3(four) * x[3];
+}
+template <class V, class W> INLINE void dot_e4m3(Pair<V>& acc, Pair<W> w, const float* x) {
+  dot_e4m3(acc.low, w.low, x), dot_e4m3(acc.high, w.high, x);
+}
 
 // ---- rows of numbers --------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ an expert has is known to the GPU alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from dsv2cli.kernels.triton.linear import (
     LANES_OF_A_BLOCK,
     Table,
     add_products,
+    alike,
     inverse_rms,
     nothing,
     rms_norm,
@@ -527,6 +528,11 @@ def run(x: Tensor, feed: Feed, out: Tensor, first: int = 0) -> Tensor:
     assert x.is_contiguous() and out.is_contiguous()
     if feed.gate_up is None and feed.shared_gate_up is None:
         return out
+    if not (alike(feed.gate_up, feed.shared_gate_up) and alike(feed.down, feed.shared_down)):
+        given = x.clone() if x.data_ptr() == out.data_ptr() else x
+        shared = replace(feed, router=None, routing=NO_ROUTING, gate_up=None, down=None)
+        run(given, replace(feed, shared_gate_up=None, shared_down=None), out, first)
+        return run(given, shared, out)
     return few(x, feed, out, first) if x.shape[0] <= MATVEC_TOKENS else many(x, feed, out, first)
 
 

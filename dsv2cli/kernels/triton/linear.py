@@ -16,70 +16,133 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2cli.formats import LANES
-from dsv2cli.kernels.quantized import CODEBOOK, Quantized
+from dsv2cli.formats import LANES, Coding
+from dsv2cli.kernels.quantized import CODEBOOK, IQ4_NL, Quantized
 
-DENSE = 16  # the kind of weights that are not packed; packed ones go by their bits
+# The kind of weights: DENSE, or bits + 32 times what codes mean (MEANINGS) + 1024 times what an offset is
+# (OFFSETS).
+DENSE = 16
+SIGNED, PLAIN, NL, E4M3 = (tl.constexpr(i) for i in range(1, 5))
+MEANINGS = {"codebook": 0, "signed": 1, "plain": 2, "iq4_nl": 3, "e4m3": 4}
+OFFSETS = {"": 0, "added": 1, "zero": 2}
 MATVEC_ROWS = 4  # up to so many rows each reads the weights by itself, all but the first from the L2 cache
 BYTES_A_WARP = 1024  # of weights, that it reads at a time
 FULL = 256  # programs from which all multiprocessors have several; fewer programs are made larger
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LANES_OF_A_BLOCK = tl.constexpr(LANES)
-# The codebook as bytes, entry i in byte i: two numbers of 64 bits for shifting, four of 32 for `prmt`.
-BYTES = [int(value) & 255 for value in CODEBOOK]
-LOW_HALF = tl.constexpr(int.from_bytes(bytes(BYTES[:8]), "little", signed=True))
-HIGH_HALF = tl.constexpr(int.from_bytes(bytes(BYTES[8:]), "little", signed=True))
+# Tables as bytes, entry i in byte i: two numbers of 64 bits for shifting, four of 32 for `prmt`.
+BYTES, NL_BYTES = (bytes(int(value) & 255 for value in each) for each in (CODEBOOK, IQ4_NL))
+LOW_HALF = tl.constexpr(int.from_bytes(BYTES[:8], "little", signed=True))
+HIGH_HALF = tl.constexpr(int.from_bytes(BYTES[8:], "little", signed=True))
+NL_LOW_HALF = tl.constexpr(int.from_bytes(NL_BYTES[:8], "little", signed=True))
+NL_HIGH_HALF = tl.constexpr(int.from_bytes(NL_BYTES[8:], "little", signed=True))
 SIGNS = tl.constexpr(-0x7F7F7F80)  # 0x80808080: turns bytes c into c - 128
-WORDS = [int.from_bytes(bytes(BYTES[i : i + 4]), "little") for i in range(0, 16, 4)]
+NIBBLES, EIGHT_LESS = tl.constexpr(0x0F0F0F0F), tl.constexpr(0x78787878)
+FLOAT_BITS = tl.constexpr(-0x78100000)  # 0x87f00000: where the bits of an 8-bit float go in one of 32
+
+
 # Eight 4-bit codes to eight numbers: `prmt` picks bytes by the low three bits of a nibble, from either half
 # of the codebook; a second one takes for each the half that its fourth bit names; two more sort low nibbles
 # from high ones.
-UNPACK = tl.constexpr(f"""{{
+def unpacking(table: bytes) -> str:
+    """PTX for the codes of one table."""
+    words = [int.from_bytes(table[i : i + 4], "little") for i in range(0, 16, 4)]
+    return f"""{{
 .reg .b32 pick, half, a, b, p, q;
 and.b32 pick, $2, 0x77777777;
 shr.b32 half, $2, 1;
 and.b32 half, half, 0x44444444;
 or.b32 half, half, 0x32103210;
-prmt.b32 a, {WORDS[0]}, {WORDS[1]}, pick;
-prmt.b32 b, {WORDS[2]}, {WORDS[3]}, pick;
+prmt.b32 a, {words[0]}, {words[1]}, pick;
+prmt.b32 b, {words[2]}, {words[3]}, pick;
 prmt.b32 p, a, b, half;
 shr.b32 pick, pick, 16;
 shr.b32 half, half, 16;
-prmt.b32 a, {WORDS[0]}, {WORDS[1]}, pick;
-prmt.b32 b, {WORDS[2]}, {WORDS[3]}, pick;
+prmt.b32 a, {words[0]}, {words[1]}, pick;
+prmt.b32 b, {words[2]}, {words[3]}, pick;
 prmt.b32 q, a, b, half;
 prmt.b32 $0, p, q, 0x6420;
 prmt.b32 $1, p, q, 0x7531;
-}}""")
+}}"""
+
+
+UNPACK, NL_UNPACK = tl.constexpr(unpacking(BYTES)), tl.constexpr(unpacking(NL_BYTES))
 
 
 @triton.jit
-def entry(code):
-    """CODEBOOK[code] for codes 0 to 15, as its byte."""
-    half = tl.where(code < 8, LOW_HALF, HIGH_HALF)
+def entry(code, MEANING: tl.constexpr):
+    """The table's entry for codes 0 to 15, as its byte."""
+    if MEANING == NL:
+        half = tl.where(code < 8, NL_LOW_HALF, NL_HIGH_HALF)
+    else:
+        half = tl.where(code < 8, LOW_HALF, HIGH_HALF)
     return ((half >> ((code & 7).to(tl.int64) * 8)) & 255).to(tl.int32)
 
 
 @triton.jit
-def unpack(words):
-    """Words of eight 4-bit codes -> words of the four numbers of their low, and of their high halves."""
+def look_up(words, MEANING: tl.constexpr):
+    """`unpack` for codes that stand for the numbers of a table."""
     if INTERPRETED:
         low, high = tl.zeros_like(words), tl.zeros_like(words)
         for j in tl.static_range(4):
-            low |= entry((words >> (8 * j)) & 15) << (8 * j)
-            high |= entry((words >> (8 * j + 4)) & 15) << (8 * j)
+            low |= entry((words >> (8 * j)) & 15, MEANING) << (8 * j)
+            high |= entry((words >> (8 * j + 4)) & 15, MEANING) << (8 * j)
         return low, high
-    else:  # an else, because triton compiles what follows an `if` that returns, too
+    elif MEANING == NL:  # no `if` that returns is the last: triton compiles what follows it, too
+        return tl.inline_asm_elementwise(
+            NL_UNPACK, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
         return tl.inline_asm_elementwise(
             UNPACK, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
 
 
 @triton.jit
-def number(word, j: tl.constexpr):
-    """Byte j of a word, as the signed number it is."""
-    return ((word << (24 - 8 * j)) >> 24).to(tl.float32)
+def unpack(words, MEANING: tl.constexpr):
+    """Words of eight 4-bit codes -> words of the four numbers of their low, and of their high halves."""
+    if MEANING == SIGNED:
+        return (((words & NIBBLES) + EIGHT_LESS) ^ SIGNS, (((words >> 4) & NIBBLES) + EIGHT_LESS) ^ SIGNS)
+    elif MEANING == PLAIN:
+        return words & NIBBLES, (words >> 4) & NIBBLES
+    else:
+        return look_up(words, MEANING)
+
+
+@triton.jit
+def as_bytes(words, MEANING: tl.constexpr):
+    """Words of four 8-bit codes as `number` reads them: floats as they are, others 128 less."""
+    if MEANING == E4M3:
+        return words
+    else:
+        return words ^ SIGNS
+
+
+@triton.jit
+def number(word, j: tl.constexpr, MEANING: tl.constexpr):
+    """Byte j of a word, as the signed number it is, or the float."""
+    if MEANING == E4M3:
+        bits = ((word << (24 - 8 * j)) >> 4) & FLOAT_BITS  # its exponent counts from another zero
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    else:
+        return ((word << (24 - 8 * j)) >> 24).to(tl.float32)
+
+
+@triton.jit
+def offset_of(offset, scale, KIND: tl.constexpr):
+    """What is added to each weight of a group: KIND says what its offset is, and whether codes are plain
+    bytes.
+    """
+    if KIND // 1024 == 0:
+        total = tl.zeros_like(scale)
+    elif KIND // 1024 == 2:
+        total = -offset * scale
+    else:
+        total = offset
+    if KIND % 1024 == 8 + 32 * PLAIN:
+        total += 128.0 * scale
+    return total
 
 
 @triton.jit
@@ -105,7 +168,7 @@ def nothing(KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: 
     if KIND == 16:
         return tl.zeros([ROWS, CHUNK], tl.float32)
     else:
-        return tl.zeros([CHUNK // GROUP, GROUP * KIND // 32, ROWS], tl.float32)
+        return tl.zeros([CHUNK // GROUP, GROUP * (KIND % 32) // 32, ROWS], tl.float32)
 
 
 @triton.jit
@@ -118,12 +181,21 @@ def row_sums(products, KIND: tl.constexpr):
 
 
 @triton.jit
-def four_products(word, x, norm, at, cols, NORM: tl.constexpr):
+def four_products(word, x, norm, at, cols, NORM: tl.constexpr, MEANING: tl.constexpr):
     """Each word's numbers [groups, words, rows] times x at columns `at` [groups, words] and three more."""
-    sums = number(word, 0) * scaled(x, norm, at, cols, NORM)[:, :, None]
+    sums = number(word, 0, MEANING) * scaled(x, norm, at, cols, NORM)[:, :, None]
     for j in tl.static_range(1, 4):
-        sums += number(word, j) * scaled(x, norm, at + j, cols, NORM)[:, :, None]
+        sums += number(word, j, MEANING) * scaled(x, norm, at + j, cols, NORM)[:, :, None]
     return sums
+
+
+@triton.jit
+def sum_of(x, norm, at, cols, NORM: tl.constexpr, COUNT: tl.constexpr):
+    """x at columns `at` [groups, words] and those after it, added up."""
+    total = scaled(x, norm, at, cols, NORM)
+    for j in tl.static_range(1, COUNT):
+        total += scaled(x, norm, at + j, cols, NORM)
+    return total
 
 
 @triton.jit
@@ -156,14 +228,18 @@ def add_products(
         every = at[None, :] + tl.zeros([ROWS, 1], tl.int32)
         return products + weights.to(tl.float32) * scaled(x, norm, every, cols, NORM)
     else:
-        words: tl.constexpr = GROUP * KIND // 32  # of one row and group
+        bits: tl.constexpr = KIND % 32
+        meaning: tl.constexpr = KIND // 32 % 32
+        has_offset: tl.constexpr = KIND // 1024 != 0
+        numbers: tl.constexpr = ROWS * (2 if has_offset else 1)  # of one group: scales, and then offsets
+        words: tl.constexpr = GROUP * bits // 32  # of one row and group
         groups = tl.cdiv(cols, GROUP)
         group, word, lane = (
             start // GROUP + tl.arange(0, CHUNK // GROUP),
             tl.arange(0, words),
             tl.arange(0, ROWS),
         )
-        at = group[:, None] * GROUP + word[None, :] * (32 // KIND)
+        at = group[:, None] * GROUP + word[None, :] * (32 // bits)
         inside = (group < groups)[:, None, None]
         place = group[:, None] * words + word[None, :]  # counted in words of a block's rows
         data = tl.load(
@@ -173,19 +249,20 @@ def add_products(
             mask=inside,
             other=0,
         )
-        scale = tl.load(
-            scales + (block * groups + group)[:, None, None] * ROWS + lane[None, None, :],
-            mask=inside,
-            other=0.0,
-        )
-        if KIND == 8:
-            sums = four_products(data ^ SIGNS, x, norm, at, cols, NORM)
+        first = (block * groups + group)[:, None, None] * numbers + lane[None, None, :]
+        scale = tl.load(scales + first, mask=inside, other=0.0).to(tl.float32)
+        if bits == 8:
+            data = as_bytes(data, meaning)
+            products += four_products(data, x, norm, at, cols, NORM, meaning) * scale
         else:
-            low, high = unpack(data)
-            sums = four_products(low, x, norm, at, cols, NORM) + four_products(
-                high, x, norm, at + 4, cols, NORM
-            )
-        return products + sums * scale.to(tl.float32)
+            low, high = unpack(data, meaning)
+            sums = four_products(low, x, norm, at, cols, NORM, meaning)
+            products += (sums + four_products(high, x, norm, at + 4, cols, NORM, meaning)) * scale
+        if has_offset:
+            offset = tl.load(scales + first + ROWS, mask=inside, other=0.0).to(tl.float32)
+            total = sum_of(x, norm, at, cols, NORM, 32 // bits)
+            products += offset_of(offset, scale, KIND) * total[:, :, None]
+        return products
 
 
 @triton.jit
@@ -241,9 +318,12 @@ def few_rows_kernel(
 
 
 @triton.jit
-def four_numbers(word):
+def four_numbers(word, MEANING: tl.constexpr):
     """Words -> their bytes as numbers, along two new last dimensions: byte 2 * b + a at [..., a, b]."""
-    return tl.join(tl.join(number(word, 0), number(word, 1)), tl.join(number(word, 2), number(word, 3)))
+    return tl.join(
+        tl.join(number(word, 0, MEANING), number(word, 1, MEANING)),
+        tl.join(number(word, 2, MEANING), number(word, 3, MEANING)),
+    )
 
 
 @triton.jit
@@ -269,7 +349,11 @@ def weight_tile(
         inside = (k < cols)[:, None] & (row < rows)[None, :]
         return tl.load(codes + row[None, :].to(tl.int64) * cols + k[:, None], mask=inside, other=0.0)
     else:
-        words: tl.constexpr = GROUP * KIND // 32
+        bits: tl.constexpr = KIND % 32
+        meaning: tl.constexpr = KIND // 32 % 32
+        has_offset: tl.constexpr = KIND // 1024 != 0
+        numbers: tl.constexpr = LANES_OF_A_BLOCK * (2 if has_offset else 1)
+        words: tl.constexpr = GROUP * bits // 32
         block, lane = first_block + tl.arange(0, BN // LANES_OF_A_BLOCK), tl.arange(0, LANES_OF_A_BLOCK)
         there = (block * LANES_OF_A_BLOCK < rows)[:, None]
         place = (block * tl.cdiv(cols, GROUP) + chunk)[:, None]  # counted in groups of a block's rows
@@ -278,15 +362,20 @@ def weight_tile(
             codes + place.to(tl.int64) * (words * LANES_OF_A_BLOCK) + word[None, :], mask=there, other=0
         )
         data = data.reshape(BN // LANES_OF_A_BLOCK, words, LANES_OF_A_BLOCK)
-        scale = tl.load(scales + place * LANES_OF_A_BLOCK + lane[None, :], mask=there, other=0.0).to(
-            tl.float32
-        )
-        if KIND == 8:
-            values = four_numbers(data ^ SIGNS) * scale[:, None, :, None, None]
+        first = place * numbers + lane[None, :]
+        scale = tl.load(scales + first, mask=there, other=0.0).to(tl.float32)
+        offset = tl.zeros_like(scale)
+        if has_offset:
+            offset = tl.load(scales + first + LANES_OF_A_BLOCK, mask=there, other=0.0).to(tl.float32)
+        offset = offset_of(offset, scale, KIND)
+        if bits == 8:
+            values = four_numbers(as_bytes(data, meaning), meaning) * scale[:, None, :, None, None]
+            values += offset[:, None, :, None, None]
             return values.permute(1, 4, 3, 0, 2).reshape(BK, BN).to(dtype)
         else:
-            low, high = unpack(data)
-            values = tl.join(four_numbers(low), four_numbers(high)) * scale[:, None, :, None, None, None]
+            low, high = unpack(data, meaning)
+            values = tl.join(four_numbers(low, meaning), four_numbers(high, meaning))
+            values = values * scale[:, None, :, None, None, None] + offset[:, None, :, None, None, None]
             return values.permute(1, 5, 4, 3, 0, 2).reshape(BK, BN).to(dtype)
 
 
@@ -403,8 +492,23 @@ def table(weight: Tensor | Quantized) -> Table:
     """A weight [rows, cols], or a stack of them, as the kernels take it; the memory is shared."""
     rows, cols = weight.shape[-2:]
     if isinstance(weight, Quantized):
-        return Table(weight.codes.view(torch.int32), weight.scales, weight.bits, weight.group, rows, cols)
+        weight = weight.multiplied_out()
+        codes, kind = weight.codes.view(torch.int32), kind_of(weight.coding)
+        return Table(codes, weight.scales, kind, weight.group, rows, cols)
     return Table(weight, weight, DENSE, 16, rows, cols)
+
+
+def kind_of(coding: Coding) -> int:
+    """How the kernels are told of a Coding, which has no scales of scales."""
+    assert coding.scale != "I8", "scales of scales are multiplied out"
+    return coding.bits + 32 * MEANINGS[coding.table] + 1024 * OFFSETS[coding.offset]
+
+
+def alike(one: Table | None, other: Table | None) -> bool:
+    """Whether one kernel can read both in one launch, or one is not there."""
+    if one is None or other is None:
+        return True
+    return (one.kind, one.group, one.scales.dtype) == (other.kind, other.group, other.scales.dtype)
 
 
 def linear(
@@ -420,11 +524,10 @@ def linear(
     `residual` may be overwritten by the result.
     """
     count, cols = x.shape
-    assert (
-        x.is_contiguous()
-        and cols == weight.cols
-        and (more is None or (more.kind, more.group, more.cols) == (weight.kind, weight.group, cols))
-    )
+    assert x.is_contiguous() and cols == weight.cols and (more is None or more.cols == cols)
+    if not alike(weight, more):
+        assert residual is None
+        return torch.cat([linear(x, each, None, norm, eps) for each in (weight, more) if each], dim=1)
     if count <= MATVEC_ROWS:
         return few_rows(x, weight, more, norm, eps, residual)
     x = x if norm is None else rms_norm(x, norm, eps)

@@ -37,8 +37,10 @@ def each_column(numbers: Tensor, index: Tensor) -> Tensor:
     return numbers.float()[:, index]
 
 
-def index_of(cols: int, group: int) -> Tensor:
-    return torch.arange(cols) // (group if group > 0 else cols)
+def index_of(cols: int, group: int, act_order: bool = False) -> Tensor:
+    """The group of every column."""
+    index = torch.arange(cols) // (group if group > 0 else cols)
+    return index[torch.randperm(cols, generator=torch.Generator().manual_seed(cols))] if act_order else index
 
 
 def extremes(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +88,7 @@ def gptq(
 ) -> tuple[Tensors, Tensor]:
     """AutoGPTQ, and GPTQModel's second version."""
     cols = weight.shape[1]
-    index = index_of(cols, group)
-    if act_order:
-        index = index[torch.randperm(cols, generator=torch.Generator().manual_seed(cols))]
+    index = index_of(cols, group, act_order)
     codes, scales, zeros, means = quantise(weight, index, bits, sym, dtype)
     packed = pack(zeros.t(), bits)
     if version == 1:  # 1 is taken from whole words
@@ -120,9 +120,7 @@ def packed_int(
 ) -> tuple[Tensors, Tensor]:
     """compressed-tensors, pack-quantized; a group of -1 is a row."""
     cols = weight.shape[1]
-    index = index_of(cols, group)
-    if act_order:
-        index = index[torch.randperm(cols, generator=torch.Generator().manual_seed(cols))]
+    index = index_of(cols, group, act_order)
     codes, scales, zeros, means = quantise(weight, index, bits, sym, dtype)
     tensors = {
         "weight_packed": pack(codes, bits),

@@ -21,11 +21,11 @@ from test_native import TARGETS
 
 from dsv2cli.checkpoint.blueprint import allocate, blueprint, state_of
 from dsv2cli.checkpoint.formats.coded import read_stored
-from dsv2cli.checkpoint.formats.gguf import PLAIN, UNPACK, coded
+from dsv2cli.checkpoint.formats.gguf import UNPACK, coded
 from dsv2cli.checkpoint.found import find
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.checkpoint.names import destinations, tensors_of
-from dsv2cli.checkpoint.safetensors import Stored
+from dsv2cli.checkpoint.safetensors import DTYPES, Stored
 from dsv2cli.engine.benchmark import read_bytes_per_token
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import GGUF_CODINGS
@@ -65,7 +65,7 @@ def test_every_tensor_is_to_the_bit_what_llama_cpps_package_makes_of_it(path):
 
 def test_the_files_hold_every_type_that_is_read():
     held = {TYPES[tensor.type][0] for path in FILES for tensor in read_gguf(path).tensors.values()}
-    assert held == {*PLAIN, *UNPACK} - {"BF16"}
+    assert held == {*DTYPES, *UNPACK} - {"BF16"}
 
 
 def test_bf16_is_read(tmp_path):

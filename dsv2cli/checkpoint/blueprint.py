@@ -63,8 +63,8 @@ def blueprint(
     if codings is not None:
         group = max((coding.columns for coding in codings.values()), default=1)
     held = codings is not None or format is not None
-    unit = max(group, columns) if held else columns
-    model = empty_model(config, torch.device("meta"), dtype, team, unit if held or columns > 1 else None)
+    unit = max(group if held else 1, columns)
+    model = empty_model(config, torch.device("meta"), dtype, team, unit if unit > 1 else None)
     if codings is not None:
         make_places(model, codings)
     elif format is not None:

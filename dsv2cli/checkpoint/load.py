@@ -29,10 +29,10 @@ from dsv2cli.checkpoint.names import (
     tensors_of,
     whole_columns,
 )
-from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, map_file, truncated, typed
+from dsv2cli.checkpoint.safetensors import DTYPES, MAPPED, Stored, map_file, read_into, typed
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.kernels.native import Kernels
-from dsv2cli.kernels.quantized import Codes, Quantized, decode
+from dsv2cli.kernels.quantized import Codes, Quantized
 from dsv2cli.memory import give_back
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.transformer import DeepseekV2, MoE
@@ -320,7 +320,7 @@ def put(tensor: Coded, place: Tensor | Packing, begin: int, end: int, kernels: K
         assert tensor.coding is not None
         place.keep(read, tensor.coding, kernels, begin)
         return
-    numbers = read if isinstance(read, Tensor) else decode(read, tensor.coding)  # type: ignore[arg-type]
+    numbers = tensor.numbers(read)
     if isinstance(place, Packing):
         place.fill(numbers.to(place.device), kernels, begin)
     else:
@@ -366,14 +366,7 @@ def read_tensor(tensor: Stored, place: Tensor, staging: Tensor) -> Iterator[int]
         stream.seek(tensor.offset)
         for piece in flat.split(STAGING_BYTES // dtype.itemsize):
             target = piece if direct else staging[: piece.numel() * dtype.itemsize].view(dtype)
-            view = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-            filled = 0
-            while filled < len(view):
-                count = stream.readinto(view[filled:])
-                if not count:
-                    end = tensor.offset + tensor.length
-                    raise truncated(tensor.file, tensor.offset + filled, end, tensor.name)
-                filled += count
+            read_into(stream, target, tensor.file, tensor.offset + tensor.length, tensor.name)
             if not direct:
                 piece.copy_(target)
-            yield filled
+            yield target.numel() * target.element_size()

@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass, replace
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -206,6 +207,19 @@ def truncated(file: Path, size: int, needed: int, name: str = "") -> Dsv2Error:
     return Dsv2Error(
         f"{file} is truncated", why=f"{where} at byte {needed:,}, the file has {size:,}", fix=AGAIN
     )
+
+
+def read_into(stream: RawIOBase, target: Tensor, file: Path, end: int, name: str) -> None:
+    """Fill a contiguous tensor on the CPU with a file's next bytes, which for the tensor `name` go on to byte
+    `end`. Raises OSError, and Dsv2Error for a file that ends too soon.
+    """
+    view = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    filled = 0
+    while filled < len(view):
+        count = stream.readinto(view[filled:])
+        if not count:
+            raise truncated(file, os.fstat(stream.fileno()).st_size, end, name)
+        filled += count
 
 
 def typed(data: Tensor, dtype: torch.dtype) -> Tensor:

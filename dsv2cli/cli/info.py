@@ -122,35 +122,22 @@ def info(subject: Subject, output: Output, room: Room) -> None:
 
 def kept(config: DeepseekV2Config) -> dict[str, Any]:
     """Of what another program has packed: for each part what it is in, and bits of a weight in memory."""
-    if not config.held_bits():
-        return {}
     found = config.foreign.entry.get("kinds") if config.foreign is not None else None
     kinds = found if isinstance(found, dict) else {}
-    return {
-        part: {
-            "stored_as": sorted(types_of(kinds.get(part))),
-            "bits_stored": bits_stored(types_of(kinds.get(part))),
-            "bits_held": bits,
-        }
-        for part, bits in config.held_bits().items()
-    }
+    return {part: stored(kinds.get(part)) | {"bits_held": bits} for part, bits in config.held_bits().items()}
 
 
-def types_of(kinds: Any) -> dict[str, int]:
-    """The types of a GGUF file's part, each with its weights; nothing for what says none."""
-    from dsv2cli.hubs.gguf import TYPES
-
-    names = {name for name, *_ in TYPES.values()}
-    counts = kinds.items() if isinstance(kinds, dict) else ()
-    return {kind: count for kind, count in counts if kind in names and type(count) is int and count > 0}
-
-
-def bits_stored(kinds: dict[str, int]) -> float | None:
-    """Bits of a weight in a GGUF file, of so many weights of each type."""
+def stored(kinds: Any) -> dict[str, Any]:
+    """The types of a GGUF file's part, from so many weights of each, and bits of a weight there; nothing for
+    what says none.
+    """
     from dsv2cli.hubs.gguf import TYPES
 
     bits = {name: 8 * size / count for name, count, size in TYPES.values()}
-    return sum(bits[kind] * count for kind, count in kinds.items()) / sum(kinds.values()) if kinds else None
+    listed = kinds.items() if isinstance(kinds, dict) else ()
+    counts = {kind: count for kind, count in listed if kind in bits and type(count) is int and count > 0}
+    whole = sum(bits[kind] * count for kind, count in counts.items())
+    return {"stored_as": sorted(counts), "bits_stored": whole / sum(counts.values()) if counts else None}
 
 
 def speeds(

@@ -69,13 +69,21 @@ def find_model(name: str | None) -> Path:
         raise lacking(reference, name)
     if copy.gguf is None:
         return copy.folder
-    others = [
-        each.name for each in shelf.copies() if each.gguf is not None and shelf.is_meant(each, reference)
-    ]
-    if len(others) > 1 and reference.source != "ollama":
-        why, fix = f"{', '.join(others[:4])}", f"name one, such as {others[0]}"
-        raise UsageError(f"{name} holds {len(others)} GGUF files", why=why, fix=fix)
+    names = [each.name for each in ggufs_of(reference)]
+    if len(names) > 1 and reference.source != "ollama":
+        raise several(name, names, names[0])
     return folder_of(copy.gguf)
+
+
+def ggufs_of(reference: Reference) -> list[shelf.Copy]:
+    """The GGUF files that a name may mean."""
+    return [copy for copy in shelf.copies() if copy.gguf is not None and shelf.is_meant(copy, reference)]
+
+
+def several(where: object, names: list[str], first: object) -> UsageError:
+    """What to say where one of several GGUF files must be named."""
+    why, fix = ", ".join(names[:4]), f"name one, such as {first}"
+    return UsageError(f"{where} holds {len(names)} GGUF files", why=why, fix=fix)
 
 
 def refuse_missing_file(name: str, path: Path) -> None:
@@ -103,17 +111,14 @@ def with_gguf(folder: Path) -> Path:
         return folder
     files = shelf.gguf_files(folder)
     if len(files) > 1:
-        names = ", ".join(file.name for file in files[:4])
-        raise UsageError(
-            f"{folder} holds {len(files)} GGUF files", why=names, fix=f"name one, such as {files[0]}"
-        )
+        raise several(folder, [file.name for file in files], files[0])
     return folder_of(files[0]) if files else folder
 
 
 def file_of(reference: Reference, file: str, typed: str) -> Path:
     """A GGUF file of a repository. Raises UsageError where it is not on this machine."""
-    for copy in shelf.copies():
-        if copy.gguf is not None and copy.gguf.name == file and shelf.is_meant(copy, reference):
+    for copy in ggufs_of(reference):
+        if copy.gguf is not None and copy.gguf.name == file:
             return copy.gguf
     why, fix = "it is in no cache", f"dsv2 pull {reference} --gguf {file}"
     raise UsageError(f"{typed} is not on this machine", why=why, fix=fix)

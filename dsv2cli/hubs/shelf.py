@@ -81,12 +81,17 @@ class Copy:
             return read_json(self.folder / "config.json", dict)
         return {}
 
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """The first keys of a GGUF file."""
+        return {} if self.gguf is None else glance(self.gguf)
+
     @property
     def format(self) -> str:
         """Of the weights: bfloat16, int4, awq, gguf and so on."""
         if self.gguf is not None:
             known = re.search(r"(?i)\b(i?q[1-8]_\w+|bf16|f16|f32)\b", self.gguf.name.replace(".", " "))
-            number = None if known else glance(self.gguf).get("general.file_type")
+            number = None if known else self.header.get("general.file_type")
             kind = known[1] if known else FILE_TYPES.get(number if type(number) is int else -1, "")
             return f"gguf {kind}".rstrip()
         packing = self.config.get("quantization_config") or self.config.get("quantization")
@@ -103,7 +108,7 @@ class Copy:
         """The longest that the config allows."""
         longest = self.config.get("max_position_embeddings")
         if self.gguf is not None:
-            longest = glance(self.gguf).get("deepseek2.context_length")
+            longest = self.header.get("deepseek2.context_length")
         return longest if isinstance(longest, int) else None
 
 

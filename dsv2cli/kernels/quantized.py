@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsv2cli.formats import LANES, SUPER, Coding
+from dsv2cli.formats import LANES, SUPER, Coding, own_coding
 
 # Lloyd's algorithm on groups of 64 normal numbers, each divided by its largest with that one's sign.
 CODEBOOK = (
@@ -90,12 +90,17 @@ def values_of(codes: Tensor, coding: Coding) -> Tensor:
     return table_on(coding.table, codes.device)[codes.long()]
 
 
+def multiplied(scales: Tensor, supers: Tensor | None, coding: Coding) -> Tensor:
+    """scales [..., groups, any] in fp32, times supers [..., SUPERs, the same] where there are any."""
+    if supers is None:
+        return scales.float()
+    each = supers.float().repeat_interleave(SUPER // coding.group, -2)
+    return scales.float() * each[..., : scales.shape[-2], :]
+
+
 def weights_of(values: Tensor, scales: Tensor, supers: Tensor | None, coding: Coding) -> Tensor:
     """values [..., cols] in fp32, scales [..., groups, 1 or 2], supers [..., SUPERs, 1 or 2] -> weights."""
-    scales = scales.float()
-    if supers is not None:
-        each = supers.float().repeat_interleave(SUPER // coding.group, -2)
-        scales = scales * each[..., : scales.shape[-2], :]
+    scales = multiplied(scales, supers, coding)
     values = values.unflatten(-1, (-1, coding.group))  # [..., groups, group]
     if coding.offset == "zero":
         assert supers is None
@@ -171,8 +176,7 @@ class Quantized(nn.Module):
         if self.supers is None:
             return self
         out = Quantized(self.shape, coding, self.parts, torch.device("meta"))
-        each = self.supers.float().repeat_interleave(SUPER // coding.group, -2)
-        scales = self.scales.float() * each[..., : self.groups, :]
+        scales = multiplied(self.scales, self.supers, coding)
         out.codes, out.scales = self.codes, scales.to(SCALES[coding.scale])
         return out
 
@@ -261,12 +265,9 @@ def pack_reference(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tenso
         index = (x / scale.float().where(scale != 0, 1.0)).round().clamp(-127, 127) + 128
     else:
         scale, index = search(x, largest)
-    scales = scale[..., 0].unflatten(0, (-1, LANES)).transpose(-2, -1).contiguous()  # [blocks, groups, 16]
-    codes = index.to(torch.uint8).flatten(-2).unflatten(0, (-1, LANES)).unflatten(-1, (-1, 4)).transpose(1, 2)
-    if bits == 4:
-        low, high = codes.unflatten(1, (-1, 2)).unbind(2)
-        codes = low | (high << 4)
-    return codes.flatten(1), scales
+    own = own_coding(bits, group)
+    codes, scales, _ = interleave(Codes(index.to(torch.uint8).flatten(-2), scale[..., 0]), own)
+    return codes, scales
 
 
 def search(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:

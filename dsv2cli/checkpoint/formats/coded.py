@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv2cli.checkpoint.safetensors import MAPPED, Stored, truncated
+from dsv2cli.checkpoint.safetensors import MAPPED, Stored, read_into
 from dsv2cli.formats import SUPER, Coding
 from dsv2cli.kernels.quantized import Codes, decode
 
@@ -76,7 +75,10 @@ class Coded:
 
     def weights(self, begin: int, end: int) -> Tensor:
         """Some rows as numbers, in fp32 where they were codes: what the format's own decoding gives."""
-        read = self.read(begin, end)
+        return self.numbers(self.read(begin, end))
+
+    def numbers(self, read: Codes | Tensor) -> Tensor:
+        """What was read as numbers."""
         if isinstance(read, Tensor):
             return read
         assert self.coding is not None
@@ -99,15 +101,9 @@ def columns(codes: Codes, coding: Coding, wanted: range) -> Codes:
 def read_bytes(file: Path, offset: int, length: int, name: str) -> Tensor:
     """Bytes of a file [length] uint8. Raises OSError, and Dsv2Error for a file that ends too soon."""
     out = torch.empty(length, dtype=torch.uint8)
-    view = memoryview(out.numpy()).cast("B")  # type: ignore[arg-type]
-    filled = 0
     with file.open("rb", buffering=0) as stream:
         stream.seek(offset)
-        while filled < length:
-            count = stream.readinto(view[filled:])
-            if not count:
-                raise truncated(file, os.fstat(stream.fileno()).st_size, offset + length, name)
-            filled += count
+        read_into(stream, out, file, offset + length, name)
     return out
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from dsv2cli.formats import SUPER, Coding
-from dsv2cli.kernels.quantized import SCALES, Codes, values_of
+from dsv2cli.formats import Coding
+from dsv2cli.kernels.quantized import SCALES, Codes, multiplied, values_of
 
 ANEW = Coding(8, 32, "signed")  # what weights are packed in whose own codes no kernel takes
 
@@ -38,8 +38,8 @@ def convert(codes: Codes, source: Coding, target: Coding) -> Codes | None:
     added = target.offset == "added"
     if source.group % target.group or not (alike or widens) or (source.offset != target.offset and not added):
         return None
-    scales = multiplied(codes.scales, codes.supers, source)
-    offsets = None if codes.offsets is None else multiplied(codes.offsets, codes.super_offsets, source)
+    scales, *more = multiplied(*codes.both(source.offset), source).unbind(-1)
+    offsets = more[0] if more else None
     values, shift = codes.values, 0
     if not alike:
         means = values_of(codes.values, source)
@@ -59,11 +59,3 @@ def convert(codes: Codes, source: Coding, target: Coding) -> Codes | None:
     wide = spread(scales)
     assert wide is not None
     return Codes(values, wide, spread(offsets))
-
-
-def multiplied(numbers: Tensor, supers: Tensor | None, coding: Coding) -> Tensor:
-    """Scales or offsets [rows, groups] in fp32, times what they share."""
-    if supers is None:
-        return numbers.float()
-    each = supers.float().repeat_interleave(SUPER // coding.group, 1)
-    return numbers.float() * each[:, : numbers.shape[1]]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv2cli.checkpoint.formats.coded import Coded, read_bytes
+from dsv2cli.checkpoint.safetensors import DTYPES
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import GGUF_CODINGS
 from dsv2cli.hubs.gguf import TYPES, Gguf, GgufTensor, read_gguf
@@ -22,8 +23,6 @@ from dsv2cli.hubs.gguf_held import refuse_types
 from dsv2cli.kernels.quantized import Codes
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.outside import AGAIN
-
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def halves(raw: Tensor, at: int, count: int = 1) -> Tensor:
@@ -154,8 +153,8 @@ def bytes_of(tensor: GgufTensor, begin: int, end: int) -> Tensor:
 def rows_of(tensor: GgufTensor, begin: int, end: int) -> Codes | Tensor:
     """The same as codes, or as numbers."""
     raw, cols, (name, _, size) = bytes_of(tensor, begin, end), tensor.shape[-1], TYPES[tensor.type]
-    if name in PLAIN:
-        return raw.view(PLAIN[name]).view(end - begin, cols)
+    if name in DTYPES:
+        return raw.view(DTYPES[name]).view(end - begin, cols)
     return UNPACK[name](raw.view(end - begin, -1, size))
 
 
@@ -253,10 +252,13 @@ def weights_of(gguf: Gguf, config: DeepseekV2Config) -> Iterator[Coded]:
 def require_dims(tensor: GgufTensor, dims: int) -> None:
     """Raises Dsv2Error for another number of dimensions."""
     if len(tensor.shape) != dims:
-        why = f"{dims} dimensions are called for"
-        raise Dsv2Error(
-            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}", why=why, fix=AGAIN
-        )
+        raise other_shape(tensor, f"{dims} dimensions are called for")
+
+
+def other_shape(tensor: GgufTensor, why: str) -> Dsv2Error:
+    """What to say of a tensor of a shape that is not called for."""
+    what = f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}"
+    return Dsv2Error(what, why=why, fix=AGAIN)
 
 
 def experts_of(
@@ -267,8 +269,7 @@ def experts_of(
     experts, rows, _ = tensor.shape
     if experts != config.n_routed_experts or rows % len(leaves):
         why = f"{config.n_routed_experts} experts are called for, of {' and '.join(leaves)}"
-        what = f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}"
-        raise Dsv2Error(what, why=why, fix=AGAIN)
+        raise other_shape(tensor, why)
     each = rows // len(leaves)
     for e in range(experts):
         for i, leaf in enumerate(leaves):
@@ -282,11 +283,11 @@ def kv_b_proj(k_b: GgufTensor, v_b: GgufTensor | None, name: str, config: Deepse
     heads, rank = config.num_attention_heads, config.kv_lora_rank
     nope, value = config.qk_nope_head_dim, config.v_head_dim
     for tensor, shape in ((k_b, (heads, rank, nope)), (v_b, (heads, value, rank))):
-        if tensor is None or tensor.shape != shape:
-            what = f"{k_b.file}: tensor {k_b.name} has no attn_v_b beside it"
-            if tensor is not None:
-                what = f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}"
-            raise Dsv2Error(what, why=f"its metadata call for {list(shape)}", fix=AGAIN)
+        why = f"its metadata call for {list(shape)}"
+        if tensor is None:
+            raise Dsv2Error(f"{k_b.file}: tensor {k_b.name} has no attn_v_b beside it", why=why, fix=AGAIN)
+        if tensor.shape != shape:
+            raise other_shape(tensor, why)
     assert v_b is not None
     keys, values = coded(k_b, name, 0, heads * rank), coded(v_b, name, 0, heads * value)
 

@@ -20,13 +20,7 @@ from dsv2cli.outside import AGAIN
 GROUPS = (128, 64, 32, 16)  # columns that may share a scale in our kernels
 FLOATS = ("BF16", "F16", "F32")
 WHOLE = ("I32", "I64")
-NUMBERS = MAPPED | {
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "U32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.uint8,
-}
+NUMBERS = MAPPED | {"I32": torch.int32, "U32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.uint8}
 OTHER = "take the model unquantised, or quantised in another way"
 
 Weights = dict[str, Stored | Coded]

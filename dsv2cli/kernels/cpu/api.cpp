@@ -3,7 +3,8 @@
 //
 // What is computed is said by plain torch (linear.py, attention.py, experts.py, quantized.py); these files do
 // it faster. Activations enter a product as bf16 where weights are bf16, as floats where they are 8-bit floats,
-// else as int8 with a scale a group; sums are kept in fp32 or int32. One token is bounded by memory, and the data are laid out for that.
+// else as int8 with a scale a group; sums are kept in fp32 or int32. One token is bounded by memory, and the
+// data are laid out for that.
 #include "attention.h"
 #include "mlp.h"
 #include "pack.h"

@@ -53,6 +53,19 @@ INLINE Address address_of(const Matrix& w, int row) {
           w.number == OF_I8 ? w.supers + block * supers * w.numbers() : nullptr};
 }
 
+// Codes of columns [from, from + count) of a row, one a byte, to their places in its block of rows.
+INLINE void put_codes(const uint8_t* values, int from, int count, int bits, int lane, uint8_t* block) {
+  uint8_t* to = block + (size_t)from * LANES * bits / 8 + lane * 4;
+  if (bits == 8) {
+    for (int i = 0; i < count; i += 4) memcpy(to + (size_t)i * LANES, values + i, 4);
+    return;
+  }
+  for (int i = 0; i < count; i += 8) {  // of 8 columns the first 4 are in the low halves of 4 bytes
+    const uint32_t both = load_as<uint32_t>(values + i) | load_as<uint32_t>(values + i + 4) << 4;
+    memcpy(to + (size_t)i / 2 * LANES, &both, 4);
+  }
+}
+
 // The scales and offsets of 16 rows in one group of columns.
 struct Scales {
   F scale, offset;

@@ -65,20 +65,16 @@ struct Packer {
       const float code = std::min(127.0f, std::max(-127.0f, std::nearbyintf(from[i] * inverse)));
       packed[i] = (uint8_t)(int32_t)(code + 128.0f);
     }
-    uint8_t* to = p.codes + ((size_t)block * groups + g) * group * LANES + lane * 4;
-    for (int i = 0; i < group; i += 4) memcpy(to + i * LANES, packed + i, 4);
+    put_codes(packed, g * group, group, 8, lane, p.codes + (size_t)block * groups * group * LANES);
     return scale;
   }
   uint16_t pack4(int block, int lane, int g) {
     const uint16_t scale = narrow(best_scale());
     const float s = widen(scale);
     encode(s != 0 ? 1.0f / s : 0.0f);
-    uint8_t* to = p.codes + (size_t)block * groups * p.group / 2 * LANES + lane * 4;
-    for (int i = 0; i < p.group; i++) {  // of 8 columns the first 4 are in the low halves of 4 bytes
-      const int k = g * p.group + i;
-      uint8_t& byte = to[k / 8 * 4 * LANES + k % 4];
-      byte = k / 4 % 2 ? (uint8_t)((byte & 15) | (index[i] << 4)) : (uint8_t)((byte & 240) | index[i]);
-    }
+    for (int i = 0; i < p.group; i++) bytes[i] = (uint8_t)index[i];
+    uint8_t* const to = p.codes + (size_t)block * groups * p.group * LANES / 2;
+    put_codes(bytes.data(), g * p.group, p.group, 4, lane, to);
     return scale;
   }
   // The one with the least squared error among the candidates, each refitted to the codes that it leads to.

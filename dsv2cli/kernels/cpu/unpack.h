@@ -129,19 +129,6 @@ constexpr BlockType BLOCK_TYPES[] = {
     {13, 256, 176, q5_k}, {14, 256, 210, q6_k}, {20, 32, 18, q4_0},   {23, 256, 136, iq4_xs},
 };
 
-// Codes of columns [from, from + count) of a row, one a byte, to their places in its block of rows.
-INLINE void put_codes(const uint8_t* values, int from, int count, int bits, int lane, uint8_t* block) {
-  uint8_t* to = block + (size_t)from * LANES * bits / 8 + lane * 4;
-  if (bits == 8) {
-    for (int i = 0; i < count; i += 4) memcpy(to + (size_t)i * LANES, values + i, 4);
-    return;
-  }
-  for (int i = 0; i < count; i += 8) {  // of 8 columns the first 4 are in the low halves of 4 bytes
-    const uint32_t both = load_as<uint32_t>(values + i) | load_as<uint32_t>(values + i + 4) << 4;
-    memcpy(to + (size_t)i / 2 * LANES, &both, 4);
-  }
-}
-
 // Rows [rows, cols] of blocks into w, which has their kind, group and scales. False for an unknown type.
 bool unpack_rows(int type, const uint8_t* raw, int rows, const Matrix& w, uint8_t* codes, uint8_t* scales,
                  uint16_t* supers) {

@@ -50,7 +50,8 @@ class Person:
         limit = time.monotonic() + seconds
         while not seen(text := self.look(0.05)):
             assert time.monotonic() < limit and not self.ended, f"{wanted} is not there:\n{text}"
-        return text
+        whole = self.look(0.02)  # what was found may be the first half of a line
+        return whole if seen(whole) else text
 
     def type(self, keys: str) -> None:
         """Press keys, one after the other."""

@@ -221,11 +221,11 @@ def test_a_person_talks_with_a_server_as_with_a_model_here(api, person, tmp_path
     )
     me.wait("> ")
     me.ask("Hello")
-    assert re.search(r"\d+ tokens .* prompt 8 .* stop", me.look())
+    me.wait(r"\d+ tokens .* prompt 8 .* stop")
     me.wait(r"embedded .* 24/4,096 tokens")
     me.type("/show\r")
-    seen = me.wait(f"embedded on http://{api}/v1")
-    assert "top_p the server's own" in me.wait("stop none") and "temperature 0" in seen
+    seen = me.wait(r"temperature 0.* stop none")
+    assert f"embedded on http://{api}/v1" in seen and "top_p the server's own" in seen
     me.type("/tokens Hello there\r")
     me.wait(r"2 tokens: \[")
     me.type("/set max_new_tokens 3\r")

@@ -40,6 +40,8 @@ CPU = torch.device("cpu")
 MARK = "STARTED_BY_TESTS"  # in the environment of all that this process starts
 
 os.environ[MARK] = f"{os.getpid()} {time.time()}"
+for name in ("COLUMNS", "LINES"):  # which readline sets where pytest imports it, and terminals here are other
+    os.environ.pop(name, None)
 os.environ["DSV2_CONFIG"] = os.devnull  # nor is a person's configuration theirs
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(
     prefix="dsv2-tests-"

@@ -119,7 +119,7 @@ def losses(make, rows):
 
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "cpp"])
 def test_what_a_smaller_cache_costs_on_text(embedded_tokenizer, fast):
-    """Of the embedded model, whose latent has 64 numbers: int8 at most 0.1% of loss, int6 at most 0.5%."""
+    """Of the embedded model, whose latent has 64 numbers: int8 at most 0.2% of loss, int6 at most 0.5%."""
     kernels, why = native.load()
     if fast and kernels is None:
         pytest.skip(why)
@@ -130,7 +130,7 @@ def test_what_a_smaller_cache_costs_on_text(embedded_tokenizer, fast):
         return lambda: CppRunner(model, kernels, cache=cache) if fast else PlainRunner(model, cache=cache)
 
     full, scores = losses(make("auto"), rows)
-    for cache, most, least_agreement in (("int8", 0.001, 0.99), ("int6", 0.005, 0.98), ("int4", 0.05, 0.94)):
+    for cache, most, least_agreement in (("int8", 0.002, 0.99), ("int6", 0.005, 0.98), ("int4", 0.05, 0.94)):
         loss, found = losses(make(cache), rows)
         agreement = (found.argmax(-1) == scores.argmax(-1)).float().mean()
         assert abs(float(loss.mean() / full.mean()) - 1) < most, (cache, loss.mean(), full.mean())

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import CPU, golden_folders
-from rows import answered
+from rows import answered, scores_of
 
 from dsv2cli.checkpoint.load import load_model
 from dsv2cli.engine.grammar import Grammar
@@ -309,3 +309,60 @@ def test_where_address_space_is_short_the_pool_is_smaller_and_at_last_refused(em
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert whole // 8 <= pool.pages < whole
+
+
+class Device(PlainRunner):
+    """Chooses tokens by itself, as a GPU does."""
+
+    decodes_ahead = True
+    chunk = 128
+
+
+@pytest.mark.parametrize("length", [100, 128, 129, 200, 256, 257, 300])
+def test_a_device_chooses_only_after_the_last_piece_of_a_prompt(embedded, length):
+    ids = ids_of(length, seed=length)
+    wanted = answered(embedded, ids, Request(GREEDY, 4)).token_ids
+    assert answered(Device(embedded.model), ids, Request(GREEDY, 4)).token_ids == wanted
+
+
+class Ears:
+    """What a job's listener was told."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def hear(self, scores, first):
+        for row, place in zip(scores, range(first, first + len(scores)), strict=True):
+            assert place not in self.rows
+            self.rows[place] = row.clone()
+
+
+@pytest.mark.parametrize("kind", ["plain", "device", "fast"])
+def test_a_listener_hears_the_scores_of_the_places_it_asked_for_once(embedded, kind, request):
+    """However long the prompts, whatever they share, and with a pool too small for all of them at once."""
+    runner = {"plain": embedded, "device": Device(embedded.model)}.get(kind)
+    runner = request.getfixturevalue("fast") if runner is None else runner
+    common, numbers = ids_of(150, seed=1), random.Random(2)
+    prompts = [common + ids_of(length, seed=length) for length in (1, 5, 63, 64, 65, 200, 600)] + [
+        [9],
+        [7, 8],
+    ]
+    for tokens, width in ((None, 64), (960, 8)):
+        scheduler, told = Scheduler(runner, None, width, tokens), []
+        for ids in prompts:
+            ears, start = Ears(), numbers.randrange(len(ids))
+            told.append((Job(ids, Request(GREEDY, 60), listener=ears.hear, from_place=start), ears, start))
+        list(scheduler.in_order(job for job, _, _ in told))
+        assert tokens is None or scheduler.preempted
+        for job, ears, start in told:
+            assert not job.error and sorted(ears.rows) == [*range(start, len(job.prompt_ids))]
+            wanted = scores_of(runner, job.prompt_ids)[start:]
+            found = torch.stack([ears.rows[place] for place in sorted(ears.rows)])
+            if kind == "fast":  # where a router may choose another expert for the last bit of a number
+                assert torch.cosine_similarity(found, wanted).min() > 0.8
+            else:
+                assert (found - wanted).abs().max() < 1e-3
+            if kind != "fast":  # whose sums in bfloat16 depend on what is read at once
+                wanted = answered(runner, job.prompt_ids, Request(GREEDY, 60)).token_ids
+                assert job.result.token_ids == wanted
+        assert scheduler.reused > 150  # what is before the places that are asked for is read once

@@ -32,6 +32,8 @@ KEPT_BYTES = 2**30  # of pages in RAM that nobody holds, but a later prompt may 
 AHEAD = 8  # prompts a row that may finish before the oldest one, where answers come in order
 
 Reading = Callable[[int, int], object]  # told how many tokens of a prompt have been read, of how many
+# Told the scores [tokens, vocab] of what follows tokens of a prompt, and the place of the first of these.
+Listener = Callable[[Tensor, int], object]
 
 
 def unheard(done: int, total: int) -> None:
@@ -44,6 +46,8 @@ class Job:
 
     `after` holds the latents of its first tokens already, and is gone on with: when the job has ended its
     owner finds there what is in the pool. `reading` is told before each piece of the prompt, and may raise.
+    `listener` is told the scores after each token of the prompt, in order, from the one at `from_place` on:
+    what is before it may be reused.
     """
 
     prompt_ids: list[int]
@@ -52,6 +56,8 @@ class Job:
     error: str = ""  # why it could not be run, or not to its end: it passes through and keeps its place
     after: Sequence | None = None
     reading: Reading = unheard
+    listener: Listener | None = None
+    from_place: int = 0
     deadline: float | None = None  # by time.monotonic
     failure: Dsv2Error | None = None  # what `error` says
     names: list[Name] | None = None  # of the prompt's pages but the last, once they were asked for
@@ -59,6 +65,15 @@ class Job:
     @property
     def ended(self) -> bool:
         return bool(self.error) or bool(self.result.finish_reason)
+
+    @property
+    def reusable(self) -> int:
+        """How many tokens of the prompt need not be computed where they are in the pool: all but the last,
+        and but for those after which scores are asked for.
+        """
+        if self.request.prompt_logprobs is not None:
+            return 0
+        return self.from_place if self.listener is not None else len(self.prompt_ids) - 1
 
     def fail(self, error: Dsv2Error) -> None:
         self.error, self.failure, self.result.finish_reason = error.sentence, error, "error"
@@ -94,6 +109,7 @@ class Active:
     draft: list[int] = field(default_factory=list)
     first: float = 0.0  # when the first token came
     named: int = 0  # pages that others can find
+    heard: int = 0  # the place up to which the job's listener has been told
     shows: bool = False  # whether others are still to find the last page of its prompt
 
     @property
@@ -109,7 +125,7 @@ class Active:
     @property
     def plain(self) -> bool:
         request = self.job.request
-        scored = request.prompt_logprobs is not None
+        scored = request.prompt_logprobs is not None or self.job.listener is not None
         return request.plain and not request.speculate and not scored and not self.siblings
 
     def take(self, token: Token) -> str:
@@ -120,7 +136,7 @@ class Active:
         self.history.append(token.id)
         text = self.answer.add(token)
         self.left -= 1
-        if self.left == 0 and not self.answer.ended:
+        if self.left <= 0 and not self.answer.ended:
             result.finish_reason, self.answer.ended = "length", True
         return text + self.answer.finish() if self.answer.ended else text
 
@@ -131,16 +147,15 @@ class Piece:
 
     active: Active
     count: int
+    completes: bool = field(init=False)  # whether the next token can be chosen after it
+
+    def __post_init__(self) -> None:
+        self.completes = self.count >= self.active.todo
 
     @property
     def ids(self) -> list[int]:
         at = self.active.sequence.length
         return (self.active.history + self.active.draft)[at : at + self.count]
-
-    @property
-    def completes(self) -> bool:
-        """Whether the next token can be chosen after it."""
-        return self.count >= self.active.todo
 
 
 @dataclass
@@ -331,26 +346,26 @@ class Scheduler:
         read, or for room.
         """
         ids = job.prompt_ids
-        scored = job.request.prompt_logprobs is not None
         # The last page, which may be full, is none of them: its last token must be computed.
-        shares = not scored and (job.after is None or job.after.length == 0)
+        shares = job.reusable > 0 and (job.after is None or job.after.length == 0)
         if job.names is None:
             job.names = names_of(ids[:-1]) if shares else []
         names = job.names
+        first = names[: job.reusable // PAGE]  # that may be those of others
         if job.after is not None:
-            sequence, pages = job.after, job.after.book.find(names)
+            sequence, pages = job.after, job.after.book.find(first)
         else:
-            found = [each.find(names) for each in self.books]
+            found = [each.find(first) for each in self.books]
             rank = max(range(len(self.books)), key=lambda i: (len(found[i]), self.books[i].available))
             book, pages = self.books[rank], found[rank]
-            if len(pages) < len(names) and names[len(pages)] in self.expected:
+            if len(pages) < len(first) and first[len(pages)] in self.expected:
                 return False
             if self.active and book.available < 1 + (len(ids) - PAGE * len(pages)) // PAGE:
                 return False
             sequence = Sequence(book, rank)
         if shares:
-            self.begin_with_pages(sequence, pages, names)
-            self.begin_with_part(sequence, ids, names)
+            self.begin_with_pages(sequence, pages, first)
+            self.begin_with_part(sequence, job)
         limits = (self.runner.config.max_position_embeddings, sequence.book.count * PAGE)
         room = min(limits) - len(ids)
         most = job.request.max_new_tokens
@@ -410,10 +425,11 @@ class Scheduler:
             sequence.book.call(page, name)
             sequence.length += PAGE
 
-    def begin_with_part(self, sequence: Sequence, ids: list[int], names: list[Name]) -> None:
+    def begin_with_part(self, sequence: Sequence, job: Job) -> None:
         """Let a sequence of full pages begin with a copy of what another has of its next page, too."""
         full = len(sequence.pages)
-        page, count = sequence.book.find_part(self.part(ids, names, full))
+        page, count = sequence.book.find_part(self.part(job.prompt_ids, job.names or [], full))
+        count = min(count, job.reusable - PAGE * full)
         if not count:
             return
         sequence.book.hold(page)
@@ -436,7 +452,10 @@ class Scheduler:
 
     def begin_again(self, active: Active) -> None:
         """Let a job that was given up read again what it had, but for what is still there."""
-        self.begin_with_pages(active.sequence, active.sequence.book.find(active.names), active.names)
+        # What a listener has been told is not told again, and what it has not been must be computed.
+        reusable = active.job.reusable if active.job.listener is not None else len(active.history)
+        names = active.names[: max(reusable, active.heard) // PAGE]
+        self.begin_with_pages(active.sequence, active.sequence.book.find(names), names)
         active.named = len(active.sequence.pages)
         self.enter(active)
 
@@ -563,6 +582,8 @@ class Scheduler:
         active = piece.active
         if position >= len(active.history) - 1:
             return True
+        if active.job.listener is not None:
+            return max(active.job.from_place, active.heard) <= position < len(active.job.prompt_ids)
         if active.job.request.prompt_logprobs is None:
             return False
         return len(active.job.result.prompt_tokens) <= position < len(active.job.prompt_ids) - 1
@@ -592,6 +613,10 @@ class Scheduler:
         """
         active = piece.active
         job, request = active.job, active.job.request
+        if job.listener is not None and len(scores) and not job.result.tokens:
+            end = active.sequence.length
+            job.listener(scores, end - len(scores))
+            active.heard, scores = end, scores[len(scores) - piece.completes :]
         if request.prompt_logprobs is not None and len(scores) and not job.result.tokens:
             scores = self.score_prompt(active, scores)
         if not len(scores):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from running import run_dsv2, run_process
 
 from dsv2cli.cli.fields import COMPLETE, FIELDS
 from dsv2cli.cli.ui import harmless
+from dsv2cli.hubs.find import EMBEDDED
 
 V2 = str(DATA / "golden" / "v2")
 GREEDY = ("--temperature", "0")
@@ -347,7 +349,8 @@ def printed(command, folder):
         return (folder / "out.jsonl").read_text()
     if command.startswith(("pull", "models ")) and command != "models --json":
         return of_a_hub(command, folder)
-    saved = str(folder / "saved.json")
+    saved, text = str(folder / "saved.json"), str(DATA / "eval" / "NOTICE")
+    known = ("-m", str(folder / "DeepSeek-V2-Lite"))
     words = {
         "complete --json": ("--logprobs", "2", *brief, "Hello"),
         "complete --dry-run --json": ("Hello",),
@@ -356,6 +359,9 @@ def printed(command, folder):
         "doctor --json": (),
         "bench --concurrency --json": ("2", "--prompt", "4", "--generate", "2", "-r", "1"),
         "bench --json": ("--prompt", "4", "--generate", "2", "-r", "1", "--profile", "--save", saved),
+        "eval --json": ("cmmlu", "--data", str(DATA / "eval"), "--limit", "2", *known),
+        "eval perplexity --json": ("--text", text, *known),
+        "eval --dry-run --json": ("cmmlu", "--data", str(DATA / "eval"), "--limit", "1"),
         "niah --json": ("--lengths", "128", "--depths", "50"),
         "models --json": (),
         "sessions --json": (),
@@ -363,6 +369,10 @@ def printed(command, folder):
     if command == "bench --json":
         run_dsv2(*command.split(), *words)
         words += ("--compare", saved)
+    if command in ("eval --json", "eval perplexity --json"):
+        shutil.copytree(EMBEDDED, known[1])
+        run_dsv2(*command.split(), *words, "--save", saved)
+        words += ("--against", saved)
     if command.startswith("bench --concurrency"):
         return run_dsv2("bench", "--json", "--concurrency", *words).stdout
     return run_dsv2(*command.split(), *words, stdin='[{"role": "user", "content": "Hello"}]').stdout

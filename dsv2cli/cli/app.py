@@ -31,6 +31,7 @@ COMMANDS = {  # the first line of each one's help; the function of this name in 
     "models": "List, verify, find or remove the models that are here.",
     "serve": "Serve a model to other programs, by OpenAI's API.",
     "bench": "Measure speed, load time, memory and cache size.",
+    "eval": "Say how good a model is, task by task.",
     "niah": "Hide a sentence in a long text and ask for it.",
     "info": "Say what a model is and what fits where.",
     "doctor": "Look at this machine and a model, and say what works.",

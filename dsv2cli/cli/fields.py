@@ -22,6 +22,23 @@ COMPLETE = {
     "model": "its name",
     "error": "why it could not be brought to its end; only then there",
 }
+EVAL = {
+    "model": "its name",
+    "device": "what it ran on",
+    "weights": "their format",
+    "dtype": "number format of activations",
+    "cache": "number format of the latent cache",
+    "kernels": "which ran",
+    "settings": "options that the answers depend on: shots (null: the paper's), chat, window, seed",
+    "seconds": "this run took, loading included",
+    "results.task": "its name",
+    "results.prompt_tokens": "of all prompts",
+    "results.reused_tokens": "of these, those that were in the cache from earlier ones",
+    "results.generated_tokens": "of all answers",
+    "results.errors": "questions that could not be asked",
+    "results.remarks": "what a reader of the score should know",
+    "against": "with --against, the same facts of the other run",
+}
 FIELDS: dict[str, dict[str, str]] = {
     "complete --json": COMPLETE,
     "complete --batch": {
@@ -173,6 +190,43 @@ FIELDS: dict[str, dict[str, str]] = {
         "runs.pages_used": "pages of the cache in use at the same time, at most",
         "runs.pages": "pages that it has",
         "runs.preempted": "times that a request had to leave its pages to others",
+    },
+    "eval --json": EVAL
+    | {
+        "results.score": "share of right answers; of bbh, ceval and cmmlu the mean of their subsets; null "
+        "where nothing was judged",
+        "results.standard_error": "of the score",
+        "results.questions": "how many",
+        "results.right": "how many right answers",
+        "results.unjudged": "programs that were not run",
+        "results.shots": "examples before a question, at most",
+        "results.fewer_shots": "questions that had fewer, for want of context",
+        "results.subsets": "for each: score, standard_error, questions",
+        "results.published": "what DeepSeek published of the same model",
+        "results.published_model": "which one that is",
+        "verdict": "with --against, for each task: score, against_score, difference and difference_error of "
+        "the questions that both have, won, lost, and p of McNemar's test; others, those that differ; kl of "
+        "an answer's first token in nats, kl_error, kl_places, and top1_agreement",
+    },
+    "eval perplexity --json": EVAL
+    | {
+        "results.perplexity": "of the text",
+        "results.nats_per_token": "its logarithm",
+        "results.standard_error": "of nats_per_token, between blocks of 128 tokens",
+        "results.bits_per_byte": "of the text in UTF-8",
+        "results.tokens": "that were foreseen",
+        "results.windows": "that the text was read in",
+        "verdict": "with --against: perplexity, against_perplexity, perplexity_ratio and "
+        "perplexity_ratio_error; kl in nats a token, kl_error and kl_places; top1_agreement, the share of "
+        "tokens before which both hold the same for the likeliest; others",
+    },
+    "eval --dry-run --json": {
+        "task": "for each question: its task",
+        "subset": "which part of it",
+        "id": "which question",
+        "prompt": "all that would be read",
+        "choices": "what may follow, of tasks with choices",
+        "expected": "the right answer; of choices its number, from 0",
     },
     "niah --json": {
         "model": "its name",

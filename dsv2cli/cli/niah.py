@@ -24,12 +24,20 @@ HEAT = ("#b2182b", "#d6604d", "#f4a582", "#d9d9a0", "#a6d96a", "#1a9850")
 
 @dataclass(frozen=True)
 class Search:
-    """What is hidden, where, and which model has to find it."""
+    """Which model has to find it."""
 
     heading = opt.TO_RUN
 
     model: opt.ModelOption = None
     yes: opt.YesOption = False
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """What is hidden, and where."""
+
+    heading = "Needle in a haystack"
+
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens: a list or a range such as 512-4096*2.")
     ] = "256-2048*2"
@@ -85,31 +93,33 @@ class Output:
 
 
 @opt.unfolded
-def niah(search: Search, sampling: Seed, output: Output, wish: Wish) -> None:
+def niah(search: Search, hiding: Hiding, sampling: Seed, output: Output, wish: Wish) -> None:
     """Hide a sentence in a long text and ask for it.
 
     Needle in a haystack, over length and depth. Wants a chat checkpoint.
     """
-    sizes, percents = numbers("--lengths", search.lengths, 1), search.percents()
-    texts = search.texts()
+    sizes, percents = numbers("--lengths", hiding.lengths, 1), hiding.percents()
+    texts = hiding.texts()
     opened = opt.open_model(search.model, wish, found=offer.find(search.model, search.yes))
 
     from dsv2cli.engine import needle
+    from dsv2cli.engine.scheduler import Scheduler
 
     tokenizer = opened.tokenizer()
     refuse_lengths(sizes, opened.config.max_position_embeddings, tokenizer, texts)
     request = opt.Sampling(temperature=0.0, seed=sampling.seed).request(opened)
     trials, depths = [], [percent / 100 for percent in percents]
-    with ui.counting("searching", len(sizes) * len(percents) * search.tries) as tick:
-        for trial in needle.search(opened.runner, tokenizer, texts, sizes, depths, search.tries, request):
+    asked = needle.hidden(tokenizer, texts, sizes, depths, hiding.tries, request.seed)
+    with ui.counting("searching", len(sizes) * len(percents) * hiding.tries) as tick:
+        for trial in needle.search(Scheduler(opened.runner, tokenizer), asked, request):
             trials.append(trial)
             tick()
-    rows = cells(trials, len(percents), search.tries)
-    found = [[sum(trial.found for trial in cell) / search.tries for cell in row] for row in rows]
+    rows = cells(trials, len(percents), hiding.tries)
+    found = [[sum(trial.found for trial in cell) / hiding.tries for cell in row] for row in rows]
     if not output.json:
         heat_map(opened.name, sizes, percents, found)
         return
-    about = {"model": opened.name, "lengths": sizes, "depths_percent": percents, "tries": search.tries}
+    about = {"model": opened.name, "lengths": sizes, "depths_percent": percents, "tries": hiding.tries}
     listed = [vars(trial) | {"found": trial.found} for trial in trials]
     ui.write_json(about | {"found": found, "trials": listed})
 

@@ -236,16 +236,18 @@ def loading(name: str, doing: str = "loading") -> Iterator[Callable[[int, int], 
 
 
 @contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr for `total` steps; gives the callback for one step done."""
+def counting(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr for `total` steps of which some are done; gives the callback for one step
+    more, which may be told how it stands.
+    """
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda stand=None: None
         return
     from rich.progress import Progress
 
     with Progress(console=stderr(), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda stand=None: bar.update(task, advance=1, description=harmless(stand or what))
 
 
 def stdin_lines() -> Iterator[str]:

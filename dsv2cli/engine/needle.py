@@ -6,13 +6,13 @@ The filler and the pass key are those of Mohtashami and Jaggi, Landmark Attentio
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dsv2cli.checkpoint.tokenizer import Tokenizer
 from dsv2cli.engine.request import Request
 from dsv2cli.engine.scheduler import Job, Scheduler
-from dsv2cli.run.runner import Runner
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
@@ -72,23 +72,33 @@ def make_prompt(tokenizer: Tokenizer, haystack: Haystack, key: str, length: int,
     return prompt(least)
 
 
-def search(
-    runner: Runner,
-    tokenizer: Tokenizer,
-    haystack: Haystack,
-    lengths: list[int],
-    depths: list[float],
-    tries: int,
-    request: Request,
-) -> Iterator[Trial]:
-    """Every length at every depth, `tries` times each with another key."""
-    numbers, scheduler = random.Random(request.seed), Scheduler(runner, tokenizer)
+def hidden(
+    tokenizer: Tokenizer, haystack: Haystack, lengths: list[int], depths: list[float], tries: int, seed: int
+) -> Iterator[tuple[list[int], Trial]]:
+    """Every length at every depth, `tries` times each with another key: the prompt, and the trial without its
+    answer.
+    """
+    numbers = random.Random(seed)
     for length in lengths:
         for depth in depths:
             for _ in range(tries):
                 key = str(numbers.randrange(10_000, 100_000))
                 ids = make_prompt(tokenizer, haystack, key, length, depth)
-                job = Job(ids, replace(request, max_new_tokens=SPARE))
-                for _ in scheduler.stream(job):
-                    pass
-                yield Trial(len(ids), depth, haystack.expect.replace("{key}", key), job.result.text)
+                yield ids, Trial(len(ids), depth, haystack.expect.replace("{key}", key), "")
+
+
+def search(
+    scheduler: Scheduler, asked: Iterable[tuple[list[int], Trial]], request: Request
+) -> Iterator[Trial]:
+    """The trials with their answers, some at once and in their order. Raises Dsv2Error."""
+    waiting = deque[Trial]()
+
+    def jobs() -> Iterator[Job]:
+        for ids, trial in asked:
+            waiting.append(trial)
+            yield Job(ids, replace(request, max_new_tokens=SPARE))
+
+    for job in scheduler.in_order(jobs()):
+        if job.failure is not None:
+            raise job.failure
+        yield replace(waiting.popleft(), answer=job.result.text)

@@ -8,20 +8,27 @@ import csv
 import gzip
 import json
 import math
+import os
+import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, ROOT, golden_folders
 from rows import scores_of
 from running import run_dsv2, run_process
 
 from dsv2cli.checkpoint.load import load_model
+from dsv2cli.cli.manual import RECIPES
+from dsv2cli.engine.likelihood import likely, readings
+from dsv2cli.engine.scheduler import Scheduler
 from dsv2cli.errors import UsageError
 from dsv2cli.evaluation.data import Table, find_data, table_of
 from dsv2cli.evaluation.published import published
@@ -34,6 +41,14 @@ from dsv2cli.hubs.find import EMBEDDED
 from dsv2cli.run.runner import PlainRunner
 
 OURS = DATA / "eval"
+GOLDEN = (
+    "lite",
+    "v2",
+    "v25",
+    "first_k0",
+    "tied",
+    "real_dims",
+)  # that transformers computes as the paper does
 STORY = (
     "Once upon a time there was a patient boy called Ian. Ian lived with his father in a little house. " * 8
 )
@@ -661,3 +676,73 @@ def test_the_published_scores_are_those_of_the_same_model(name, model):
 def test_without_a_network_it_says_so(tmp_path):
     done = run_process("eval", "mmlu", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1 and "HF_HUB_OFFLINE is set" in done.stderr and "--data DIR" in done.stderr
+
+
+# Recipes, and somebody else's code.
+
+
+SAMPLE = {"task_id": "HumanEval/0", "completion": "c"}
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not here")
+def test_the_recipes_give_answers_in_the_judges_forms(tmp_path):
+    instructions = ["Hello", 'Say "red"\nand blue']
+    write(tmp_path, {
+        "alpaca_eval.json": json.dumps([{"instruction": each, "output": "x"} for each in instructions]),
+        "question.jsonl": lines(
+            {"question_id": 81, "category": "writing", "turns": ["My name is Nora.", "What is my name?"]},
+            {"question_id": 82, "category": "math", "turns": ["Hello", "What is two plus two?"]},
+        ),
+        "run.jsonl": lines({"format": "x"}, {"task": "humaneval", **SAMPLE}),
+    })  # fmt: skip
+    for code in RECIPES.values():
+        line = f'dsv2() {{ "{sys.executable}" -m dsv2cli "$@"; }}\nset -e\n{code}'
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    outputs = json.loads((tmp_path / "model_outputs.json").read_text())
+    assert [each["instruction"] for each in outputs] == instructions
+    assert all(each["output"] and each["generator"] == "dsv2" for each in outputs)
+    first, second = [json.loads(line) for line in (tmp_path / "dsv2.jsonl").read_text().splitlines()]
+    assert (first["question_id"], second["question_id"]) == (81, 82) and first["answer_id"] != second[
+        "answer_id"
+    ]
+    assert "Nora" in first["choices"][0]["turns"][1] and len(second["choices"][0]["turns"]) == 2
+    heats = [json.loads(line)["temperature"] for line in (tmp_path / "in2.jsonl").read_text().splitlines()]
+    assert heats == [0.7, 0]
+    assert json.loads((tmp_path / "samples.jsonl").read_text()) == {
+        "task_id": "HumanEval/0",
+        "completion": "c",
+    }
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [*(each for each in golden_folders() if each.name in GOLDEN), EMBEDDED],
+    ids=lambda path: path.name,
+)
+def test_likelihoods_are_those_of_transformers(folder):
+    """Continuations of one context, alike in their beginnings or not: sums within 1e-3."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = PlainRunner(load_model(folder, torch.device("cpu"), torch.float32))
+    numbers, most = random.Random(3), ours.config.vocab_size
+    scheduler = Scheduler(ours, None, 8)
+    for length in (1, 60, 70):
+        context = [numbers.randrange(most) for _ in range(length)]
+        follow = [[numbers.randrange(most) for _ in range(count)] for count in (1, 1, 3, 5)]
+        follow.append([*follow[3][:2], 1])
+        read = readings(context, follow)
+        assert len(read) == 4  # two of one token are one prompt
+        assert not any(job.error for job in scheduler.in_order(each.job() for each in read))
+        for tokens in follow:
+            with torch.no_grad():
+                scores = theirs(torch.tensor([context + tokens])).logits[0].float().log_softmax(-1)
+            rows = scores[len(context) - 1 : -1]
+            found = likely(context, tokens, read)
+            wanted = rows.gather(1, torch.tensor(tokens)[:, None])
+            assert found.total == pytest.approx(float(wanted.sum()), abs=1e-3)
+            assert found.greedy == (rows.argmax(-1).tolist() == tokens)

@@ -511,6 +511,11 @@ def test_every_command_works_through_it(start, tmp_path):
     sweep = ("--prompt", "8", "--depth", "0,9", "--generate", "3", "--batch", "1,2", "-r", "1")
     assert len(json.loads(told("bench", *sweep, "--json", *TEAM))["runs"]) == 4
     assert len(json.loads(told("niah", "--lengths", "128", "--depths", "0", "--json", *TEAM))["trials"]) == 1
+    asked = ("eval", "cmmlu", "perplexity", "--data", str(DATA / "eval"), "--limit", "4", "--json")
+    asked += ("--text", str(DATA / "eval" / "NOTICE"))
+    one, two = (json.loads(out)["results"] for out in (run_dsv2(*asked).stdout, told(*asked, *TEAM)))
+    assert one[0]["right"] == two[0]["right"] and one[0]["reused_tokens"] == two[0]["reused_tokens"]
+    assert one[1]["nats_per_token"] == pytest.approx(two[1]["nats_per_token"], abs=1e-4)
 
 
 def test_a_talk_goes_on_in_a_real_terminal_and_is_resumed_with_its_cache(person):

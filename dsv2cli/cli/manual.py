@@ -134,6 +134,39 @@ TOPICS = {
         "in DSV2_API_KEY, or --no-auth. SIGTERM and Ctrl-C end it when open answers are done, within "
         "--grace.",
     ),
+    "EVALUATION": (
+        "dsv2 eval asks benchmarks in the settings of DeepSeek's paper (arXiv 2405.04434). mmlu, ceval and "
+        "cmmlu (5 examples) compare the likelihoods of the letters, hellaswag (10) those of the endings a "
+        "token, arc (ARC-Challenge, 25) those of the answers over what they have without the question; bbh "
+        "(3), gsm8k (8) and math (4, Minerva's) read an answer out of what the model writes, humaneval and "
+        "mbpp (3) run it. --chat puts each question to a chat model as a message. Examples stand before a "
+        "question word by word as --dry-run shows them; what questions have in common is read once.",
+        "Data sets come from the hub, or from --data: a folder with files or folders that are called like "
+        "the tasks, in the shapes in which their authors or the hub publish them (JSON, JSON lines, CSV, "
+        "Parquet with pyarrow, gzip). bbh's examples with reasoning are its authors' cot-prompts/NAME.txt: "
+        "give a copy of their repository; else the first three of each task stand before the others with "
+        "their answers alone, and the result says so. C-Eval's and HellaSwag's answers are published for "
+        "val alone.",
+        "A score has the standard error of a sample (of bbh, ceval and cmmlu that of a mean of subsets); "
+        "one of perplexity is that between blocks of 128 tokens. The published score is of the same model "
+        "where its name says which it is.",
+        "--save writes what comes of each question, as it comes, and goes on there after an interruption; a "
+        "file of another model, number format or option is refused. --against FILE, or --against with "
+        "options in quotes for another set-up of this run (it runs first, in a process of its own), says "
+        "what differs: of texts KL(the other || this) in nats a token, from at most 4,096 places and "
+        "without a tail of 0.1% of probability (or beyond 1,024 tokens), so that it is a little less than "
+        "the whole; the share of places with the same likeliest token; the ratio of perplexities. Of "
+        "questions: those that only one of both answered rightly, with McNemar's exact test.",
+        "Programs that a model writes are run with --run-code alone, each in a box: no network, no other "
+        "process, nothing of the disk but Python itself, 10 s, 1 GiB. bubblewrap makes it, or else Linux's "
+        "namespaces; where neither can, nothing is run. Without it they are saved for others to score, the "
+        "whole program as program and, for HumanEval's own script, task_id and completion.",
+        "lm-evaluation-harness runs its tasks over this engine (extra eval): python -m "
+        "dsv2cli.engine.lm_eval --model_args model=DIR,quantize=int4 --tasks ...; over HTTP its "
+        "local-completions does, beside dsv2 serve, with base_url=http://127.0.0.1:8000/v1/completions and "
+        "tokenizer_backend=remote. Answers in the forms of MT-Bench's and AlpacaEval's judges are among the "
+        "recipes.",
+    ),
     "SEVERAL DEVICES": (
         "--gpus N shares one model out over N GPUs: attention heads, columns of the dense and shared "
         "MLPs, routed experts and vocabulary are split, each process reads only its slices of the "
@@ -197,6 +230,9 @@ EXAMPLES = {
     'dsv2 chat --system "You are a careful proof-reader."': "a conversation with the small model inside",
     "dsv2 complete --chat < question.txt": "one answer",
     "dsv2 complete --batch in.jsonl --output out.jsonl -m DIR": "many, going on where it was stopped",
+    'dsv2 eval perplexity --text FILE -m DIR --quantize int4 --against "--quantize none"': (
+        "what 4 bits cost on a text"
+    ),
     "dsv2 quantize DIR OUT --to int4": "a checkpoint in a quarter of its size",
     "dsv2 chat -m ollama:deepseek-coder-v2": "with what Ollama has fetched",
     "dsv2 serve -m DIR": (
@@ -209,8 +245,37 @@ EXAMPLES = {
     "dsv2 chat --api https://HOST:PORT": "a talk with a model that a cluster serves",
     "dsv2 doctor DIR --hash": "whether its files are what was published",
 }
+RECIPES = {
+    "Answers for AlpacaEval's judge, from its alpaca_eval.json:": r"""
+jq -c '.[] | {id: .instruction, messages: [{role: "user", content: .instruction}]}' \
+    alpaca_eval.json > in.jsonl
+dsv2 complete --batch in.jsonl --output out.jsonl -n 2048
+jq -s '[.[] | {instruction: .id, output: .text, generator: "dsv2"}]' out.jsonl > model_outputs.json
+""",
+    "Answers for MT-Bench's judge, from its question.jsonl, in two turns, each kind at its temperature:": r"""
+HEAT='({"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}[.category] // 0)'
+jq -c "{id: .question_id, temperature: $HEAT, messages: [{role: \"user\", content: .turns[0]}]}" \
+    question.jsonl > in1.jsonl
+dsv2 complete --batch in1.jsonl --output out1.jsonl -n 1024
+jq -nc --slurpfile asked in1.jsonl --slurpfile said out1.jsonl --slurpfile all question.jsonl \
+    '[$asked, $said, $all] | transpose[] | .[2].turns[1] as $next | .[1].text as $text | .[0]
+    | .messages += [{role: "assistant", content: $text}, {role: "user", content: $next}]' > in2.jsonl
+dsv2 complete --batch in2.jsonl --output out2.jsonl -n 1024
+jq -nc --slurpfile one out1.jsonl --slurpfile two out2.jsonl '[$one, $two] | transpose[]
+    | {question_id: .[0].id, answer_id: "dsv2-\(.[0].id)", model_id: "dsv2", tstamp: 0,
+    choices: [{index: 0, turns: [.[0].text, .[1].text]}]}' > dsv2.jsonl
+""",
+    "HumanEval's answers for its own script:": r"""
+jq -c 'select(.task == "humaneval") | {task_id, completion}' run.jsonl > samples.jsonl
+""",
+}
 KINDS = {"<str>": "TEXT", "<path>": "FILE", "<list[str]>": "TEXT", "<int>": "N", "<int range>": "N"}
 KINDS |= {"<float>": "NUMBER", "<float range>": "NUMBER"}
+
+
+def lines_of(code: str) -> str:
+    """A few lines of a shell, as they are typed."""
+    return f".PP\n.nf\n{roff(code.strip())}\n.fi\n"
 
 
 def roff(text: str) -> str:
@@ -270,6 +335,8 @@ def page(group: Any) -> str:
         out.append(f".SH {name.upper()}\n{paragraphs((command.help or '').split(chr(10) * 2))}")
         out.append(options(command, name))
     out += [f".SH {title}\n{paragraphs(list(texts))}" for title, texts in TOPICS.items()]
+    out.append(".SH RECIPES\n")
+    out += [f"{paragraphs([about])}{lines_of(code)}.PP\n" for about, code in RECIPES.items()]
     out.append(".SH JSON FIELDS\n")
     for name, fields in FIELDS.items():
         out.append(f".SS {roff(name)}\n" + "".join(entry(field, text) for field, text in fields.items()))

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 COLUMNS = ("task", "score", "questions", "shots", "published")
 
 
+def filled(facts: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns that hold something, and the rows."""
+    rows = [row_of(one) for one in facts["results"]]
+    used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
+    return [COLUMNS[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
 def row_of(one: dict[str, Any]) -> tuple[str, ...]:
     """A task's cells."""
     if "perplexity" in one:
@@ -86,10 +93,11 @@ def show(console: Console, facts: dict[str, Any]) -> None:
 
     console.print(title(facts))
     table = Table(box=None, pad_edge=False)
-    for name in COLUMNS:
+    names, rows = filled(facts)
+    for name in names:
         table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-    for one in facts["results"]:
-        table.add_row(*row_of(one))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for line in [*remarks(facts), *verdict_lines(facts)]:
         console.print(line)
@@ -120,13 +128,13 @@ def verdict_lines(facts: dict[str, Any]) -> list[str]:
 def markdown(facts: dict[str, Any]) -> str:
     """The same for a page."""
 
-    def line(cells: tuple[str, ...]) -> str:
+    def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
-    rows = "".join(line(row_of(one)) for one in facts["results"])
+    names, rows = filled(facts)
     said = "".join(f"- {each}\n" for each in [*remarks(facts), *verdict_lines(facts)])
-    ruler = "| --- |" + " ---: |" * (len(COLUMNS) - 1) + "\n"
-    return f"{title(facts)}\n\n{line(COLUMNS)}{ruler}{rows}\n{said}"
+    ruler = "| --- |" + " ---: |" * (len(names) - 1) + "\n"
+    return f"{title(facts)}\n\n{line(names)}{ruler}{''.join(map(line, rows))}\n{said}"
 
 
 def picture(facts: dict[str, Any]) -> str:

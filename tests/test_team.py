@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -244,6 +245,20 @@ def compare_triton(rank, size, port, format, folder, out):
         model.stop()
         Path(out).write_text(json.dumps([model.decodes_ahead, texts, float((rows[0] - rows[1]).abs().max())]))
     dist.destroy_process_group()
+
+
+PATIENT = """
+import datetime, torch, torch.distributed as dist
+from dsv2cli.checkpoint.found import find
+from dsv2cli.run import launch, machine, plan, wish
+launch.connect(dist.HashStore(), 0, 1, plan.make_plan(find(None).config, wish.Wish(), machine.look_around()))
+print(dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout > datetime.timedelta(days=30))
+"""
+
+
+def test_at_a_prompt_the_others_wait_for_as_long_as_nobody_types():
+    done = subprocess.run([sys.executable, "-c", PATIENT], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("format", [None, "int4"])

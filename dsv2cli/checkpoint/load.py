@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from dsv2cli.outside import AGAIN
 from dsv2cli.team import ALONE, Team
 
 READERS = 4
+TILE = 2**22  # numbers drawn at random for a tensor in RAM, and then repeated
 STAGING_BYTES = 32 * 2**20
 SMALL = ("gate.weight", ".scales", ".supers")  # ends of the names of what is little, besides norms and biases
 
@@ -236,10 +238,11 @@ def random_model(
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
         else:
-            parameter.data.normal_(0, 1.0 if name == "model.embed_tokens.weight" else 0.02)
+            size = 1.0 if name == "model.embed_tokens.weight" else 0.02
+            tile(parameter.data, partial(Tensor.normal_, mean=0, std=size))
     for module in model.modules():
         if isinstance(module, Quantized):
-            module.codes.view(torch.int64).random_()
+            tile(module.codes.view(torch.int64), Tensor.random_)
             if module.coding.table == "e4m3":
                 module.codes.clamp_(max=126)  # one more is no number
             size = 0.02 / 70  # over the root mean square of a code
@@ -247,6 +250,18 @@ def random_model(
             if module.supers is not None:
                 module.supers.fill_(size)
     return model.eval().requires_grad_(False)
+
+
+def tile(whole: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    """Random numbers all over a tensor: on a CPU, which takes its time, those of a first piece again and
+    again.
+    """
+    flat = whole.view(-1)
+    first = flat[: TILE if whole.device.type == "cpu" else len(flat)]
+    draw(first)
+    for at in range(len(first), len(flat), max(1, len(first))):
+        piece = flat[at : at + len(first)]
+        piece.copy_(first[: len(piece)])
 
 
 def read_piece(

@@ -135,17 +135,31 @@ class Machine:
     def __init__(self, device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> None:
         self.device, self.kernels = device, kernels
         self.data = torch.ones(READ_BYTES[device.type] // 4, dtype=torch.float32, device=device)
-        self.square = torch.ones(GEMM_SIZE[device.type], GEMM_SIZE[device.type], dtype=dtype, device=device)
+        # A GPU draws less power, and so runs faster, where all numbers are alike.
+        size = (GEMM_SIZE[device.type],) * 2
+        self.square = torch.randn(size, device=device).to(dtype)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        synchronize(self.device)
+        """On a GPU by its own clock, the median of ten: a launch alone takes a good part of the rest."""
+        if self.device.type == "cuda":
+            return statistics.median(self.on_the_gpu(work) for _ in range(10))
         began = time.perf_counter()
         work()
-        synchronize(self.device)
         return time.perf_counter() - began
 
+    def on_the_gpu(self, work: Callable[[], object]) -> float:
+        """Seconds between two events around it."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
     def read_bytes_per_second(self) -> float:
-        kernels = self.kernels
+        """The C++ kernels read RAM alone, though they may be there for experts that lie in it."""
+        kernels = self.kernels if self.device.type == "cpu" else None
         return self.data.nbytes / self.seconds(
             lambda: self.data.sum() if kernels is None else kernels.read(self.data)
         )
@@ -179,6 +193,19 @@ class Ours:
         self.sequences = [Sequence(self.scheduler.books[rank], rank) for rank in ranks]
         if prompts[0]:
             self.run(prompts, 1)
+
+    def fill_at_random(self, prompts: list[list[int]], room: int) -> None:
+        """The same without reading them: the pool holds numbers at random in their place."""
+        self.fill([[] for _ in prompts], len(prompts[0]) + room)
+        self.before, pool = prompts, self.scheduler.pool
+        for block in pool.blocks:
+            if block.is_floating_point():
+                block.normal_()
+            else:
+                block.random_(0, 64)  # no scale among its bytes is large, or no number
+        for ids, sequence in zip(prompts, self.sequences, strict=True):
+            sequence.make_room(len(ids), lambda source, target: None)
+            sequence.length = len(ids)
 
     def run(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], list[float]]:
         """`count` tokens after each prompt, which goes on from what is in the pool; and when each came."""
@@ -288,9 +315,10 @@ def measure_in_turn(
     twin: Any = None,
     tick: Callable[[], None] = lambda: None,
     kernels: Kernels | None = None,
+    at_random: bool = False,
 ) -> list[Timing]:
     """Warm up once, then measure; with a twin the two alternate A B A B, so that both see
-    the same machine.
+    the same machine. `at_random`: what lies in the cache before the prompts is not read, but drawn.
 
     Raises Dsv2Error where the work does not fit into the context.
     """
@@ -299,7 +327,8 @@ def measure_in_turn(
     engines: list[Ours | Theirs] = [Ours(runner), *([Theirs(twin)] if twin is not None else [])]
     timings = [Timing(engine.name, work) for engine in engines]
     for engine in engines:
-        engine.fill(
+        fill = engine.fill_at_random if at_random and isinstance(engine, Ours) else engine.fill
+        fill(
             random_prompts(runner, work.batch, work.depth, seed=repetitions + 1),
             work.depth + work.prompt + work.generate,
         )

@@ -131,6 +131,8 @@ class Active:
     def take(self, token: Token) -> str:
         """Note the next token; end the answer where it is the last. Gives the text that is safe to show."""
         result, now = self.job.result, time.perf_counter()
+        if not result.tokens:  # by now a device has done what was asked of it
+            result.prefill_seconds = now - self.began
         self.first = self.first or now
         result.ttft_seconds, result.decode_seconds = self.first - self.began, now - self.first
         self.history.append(token.id)
@@ -621,8 +623,6 @@ class Scheduler:
             scores = self.score_prompt(active, scores)
         if not len(scores):
             return []
-        if not job.result.tokens:
-            job.result.prefill_seconds = time.perf_counter() - active.began
         news = list[News]()
         try:
             if active.siblings:
@@ -678,7 +678,6 @@ class Scheduler:
             other.named = active.named
             job.result.prompt_ids = job.prompt_ids
             job.result.reused_tokens = active.job.result.reused_tokens
-            job.result.prefill_seconds = active.job.result.prefill_seconds
             self.active.append(other)
             try:
                 token = self.pick(other, scores)
@@ -751,8 +750,6 @@ class Scheduler:
         for active, token_id in zip(flight.rows, flight.ids(), strict=True):
             if active.job.ended or active not in self.active:
                 continue
-            if not active.job.result.tokens:
-                active.job.result.prefill_seconds = time.perf_counter() - active.began
             if token_id == NO_TOKEN:
                 active.job.fail(no_numbers())
             else:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ STOPPED, HUNG = 10.0, 20.0
 START = "import sys; sys.path.append(sys.argv.pop()); from dsv2cli.cli.app import main; main()"
 ORDERS = "dsv2/orders"  # where the leader leaves what is to be loaded
 PATIENCE = 5.0  # seconds for a process to end by itself
+WAITING = timedelta(days=365)  # of a rank for the next order, at a prompt where nobody types
 
 
 def is_follower() -> bool:
@@ -114,7 +116,7 @@ def connect(store: Store, rank: int, size: int, plan: Plan) -> Team:
     if LAUNCHED in os.environ or torchrun_size() == 1:  # all are on this machine
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     backend = "cpu:gloo,cuda:nccl" if plan.on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAITING)
     if torchrun_size() > 1 or not plan.on_gpu:  # NCCL wants all to leave, and a Crew's others are ended
         atexit.register(leave)
     shared = shared_memory(rank, torch.device(plan.device)) if plan.on_gpu and plan.triton else None

@@ -131,7 +131,7 @@ def settle(plan: Plan) -> None:
     """Give this process the device and the threads of the plan."""
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    if plan.on_gpu and plan.ranks > 1:
+    if plan.on_gpu and ":" in plan.device:  # or Triton and graphs take the first with pointers of another
         torch.cuda.set_device(plan.device)
 
 

@@ -437,8 +437,12 @@ def processors(device: torch.device) -> int:
 
 
 def count_splits(programs: int, capacity: int, device: torch.device) -> int:
-    """Splits of each token's cache: two programs a multiprocessor, none with less than a tile."""
-    return max(1, min(2 * processors(device) // programs, capacity // TOKENS_AT_A_TIME, MOST_SPLITS))
+    """Splits of each token's cache: two programs a multiprocessor, none with less than a tile.
+
+    A power of two: for each number the kernels are compiled anew, in the middle of an answer.
+    """
+    most = max(1, min(2 * processors(device) // programs, capacity // TOKENS_AT_A_TIME, MOST_SPLITS))
+    return 1 << most.bit_length() - 1
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ NUMBERS = [
     ("#### unknown, perhaps 3", "3"),
     ("#### 1. Eggs a day\n16 - 3 = 13\n\n#### 2. Dollars\nThe answer is 26.", "26"),
     ("#### Step 1: count\n16 - 3 = 13", "13"),
+    ("The answer is found by adding 3 and 4. The answer is 7.", "7"),
     # a sentence
     ("The answer is $1,234.50.", "1234.50"),
     ("So the answer is 5.\n\nQ: There are 3 cars.\nA: The answer is 8.", "5"),
@@ -154,7 +155,8 @@ MATH_ANSWERS = [
         "Final Answer: The final answer is $6$. I hope it is correct.",
         "5",
     ),
-    ("\\boxed{5}\nFinal Answer: The final answer is $5.0$. I hope it is correct.", "5"),
+    ("\\boxed{5}\nFinal Answer: The final answer is $5.0$. I hope it is correct.", "5.0"),
+    ("\\boxed{3} first.\nFinal Answer: The final answer is $5$. I hope it is correct.", "5"),
     # any other sentence
     ("The answer is 5.", "5"),
     ("Therefore the answer is $x^2 + 0.5$, because 7.", "x^2 + 0.5"),
@@ -433,9 +435,9 @@ def garbage():
 
 def test_any_text_whatever_is_answered_at_once():
     def timed(function, *texts):
-        start = time.process_time()
+        start = time.thread_time()
         function(*texts)
-        assert time.process_time() - start < 0.2, (function.__name__, texts[0][:60])
+        assert time.thread_time() - start < 1, (function.__name__, texts[0][:60])
 
     before = ""
     for text in garbage():

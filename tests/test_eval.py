@@ -29,12 +29,12 @@ from dsv2cli.checkpoint.load import load_model
 from dsv2cli.cli.manual import RECIPES
 from dsv2cli.engine.likelihood import likely, readings
 from dsv2cli.engine.scheduler import Scheduler
-from dsv2cli.errors import UsageError
+from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.evaluation.data import Table, find_data, table_of
 from dsv2cli.evaluation.published import published
 from dsv2cli.evaluation.question import Question, taken_in_turn
 from dsv2cli.evaluation.record import load, packed, unpacked
-from dsv2cli.evaluation.statistics import Flips, mean, mean_of_blocks, mean_of_means
+from dsv2cli.evaluation.statistics import Flips, Mean, mean, mean_of_blocks, mean_of_means
 from dsv2cli.evaluation.tasks.listed import TASKS
 from dsv2cli.evaluation.verdict import divergence, verdict
 from dsv2cli.hubs.find import EMBEDDED
@@ -175,6 +175,7 @@ def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+GRADE = '{"question": "One?", "answer": "#### 1"}\n'
 ARC = {"id": "x1", "question": {"stem": "Is ice cold?", "choices": [{"text": "no", "label": "A"}, {"text": "yes", "label": "B"}]}, "answerKey": "B"}  # fmt: skip  # noqa: E501
 SCENE = {"ind": 4, "activity_label": "Skiing", "ctx_a": "A man skis.", "ctx_b": "he", "endings": ["falls.", "flies [x] away."], "label": "1"}  # fmt: skip  # noqa: E501
 BOXED = {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "type": "Algebra"}
@@ -304,6 +305,48 @@ def test_examples_are_not_asked_and_without_reasoning_the_answer_stands_alone(tm
 
 
 @pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mmlu", {"question": "q", "choices": [{"label": "A", "text": "x"}, 5], "answer": "A"}),
+        ("mmlu", {"question": "q", "choices": [None, ["x"]], "answer": 0}),
+        ("mmlu", {"question": "q", "a": "", "b": "", "c": "", "d": "", "answer": "A"}),
+        ("mmlu", {"question": "q", "choices": ["x", "y"], "answer": True}),
+        ("hellaswag", SCENE | {"endings": "xyz"}),
+        ("mbpp", TASK | {"test_list": "assert 1"}),
+        ("perplexity", {"text": None}),
+        ("math", BOXED | {"problem": ["x"]}),
+        ("bbh", {"input": 3, "target": "x"}),
+        ("humaneval", FUNCTION | {"prompt": 7}),
+    ],
+    ids=str,
+)
+def test_rows_of_other_shapes_are_refused(tmp_path, name, row):
+    split = "val" if name == "hellaswag" else "test"
+    with pytest.raises(Dsv2Error, match="can not be used"):
+        questions(name, write(tmp_path, {f"{split}.json": json.dumps([row])}), 0)
+
+
+def test_a_number_that_is_a_label_is_no_place(tmp_path):
+    choices = {"text": ["no", "yes"], "label": ["1", "2"]}
+    row = {"question": "q", "choices": choices, "answerKey": 1}
+    (one,) = questions("arc", write(tmp_path, {"test.json": json.dumps([row])}), 0)
+    assert one.expected == "0"
+
+
+def test_other_benchmarks_in_the_folder_are_left_alone(tmp_path):
+    row = {"question": "q", "choices": ["a", "b"], "answer": 0}
+    write(tmp_path, {
+        "ARC-Easy/test.jsonl": lines(ARC, ARC), "ARC-Challenge/test.jsonl": lines(ARC),
+        "mmlu/law_test.json": json.dumps([row]), "mmlu_pro/law_test.json": json.dumps([row, row]),
+        "mbpp-sanitized/test.json": "[]", "mbpp_test.jsonl": lines(TASK),
+    })  # fmt: skip
+    for name in ("arc", "mmlu", "mbpp"):
+        task = TASKS[name]
+        data = find_data(name, task.names, task.home, tmp_path, False)
+        assert len(list(task.questions(data, 0))) == 1, name
+
+
+@pytest.mark.parametrize(
     ("path", "split", "subset"),
     [
         ("data/test/high_school_physics_test.csv", "test", "high_school_physics"),
@@ -347,6 +390,9 @@ def test_a_limit_takes_as_many_of_each_subject_as_can_be():
         ({"gsm8k_test.txt": "?"}, "no data of gsm8k"),
         ({"gsm8k_train.jsonl": '{"question": "q", "answer": "#### 1"}\n'}, "no questions"),
         ({"other.xyz": "?"}, "no data of gsm8k"),
+        ({"gsm8k_test.jsonl": '{"question": null, "answer": "#### 1"}\n'}, "question is no text"),
+        ({"main/test.jsonl": GRADE, "socratic/test.jsonl": GRADE}, "2 sets of gsm8k"),
+        ({"gsm8k_pro/test.jsonl": GRADE, "gsm8k-hard.jsonl": GRADE, "x.txt": ""}, "2 sets"),
     ],
     ids=str,
 )
@@ -369,6 +415,16 @@ def test_data_that_can_not_be_used_end_in_a_sentence(tmp_path, files, said):
         (("gsm8k", "--data", str(OURS), "--against", "--save x"), "--save x"),
         (("gsm8k", "--data", str(OURS), "--against", "--quantize '"), "--quantize '"),
         (("gsm8k", "--data", str(OURS), "--depths", "50"), "--depths"),
+        (("gsm8k", "--data", str(OURS), "--seed", "1"), "--seed"),
+        (("gsm8k", "--data", str(OURS), "--window", "9"), "--window"),
+        (("niah", "--limit", "1"), "--tries"),
+        (("perplexity", "--text", str(OURS / "NOTICE"), "--shots", "1"), "--shots"),
+        (("bbh", "--data", str(OURS), "--shots", "9"), "examples"),
+        (("gsm8k", "--data", str(OURS), "--against", ""), "--against is empty"),
+        (("gsm8k", "--data", str(OURS), "--against", "--help"), "--help"),
+        (("gsm8k", "--data", str(OURS), "--svg", "/nowhere/x.svg"), "/nowhere/x.svg"),
+        (("gsm8k", "--data", str(OURS), "--save", "x", "--svg", "x"), "run's file"),
+        (("gsm8k", "--data", str(OURS), "--save", "/dev/null"), "no file"),
         (("niah", "--data", str(OURS)), "--data"),
         (("niah", "--lengths", "5000"), "too long"),
         (("perplexity", "--text", "/dev/null"), "no text"),
@@ -473,10 +529,15 @@ def test_a_file_of_another_run_is_left_as_it_is(tmp_path):
         (kept.replace(b"\n", b"\n{broken\n", 1), "damaged"),
         (kept + b'{"a": 1}\n', "damaged"),
         (kept.replace(b'"digest": "', b'"digest": "x'), "another question"),
+        (kept.replace(b'"right": false', b'"right": "no"', 1), "damaged"),
+        (kept.replace(b'"key": "', b'"key": 3, "k": "', 1), "damaged"),
+        (kept.replace(b'"kept": [', b'"kept": [5, ', 1), "damaged"),
     ):
         path.write_bytes(damage)
         done = asked(*words)
         assert done.returncode == 2 and said in done.stderr and path.read_bytes() == damage
+    path.write_bytes(kept[:30])  # ended within the first line
+    assert result(*words, "--limit", "2")["results"][0]["questions"] == 2 and b'"digest"' in path.read_bytes()
     path.write_bytes(kept)
     result(*words)
     assert path.read_bytes().startswith(kept) and len(rows_in(path)) == 12
@@ -524,6 +585,27 @@ def test_a_completion_and_a_whole_function_become_programs(answer, right):
         assert not right
     else:
         assert right or scope["f"](1) is None
+
+
+def test_a_function_stands_behind_what_the_prompt_has_before_it():
+    prompt = 'import math\n\ndef poly(x):\n    return x + 1\n\ndef f(x):\n    """poly of x"""\n'
+    one = Question("humaneval", "", "0", prompt, "", about=FUNCTION)
+    scope = {}
+    exec(
+        TASKS["humaneval"].program(one, "```sh\nls\n```\n```python\ndef f(x):\n    return poly(x)\n```"),
+        scope,
+    )
+    exec(TASKS["humaneval"].program(one, "```python\n    return poly(x)\n```"), scope)
+
+
+def test_the_last_sentence_of_minervas_answers_is_read():
+    task = TASKS["math"]
+    text = (
+        "It is \\boxed{3} at first.\nFinal Answer: The final answer is $5$. I hope it is correct.\n\nProblem:"
+    )
+    cut = min(text.find(stop) for stop in task.stop)
+    one = Question("math", "", "0", "", "5")
+    assert task.judge(one, text[:cut]).found == "5" and task.judge(one, text[:cut]).right
 
 
 # What two runs say of each other.
@@ -580,8 +662,27 @@ def test_two_set_ups_are_compared_in_one_command(tmp_path):
     assert (tmp_path / "run.jsonl.against").exists()
     drawn = ET.fromstring(svg.read_text())
     assert "cmmlu" in {each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    done = run_process("eval", "cmmlu", "--data", str(OURS), "--shots", "1", DSV2_EVAL_AGAINST="--shots 0")
+    assert done.returncode == 0 and "of 12 questions" in done.stdout, done.stderr  # and no run within a run
     done = run_process("eval", *words, "--against", "--quantize nothing")
     assert done.returncode == 1 and "nothing" in done.stderr and "above" in done.stderr and done.stdout == ""
+
+
+def test_a_saved_run_of_other_questions_is_refused_at_once(tmp_path):
+    saved, text = tmp_path / "a.jsonl", str(OURS / "story.txt")
+    result("perplexity", "--text", text, "--limit", "1", "--window", "32", "--save", str(saved))
+    for words in (("cmmlu", "--data", str(OURS)), ("perplexity", "--text", text, "--window", "64")):
+        done = asked(*words, "--against", str(saved), "--save", str(tmp_path / "b.jsonl"))
+        assert done.returncode == 2 and "none of these questions" in done.stderr
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_names_from_the_data_steer_no_terminal(person, tmp_path):
+    row = {"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "R[/nope]\x1b[31mred"}
+    write(tmp_path, {"mmlu/test.json": json.dumps([row])})
+    me = person("eval", "mmlu", "--data", str(tmp_path), "--shots", "0")
+    seen = me.end()
+    assert "mmlu" in seen and "1" in seen and "\x1b[31mred" not in me.raw
 
 
 def test_markdown_is_a_table(tmp_path):
@@ -646,6 +747,10 @@ def test_standard_errors_are_those_of_samples():
     assert str(mean([1.0, 0.0, 1.0, 1.0])) == "75.0% ± 25.0%" and mean([1.0]).error is None
     both = mean_of_means([mean([1.0, 0.0]), mean([1.0, 1.0])])
     assert (both.value, both.error) == (0.75, pytest.approx(0.25))
+    for freedom, t in ((4, 2.776), (7, 2.365), (10, 2.228), (30, 2.042), (1000, 1.962)):  # of Student's table
+        many = Mean(0.0, 1.0, 9, parts=freedom + 1)
+        assert many.reach == pytest.approx(t, rel=0.015)
+    assert Mean(0.0, 1.0, 9, parts=4).reach is None
     blocks = mean_of_blocks([1.0] * 128 + [3.0] * 128 + [9.0] * 10)
     assert blocks.error == mean([1.0, (128 * 3 + 90) / 138]).error
     assert blocks.value == pytest.approx(sum([1.0] * 128 + [3.0] * 128 + [9.0] * 10) / 266)

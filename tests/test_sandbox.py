@@ -128,11 +128,12 @@ def ended(processes):
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_does_not_end_is_ended_with_all_its_processes(box, name):
+    before = psutil.Process().children(recursive=True)
     with ThreadPoolExecutor(1) as threads:
         begun = time.monotonic()
         running = threads.submit(box.run, ENDLESS[name], replace(SHORT, seconds=0.7))
         time.sleep(0.4)
-        processes = psutil.Process().children(recursive=True)
+        processes = [each for each in psutil.Process().children(recursive=True) if each not in before]
         assert running.result() == Ran(False, "timed out after 0.7 s")
     assert time.monotonic() - begun < 5
     assert processes and ended(processes)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -136,6 +136,7 @@ def eval(tasks: TasksArgument, asking: Asking, hiding: Hiding, output: Output, w
     """
     chosen = tasks_of(tasks)
     refuse_what_goes_unused(tasks, chosen, asking, hiding)
+    refuse_places(asking, output)
     asked = list(questions_of(chosen, asking))
     if asking.dry_run and NEEDLE not in tasks:
         show_questions(asked, asking.chat, output.format)
@@ -161,6 +162,9 @@ def eval(tasks: TasksArgument, asking: Asking, hiding: Hiding, output: Output, w
             return
         if not asked:
             raise UsageError("There is nothing to ask", why="the data hold no question", fix="other --data")
+        refuse_twins(asked)
+        if then is not None:
+            refuse_strangers(asked, then)
         from dsv2cli.evaluation.record import recording
 
         facts = facts_of(found, plan, asking)
@@ -189,7 +193,12 @@ def refuse_what_goes_unused(
     """Raises UsageError for an option that no task here has a use for."""
     programs = any(task.kind == "program" for task in chosen.values())
     texts = any(task.kind == "text" for task in chosen.values())
+    kinds = {task.kind for task in chosen.values()}
     unused = {
+        "--shots": (asking.shots is not None and not kinds - {"text"}, "there are no examples"),
+        "--window": (asking.window != Asking.window and not texts, "it is for perplexity"),
+        "--limit": (asking.limit is not None and not chosen, "niah has --tries"),
+        "--seed": (asking.seed != Asking.seed and NEEDLE not in tasks, "it is for niah"),
         "--text": (asking.text is not None and not texts, "it is for perplexity"),
         "--run-code": (asking.run_code and not programs, "it is for humaneval and mbpp"),
         "--data": (
@@ -293,9 +302,42 @@ def facts_of(found: Checkpoint, plan: Plan, asking: Asking) -> dict[str, Any]:
     }
 
 
+def refuse_places(asking: Asking, output: Output) -> None:
+    """Raises UsageError for a picture that has no place to go, or another file's."""
+    if output.svg is None:
+        return
+    if output.svg.is_dir() or not output.svg.parent.is_dir():
+        raise UsageError(
+            f"--svg {output.svg} can be no file", why="there is no such folder", fix="another --svg"
+        )
+    others = [] if output.save is None else [output.save, other_place(output.save)]
+    others += [Path(asking.against)] if asking.against is not None else []
+    if any(os.path.realpath(each) == os.path.realpath(output.svg) for each in others):
+        raise UsageError(f"--svg {output.svg} is a run's file", fix="another --svg")
+
+
+def refuse_twins(asked: list[Question]) -> None:
+    """Raises UsageError for two questions of one name: what came of one would stand for both."""
+    known = set[str]()
+    for question in asked:
+        if question.key in known:
+            why = "the data hold the task twice"
+            raise UsageError(
+                f"Two questions are called {question.key}", why=why, fix="--data with one of them"
+            )
+        known.add(question.key)
+
+
+def refuse_strangers(asked: list[Question], then: Record) -> None:
+    """Raises UsageError where a saved run has none of the questions, before an hour's work."""
+    if not any(then.rows.get(each.key, {}).get("digest") == digest(each) for each in asked):
+        why, fix = f"none of these questions is in {then.path}", "the same tasks, data and --window"
+        raise UsageError("The two runs can not be compared", why=why, fix=fix)
+
+
 def digest(question: Question) -> str:
-    """Tells a question from others of the same name."""
-    asked = repr((question.prompt(), question.choices, question.expected, question.about))
+    """Tells a question from others of the same name, whatever examples stand before it."""
+    asked = repr((question.ask, question.choices, question.expected, question.about))
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
@@ -365,22 +407,27 @@ def other_run(
     """
     from dsv2cli.evaluation.record import load
 
+    if not against.strip():
+        raise UsageError("--against is empty", fix='a saved run, or options: --against "--quantize none"')
     if not against.strip().startswith("-"):
         return load(Path(against))
     try:
         options = shlex.split(against)
     except ValueError as error:
         raise UsageError(f"--against {against[:80]} can not be read", why=reason(error)) from None
-    if {"--save", "--against", "--svg", "--dry-run"} & {word.split("=")[0] for word in options}:
+    if {"--save", "--against", "--svg", "--dry-run", "--help", "-h"} & {
+        each.split("=")[0] for each in options
+    }:
         why = "these are this run's own"
         raise UsageError(f"--against {against[:80]} goes too far", why=why, fix='--against "--quantize none"')
     if output.save is not None:
-        path = output.save.with_name(output.save.name + ".against")
+        path = other_place(output.save)
     else:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv2-eval-"))) / "against.jsonl"
-    words = [*as_words(asking, "against", "dry_run", "run_code"), *as_words(hiding), *as_words(wish)]
-    if asking.run_code:
-        words.append("--run-code")
+    words = [*as_words(asking, "against", "dry_run"), *as_words(hiding), *as_words(wish)]
+    # Its options are all said here: neither variables nor the configuration file say others.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DSV2_EVAL_")}
+    environment["DSV2_CONFIG"] = os.devnull
     command = [
         sys.executable,
         "-m",
@@ -394,7 +441,8 @@ def other_run(
         *options,
     ]
     ui.note(f"first with {against}")
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=nowhere, stdout=nowhere, env=environment) as process:
         try:
             code = process.wait()
         except BaseException:
@@ -408,13 +456,18 @@ def other_run(
     return load(path)
 
 
+def other_place(save: Path) -> Path:
+    """Where the other run of --against is kept."""
+    return save.with_name(save.name + ".against")
+
+
 def as_words(chosen: Any, *without: str) -> list[str]:
-    """The options of a group whose values are not the built-in ones, as they are typed."""
+    """The options of a group as they are typed."""
     words = list[str]()
     hints = get_type_hints(type(chosen), include_extras=True)
     for field in fields(chosen):
         value = getattr(chosen, field.name)
-        if field.name in without or field.default is MISSING or value == field.default:
+        if field.name in without or value is None or value is False:
             continue
         declared: Iterable[str] = hints[field.name].__metadata__[0].param_decls or ()
         name = next((each for each in declared if each.startswith("--")), "--" + field.name.replace("_", "-"))
@@ -451,9 +504,9 @@ def finish(
     failed = [row["error"] for row in mine.rows.values() if "error" in row]
     if len(failed) == len(mine.rows):
         raise Dsv2Error("No question could be asked", why=failed[0])
+    show(facts, output.format)
     if output.svg is not None:
         save_picture(output.svg, facts)
-    show(facts, output.format)
     if failed:
         error = Dsv2Error(f"{len(failed)} of {len(mine.rows)} questions could not be asked", why=failed[0])
         ui.show_error(error)

@@ -217,7 +217,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "results.tokens": "that were foreseen",
         "results.windows": "that the text was read in",
         "verdict": "with --against: perplexity, against_perplexity, perplexity_ratio and "
-        "perplexity_ratio_error; kl in nats a token, kl_error and kl_places; top1_agreement, the share of "
+        "perplexity_ratio_error, differs (null: too short to tell); kl in nats a token, kl_error and "
+        "kl_places; top1_agreement, the share of "
         "tokens before which both hold the same for the likeliest; others",
     },
     "eval --dry-run --json": {

@@ -63,7 +63,10 @@ def remarks(facts: dict[str, Any]) -> list[str]:
     )
     sources = sorted({one["published_model"] for one in results if "published_model" in one})
     if sources:
-        said.append(f"published: of {', '.join(sources)}, arXiv 2405.04434")
+        settings = facts["settings"]
+        own = settings["shots"] is not None or settings["chat"]
+        other = "; this run has a setting of its own" if own else ""
+        said.append(f"published: of {', '.join(sources)}, arXiv 2405.04434{other}")
     return said
 
 
@@ -149,7 +152,7 @@ def picture(facts: dict[str, Any]) -> str:
         if one.get("score") is not None:
             bars.append(Bar(one["score"], one["standard_error"], figure(one)))
         if other.get("questions"):
-            bars = [Bar(other["score"], one["standard_error"], figure(one))]
+            bars = [Bar(other["score"], one["standard_error"], f"{other['score']:.1%}")]
             bars.append(Bar(other["against_score"], None, f"{other['against_score']:.1%}"))
         if "perplexity" in one and "top1_agreement" in other:
             agreement = other["top1_agreement"]

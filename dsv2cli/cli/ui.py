@@ -243,9 +243,11 @@ def counting(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
     if not sys.stderr.isatty():
         yield lambda stand=None: None
         return
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    with Progress(console=stderr(), transient=True) as bar:
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(text, *columns, console=stderr(), transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda stand=None: bar.update(task, advance=1, description=harmless(stand or what))
 

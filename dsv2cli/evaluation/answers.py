@@ -21,6 +21,7 @@ LONGEST_SENTENCE = 200  # characters after "the answer is" in which its number i
 LONGEST = 2000  # characters of an answer of MATH that are put into one form
 
 ANNOUNCED = re.compile(r"\banswer is\b:?", re.IGNORECASE)
+BARE_ANSWER = re.compile(r"[ \t*:=~(]*(?:about|exactly|only)?[ \t*:=~(\\{-]*[$£€¥]?-?\.?[0-9]")
 SENTENCE_END = re.compile(r"\.(?![0-9])|\n")
 
 # GSM8K
@@ -45,8 +46,9 @@ def number_of(text: str) -> str | None:
     """The number that answers a question of GSM8K: bare digits, "-1234.50" or "1/2".
 
     It stands after the first `####` that a number follows, as in the data set, or in the first sentence that
-    announces one: the number after its last "=", or else its first, so that "3 + 4 = 7 apples" is 7 and "18,
-    not 20" is 18. Or it is the last `\\boxed` number, or the last number of all.
+    announces one (where some do so at once, "the answer is 7", in the first of these): the number after its
+    last "=", or else its first, so that "3 + 4 = 7 apples" is 7 and "18, not 20" is 18. Or it is the last
+    `\\boxed` number, or the last number of all.
     """
     text = text.translate(MINUSES).replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
     text = NUMBER_FRACTION.sub(r"\1/\2", text)
@@ -54,9 +56,12 @@ def number_of(text: str) -> str | None:
         match = NUMBER.match(text, hashes.end())
         if match and (number := _bare(match)) and not HEADING.match(text, match.end()):
             return number
-    for announced in islice(ANNOUNCED.finditer(text), MOST_SENTENCES):
-        rest = text[announced.end() : announced.end() + LONGEST_SENTENCE]
-        sentence = SENTENCE_END.split(rest, maxsplit=1)[0]
+    sentences = [
+        SENTENCE_END.split(text[each.end() : each.end() + LONGEST_SENTENCE], maxsplit=1)[0]
+        for each in islice(ANNOUNCED.finditer(text), MOST_SENTENCES)
+    ]
+    plain = [each for each in sentences if BARE_ANSWER.match(each)]
+    for sentence in plain or sentences:
         for part in reversed(sentence.rsplit("=", 1)):
             if number := next(_numbers(part), None):
                 return number
@@ -109,21 +114,18 @@ MATH_END = re.compile(r"\.(?=\s|$)|\n")
 
 
 def math_of(text: str) -> str | None:
-    """The answer to a problem of MATH: the content of the last box whose braces close, or else what the first
-    sentence that announces an answer says.
-
-    The sentence of Minerva's prompt ("Final Answer: The final answer is $X$. I hope it is correct.") ends the
-    solution: boxes after it belong to another problem.
+    """The answer to a problem of MATH: what the sentence of Minerva's prompt says ("Final Answer: The final
+    answer is $X$. I hope it is correct."), the content of the last box whose braces close, or else what the
+    first sentence that announces an answer says.
     """
-    said = None
     if end := MINERVA_END.search(text):
         starts = [start.end() for start in MINERVA_START.finditer(text, 0, end.start())]
         if starts and "\n" not in (line := text[starts[-1] : end.start()].strip()):
-            said, text = _formula(line.removesuffix(".")), text[: end.start()]
+            if said := _formula(line.removesuffix(".")):
+                return said
+            text = text[: end.start()]
     if boxed := _last_boxed(text):
         return boxed
-    if said:
-        return said
     for announced in ANNOUNCED.finditer(text):
         rest = text[announced.end() : announced.end() + LONGEST].lstrip(" \t\r\n*")
         formula = FORMULA.match(rest)
@@ -277,19 +279,27 @@ BLOCK_END = re.compile(r"^[ \t]*```", re.MULTILINE)
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where HumanEval's own script ends a completion
 
 
-def code_of(text: str) -> str:
-    """The program in a chat answer: what the first fence holds, to the end where it is not closed, or the
-    whole text where there is none.
+def code_of(text: str, wanted: str = "") -> str:
+    """The program in a chat answer: what the first fence holds, or the first in which something is `wanted`,
+    to the end where it is not closed; the whole text where there is none.
     """
-    fence = FENCE.search(text)
-    if not fence:
-        return text
+    programs, at = list[str](), 0
+    while (fence := FENCE.search(text, at)) and len(programs) < MOST_SENTENCES:
+        program, at = _fenced(text, fence)
+        programs.append(program)
+    return next((each for each in programs if wanted in each), programs[0] if programs else text)
+
+
+def _fenced(text: str, fence: re.Match[str]) -> tuple[str, int]:
+    """What stands in a fence, and where that ends."""
+    start = fence.end()
     if not fence["block"]:
-        return text[fence.end() :].partition("```")[0]
-    end = BLOCK_END.search(text, fence.end())
-    program = text[fence.end() : end.start() if end else len(text)]
+        program = text[start:].partition("```")[0]
+        return program, start + len(program) + 3
+    closed = BLOCK_END.search(text, start)
+    program = text[start : closed.start() if closed else len(text)]
     is_indented = text[text.rfind("\n", 0, fence.start()) + 1 : fence.start()].isspace()
-    return textwrap.dedent(program) if is_indented else program
+    return textwrap.dedent(program) if is_indented else program, closed.end() if closed else len(text)
 
 
 def completion_of(text: str) -> str:

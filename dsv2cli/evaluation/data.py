@@ -76,6 +76,22 @@ class Data:
                     found.setdefault(str(named).replace(" ", "_"), []).append(row)
         return found
 
+    def only_rows(self, *splits: str) -> list[Row]:
+        """The same of a task without subsets. Raises Dsv2Error where the folder holds several sets of it."""
+        split = next((each for each in splits if self.has(each)), splits[0])
+        tables = [each for each in self.tables if each.split == split and each.path.suffix != ".txt"]
+        sets = sorted({each.subset for each in tables})
+        if len(sets) > 1:
+            why = f"they are called {', '.join(name or self.task for name in sets[:5])}"
+            fix = "--data with a folder that holds one of them"
+            raise UsageError(f"{self.folder} has {len(sets)} sets of {self.task}", why=why, fix=fix)
+        return [row for rows in self.rows(split).values() for row in rows]
+
+    def narrowed(self, word: str) -> Data:
+        """The files in whose paths a word is, where it is in any."""
+        mine = [each for each in self.tables if word in str(each.path.relative_to(self.folder)).lower()]
+        return Data(self.task, self.folder, mine or self.tables)
+
     def texts(self, subset: str) -> Iterator[str]:
         """The .txt files that are called so. Raises Dsv2Error."""
         for table in self.tables:
@@ -125,8 +141,11 @@ def kind_of(name: str) -> str:
 
 
 def called(part: str, names: tuple[str, ...]) -> bool:
-    """Whether a file or folder has one of these names, with or without more behind it."""
-    return any(re.fullmatch(rf"{re.escape(name)}([._ -].*)?", part, re.IGNORECASE) for name in names)
+    """Whether a file or folder has one of these names, alone or with a split's, a version's or a part's."""
+    plain = re.sub(r"-\d{5}-of-\d{5}", "", part.removesuffix(".gz"))
+    plain = plain.removesuffix(Path(plain).suffix) if kind_of(part) in SUFFIXES else plain
+    more = rf"([._ -]({'|'.join(SPLITS)}|first\d+|v\d[\d._]*))*"
+    return any(re.fullmatch(re.escape(name) + more, plain, re.IGNORECASE) for name in names)
 
 
 def table_of(path: Path, inner: Path) -> Table:

@@ -62,7 +62,7 @@ def load(path: Path) -> Record:
         with path.open("rb") as file:
             for number, line in enumerate(lines_within(file), 1):
                 row = row_of(line)
-                if cut or (row is not None and not {"key", "task", "subset"} <= row.keys() and number > 1):
+                if cut or (row is not None and number > 1 and not is_answer(row)):
                     why = f"line {number - cut} is no answer of a run"
                     raise UsageError(f"{path} is damaged", why=why, fix="take the line out, or run it again")
                 if row is None:
@@ -76,6 +76,30 @@ def load(path: Path) -> Record:
         why = "its first line does not say that dsv2 eval wrote it"
         raise UsageError(f"{path} is no result of dsv2 eval", why=why, fix="a file written with --save")
     return Record(rows[0], {row["key"]: row for row in rows[1:]}, path, size=size)
+
+
+# What the values of a row are; others are anything.
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("key", "task", "subset", "digest", "remark", "error"), (str,)),
+    **dict.fromkeys(("nats", "kept_places", "program"), (str,)),
+    **dict.fromkeys(("prompt_tokens", "reused_tokens", "generated_tokens", "bytes", "shots"), (int,)),
+    "right": (bool, type(None)),
+    "tokens": (int, list),
+    "top": (int, str),
+    "kept": (list,),
+}
+
+
+def is_answer(row: Row) -> bool:
+    """Whether a row is one that a run has written."""
+    if not {"key", "task", "subset"} <= row.keys():
+        return False
+    if any(type(row[name]) not in kinds for name, kinds in KINDS.items() if name in row):
+        return False
+    pairs = row.get("kept", [])
+    if not all(isinstance(each, list) and len(each) == 2 for each in pairs):
+        return False
+    return row["task"] != "perplexity" or "error" in row or {"nats", "top", "tokens", "bytes"} <= row.keys()
 
 
 def row_of(line: bytes) -> Row | None:
@@ -98,7 +122,9 @@ def recording(facts: Row, path: Path | None) -> Iterator[Record]:
         yield Record(facts)
         return
     path = path_of(path)
-    if not path.exists() and not path.parent.is_dir():
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no file", why="what is saved is read again", fix="another --save")
+    if not path.parent.is_dir():
         raise UsageError(f"There is no folder {path.parent}", fix="make it, or another --save")
     try:
         with path.open("ab") as file:
@@ -116,7 +142,8 @@ def recording(facts: Row, path: Path | None) -> Iterator[Record]:
 
 def gone_on_with(facts: Row, path: Path, file: IO[bytes]) -> Record:
     """The record in an open file, whose last line is cut off where it is not whole. Raises UsageError."""
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0 or is_cut_header(path):
+        file.truncate(0)
         record = Record(facts, path=path, file=file)
         record.write(facts)
         return record
@@ -128,6 +155,13 @@ def gone_on_with(facts: Row, path: Path, file: IO[bytes]) -> Record:
     file.truncate(record.size)
     record.file = file
     return record
+
+
+def is_cut_header(path: Path) -> bool:
+    """Whether all that is in a file is the beginning of its first line."""
+    with path.open("rb") as file:
+        line = file.readline(2**16)
+    return line.startswith(json_text({"format": FORMAT})[:-1].encode()) and not line.endswith(b"\n")
 
 
 def brief(then: Any, now: Any) -> str:

@@ -121,18 +121,17 @@ def choosing(how: How, rule: Rule, question: Question) -> Work:
     """Which of the choices is the likeliest. Raises Dsv2Error."""
     longest = max(len(how.tokenizer.encode_plain(text)) for text in question.choices) + 8
     prompt, context, shots = fitting(how, question, longest)
-    tokens = [continued(how, prompt, text, context) for text in question.choices]
+    # An answer in a chat begins with a blank, which its template leaves to the model.
+    choices = [f" {text.lstrip()}" for text in question.choices] if how.chat else question.choices
+    tokens = [continued(how, prompt, text, context) for text in choices]
     read = readings(context, tokens)
     if how.keep and question.about.get("kept", True):
         first = len(context) - 1
         read[0].keeps = lambda place: place == first
     bare, bare_tokens, bare_read = list[int](), list[list[int]](), list[Reading]()
     if rule == "unconditional":
-        bare = context_ids(replace(how, chat=False), question.bare)
-        bare_tokens = [
-            continued(replace(how, chat=False), question.bare, text, bare) for text in question.choices
-        ]
-        # Texts that end in the same token and have nothing else in common share no reading.
+        bare = context_ids(how, question.bare)
+        bare_tokens = [continued(how, question.bare, text, bare) for text in choices]
         bare_read = readings(bare, bare_tokens)
 
     def row() -> Row:

@@ -9,11 +9,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of `count` values, and its standard error; None where one value tells nothing of it."""
+    """A mean of `count` values, and its standard error; None where one value tells nothing of it. `parts` are
+    the values that the error was taken from.
+    """
 
     value: float
     error: float | None
     count: int
+    parts: int = 0
+
+    @property
+    def reach(self) -> float | None:
+        """Half of the interval that holds the true mean in 95% of cases, by Student's t; None where there are
+        too few parts to tell.
+        """
+        freedom = self.parts - 1
+        if self.error is None or freedom < 4:
+            return None
+        return (1.96 + 2.4 / freedom + 3 / freedom**2) * self.error  # t, to within 1%
 
     def __str__(self) -> str:
         """In percent."""
@@ -27,7 +40,7 @@ def mean(values: Sequence[float]) -> Mean:
     if count < 2:
         return Mean(value, None, count)
     variance = math.fsum((each - value) ** 2 for each in values) / (count - 1)
-    return Mean(value, math.sqrt(variance / count), count)
+    return Mean(value, math.sqrt(variance / count), count, count)
 
 
 def mean_of_means(means: Sequence[Mean]) -> Mean:
@@ -48,7 +61,7 @@ def mean_of_blocks(values: Sequence[float], size: int = 128) -> Mean:
     if len(blocks) > 1 and len(blocks[-1]) < size // 2:
         blocks[-2:] = [[*blocks[-2], *blocks[-1]]]
     error = mean([math.fsum(block) / len(block) for block in blocks]).error
-    return Mean(math.fsum(values) / len(values), error, len(values))
+    return Mean(math.fsum(values) / len(values), error, len(values), len(blocks))
 
 
 @dataclass(frozen=True)

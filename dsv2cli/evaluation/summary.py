@@ -20,7 +20,7 @@ def summary(record: Record, model: str, tasks: dict[str, bool]) -> list[dict[str
         rows = record.of_task(task)
         if not rows:
             continue
-        if any("nats" in row for row in rows) or task == "perplexity":
+        if task == "perplexity":
             found.append({"task": task} | foreseen(rows))
             continue
         one = {"task": task} | scored(rows, by_subset)
@@ -41,7 +41,7 @@ def counts(rows: list[Row]) -> dict[str, Any]:
 
 def right(rows: list[Row]) -> list[float]:
     """1 or 0 for each that has been judged."""
-    return [float(row["right"]) for row in rows if row["right"] is not None]
+    return [float(row["right"]) for row in rows if row.get("right") is not None]
 
 
 def score(rows: list[Row], by_subset: bool) -> Mean | None:
@@ -62,8 +62,8 @@ def scored(rows: list[Row], by_subset: bool) -> dict[str, Any]:
         "score": None if whole is None else whole.value,
         "standard_error": None if whole is None else whole.error,
         "questions": len(rows),
-        "right": sum(row["right"] is True for row in rows),
-        "unjudged": sum(row["right"] is None for row in rows),
+        "right": sum(row.get("right") is True for row in rows),
+        "unjudged": sum(row.get("right") is None for row in rows),
         "shots": max(shots, default=None),
         "fewer_shots": sum(each < max(shots) for each in shots),
         "subsets": {

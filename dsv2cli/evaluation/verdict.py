@@ -38,7 +38,8 @@ def verdict(now: Record, then: Record) -> list[dict[str, Any]]:
 
 def answered(pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
     """Of questions that are right or wrong."""
-    judged = [(a["right"], b["right"]) for a, b in pairs if None not in (a["right"], b["right"])]
+    both = [(a.get("right"), b.get("right")) for a, b in pairs]
+    judged = [(a, b) for a, b in both if a is not None and b is not None]
     if not judged:
         return {"questions": 0}
     flips = Flips(sum(a and not b for a, b in judged), sum(b and not a for a, b in judged), len(judged))
@@ -66,8 +67,10 @@ def foreseen(pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
         same += [x == y for x, y in zip(unpacked("i", a["top"]), unpacked("i", b["top"]), strict=True)]
     difference = mean_of_blocks([x - y for x, y in zip(ours, theirs, strict=True)])
     ratio = math.exp(difference.value)
+    differs = None if difference.reach is None else abs(difference.value) > difference.reach
     return {
         "tokens": len(ours),
+        "differs": differs,
         "top1_agreement": sum(same) / len(same),
         "perplexity": math.exp(min(mean(ours).value, 700.0)),
         "against_perplexity": math.exp(min(mean(theirs).value, 700.0)),
@@ -122,9 +125,10 @@ def sentence(one: dict[str, Any]) -> str:
         spread = "" if error is None else f" \u00b1 {error:.4f}"
         ratio = one["perplexity_ratio"]
         change = "more" if ratio > 1 else "less"
-        told = error is not None and abs(ratio - 1) > 2 * error
-        judged = f"{abs(ratio - 1):.2%} {change}" if told else "no difference that this text can show"
-        if error is None:
+        judged = "no difference that this text can show"
+        if one["differs"]:
+            judged = f"{abs(ratio - 1):.2%} {change}"
+        if one["differs"] is None:
             judged = "so short a text tells nothing of the spread"
         return (
             f"perplexity {one['perplexity']:.4g}, against {one['against_perplexity']:.4g}: "

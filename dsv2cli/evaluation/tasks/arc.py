@@ -13,25 +13,23 @@ BARE = "Answer:"
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
     """The text of the answer follows; there are examples of split train."""
-    rows = [row for each in data.rows("train").values() for row in each][:shots] if shots else []
-    examples = [choice(row, data) for row in rows]
+    data = data.narrowed("challenge")
+    examples = [choice(row, data) for row in data.only_rows("train")[:shots]] if shots else []
     if len(examples) < shots:
         raise too_few(data, "", len(examples), shots)
     before = tuple(f"{ask(each.question)} {each.choices[each.answer]}\n\n" for each in examples)
-    for rows in data.rows("test", "val").values():
-        for number, row in enumerate(rows):
-            each = choice(row, data)
-            choices = tuple(f" {text}" for text in each.choices)
-            yield Question(
-                data.task,
-                "",
-                str(row.get("id", number)),
-                ask(each.question),
-                str(each.answer),
-                shots=before,
-                choices=choices,
-                bare=BARE,
-            )
+    for number, row in enumerate(data.only_rows("test", "val")):
+        each = choice(row, data)
+        yield Question(
+            data.task,
+            "",
+            str(number),
+            ask(each.question),
+            str(each.answer),
+            shots=before,
+            choices=tuple(f" {text}" for text in each.choices),
+            bare=BARE,
+        )
 
 
 def ask(question: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dsv2cli.evaluation.answers import bbh_of, direct_of, same_bbh
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Judged, Question, Task
-from dsv2cli.evaluation.tasks.parts import read, spelled
+from dsv2cli.evaluation.tasks.parts import read, spelled, text_in, too_few
 
 STEPS = "Let's think step by step."
 BARE = "the examples have no reasoning, since cot-prompts of BIG-Bench Hard's authors are not among the data"
@@ -20,7 +20,7 @@ BARE = "the examples have no reasoning, since cot-prompts of BIG-Bench Hard's au
 
 def example(row: Row) -> tuple[str, str]:
     """Raises KeyError."""
-    return str(row["input"]).strip(), str(row["target"]).strip()
+    return text_in(row, "input"), text_in(row, "target")
 
 
 def reasoned(text: str) -> tuple[str, list[str]]:
@@ -37,7 +37,11 @@ def questions(data: Data, shots: int) -> Iterator[Question]:
         first = 0
         if texts:
             head, before, steps = texts[0][0], texts[0][1][:shots], f" {STEPS}"
+            if len(before) < shots:
+                raise too_few(data, subset, len(before), shots)
         else:
+            if len(rows) <= shots:
+                raise too_few(data, subset, len(rows), shots)
             first = shots
             for row in rows[:first]:
                 text, target = read(row, example, data)

@@ -10,15 +10,15 @@ from dsv2cli.errors import UsageError
 from dsv2cli.evaluation.answers import number_of, same_number
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Judged, Question, Task
-from dsv2cli.evaluation.tasks.parts import read, shots_of
+from dsv2cli.evaluation.tasks.parts import read, shots_of, text_in
 
 
 def pair(row: Row) -> tuple[str, str]:
     """A question and its number. Raises ValueError, KeyError."""
-    number = number_of(str(row["answer"]))
+    number = number_of(text_in(row, "answer"))
     if number is None:
         raise ValueError("its answer holds no number")
-    return str(row["question"]).strip(), number
+    return text_in(row, "question"), number
 
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
@@ -26,10 +26,9 @@ def questions(data: Data, shots: int) -> Iterator[Question]:
     if shots > len(examples):
         raise UsageError(f"--shots {shots} is too many", why=f"gsm8k has {len(examples)} examples")
     before = tuple(f"{each}\n\n" for each in examples[:shots])
-    for rows in data.rows("test").values():
-        for number, row in enumerate(rows):
-            question, expected = read(row, pair, data)
-            yield Question(data.task, "", str(number), f"Q: {question}\nA:", expected, "", before)
+    for number, row in enumerate(data.only_rows("test")):
+        question, expected = read(row, pair, data)
+        yield Question(data.task, "", str(number), f"Q: {question}\nA:", expected, "", before)
 
 
 def judge(question: Question, answer: str) -> Judged:

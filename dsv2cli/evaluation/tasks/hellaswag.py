@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Question, Task
-from dsv2cli.evaluation.tasks.parts import read, too_few
+from dsv2cli.evaluation.tasks.parts import read, text_in, texts_in, too_few
 
 
 def clean(text: str) -> str:
@@ -18,9 +18,10 @@ def clean(text: str) -> str:
 
 def scene(row: Row) -> tuple[str, tuple[str, ...], int]:
     """What comes first, how it may go on, and how it does. Raises ValueError, KeyError."""
-    parts = f"{row['ctx_a']} {str(row['ctx_b']).capitalize()}" if "ctx_a" in row else ""
-    context = parts or str(row["ctx"])
-    endings, label = tuple(str(each) for each in row["endings"]), int(row["label"])
+    context = text_in(row, "ctx" if "ctx" in row and not row.get("ctx_a") else "ctx_a")
+    if row.get("ctx_a"):
+        context = f"{context} {str(row['ctx_b'] or '').capitalize()}"
+    endings, label = texts_in(row, "endings"), int(row["label"])
     if not 0 <= label < len(endings):
         raise ValueError(f"label {label} is none of its {len(endings)} endings")
     return clean(f"{row['activity_label']}: {context}"), tuple(f" {clean(each)}" for each in endings), label
@@ -28,17 +29,14 @@ def scene(row: Row) -> tuple[str, tuple[str, ...], int]:
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
     """The test split's answers are not published: the questions are those of val."""
-    rows = [row for each in data.rows("train").values() for row in each][:shots] if shots else []
+    rows = data.only_rows("train")[:shots] if shots else []
     if len(rows) < shots:
         raise too_few(data, "", len(rows), shots)
     examples = [read(row, scene, data) for row in rows]
     before = tuple(f"{context}{endings[label]}\n\n" for context, endings, label in examples)
-    for rows in data.rows("val").values():
-        for number, row in enumerate(rows):
-            context, endings, label = read(row, scene, data)
-            yield Question(
-                data.task, "", str(row.get("ind", number)), context, str(label), "", before, endings
-            )
+    for number, row in enumerate(data.only_rows("val")):
+        context, endings, label = read(row, scene, data)
+        yield Question(data.task, "", str(number), context, str(label), "", before, endings)
 
 
 TASK = Task(

@@ -10,15 +10,15 @@ from dsv2cli.errors import UsageError
 from dsv2cli.evaluation.answers import math_of, same_math
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Judged, Question, Task
-from dsv2cli.evaluation.tasks.parts import read, shots_of
+from dsv2cli.evaluation.tasks.parts import read, shots_of, text_in
 
 
 def problem(row: Row) -> tuple[str, str]:
     """A problem and its answer. Raises ValueError, KeyError."""
-    answer = row.get("answer") or math_of(str(row["solution"]))
+    answer = text_in(row, "answer") if row.get("answer") else math_of(text_in(row, "solution"))
     if answer is None:
         raise ValueError("its solution holds no \\boxed answer")
-    return str(row["problem"]).strip(), str(answer)
+    return text_in(row, "problem"), answer
 
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
@@ -48,5 +48,5 @@ TASK = Task(
     names=("hendrycks_math", "competition_math", "minerva_math", "math-500"),
     home=Home("EleutherAI/hendrycks_math", ("*/test-*",)),
     max_new_tokens=1024,
-    stop=("\nProblem:", "I hope it is correct"),
+    stop=("\nProblem:",),
 )

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from dsv2cli.evaluation.answers import code_of, mbpp_of
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Question, Task
-from dsv2cli.evaluation.tasks.parts import read, too_few
+from dsv2cli.evaluation.tasks.parts import read, text_in, texts_in, too_few
 
 PROMPTS, TESTS = range(2, 5), range(11, 511)  # task ids, where one file holds all splits
 
 
 def described(row: Row) -> tuple[int, str, str, str]:
     """Number, what is asked, the program, what has to hold. Raises ValueError, KeyError."""
-    tests = [str(each) for each in row["test_list"]]
+    tests = texts_in(row, "test_list")
     setup = str(row.get("test_setup_code") or "")
-    code = str(row["code"]).replace("\r\n", "\n")
-    text = row.get("text") or row["prompt"]
+    code = text_in(row, "code").replace("\r\n", "\n")
+    text = text_in(row, "text" if row.get("text") else "prompt")
     ask = (
-        f"You are an expert Python programmer, and here is your task: {str(text).strip()} "
+        f"You are an expert Python programmer, and here is your task: {text} "
         "Your code should pass these tests:\n\n" + "\n".join(tests) + "\n[BEGIN]\n"
     )
     return int(row["task_id"]), ask, code, "\n".join([setup, *tests]).strip()
@@ -27,7 +27,7 @@ def described(row: Row) -> tuple[int, str, str, str]:
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
     """The examples are tasks 2, 3 and 4, as in the paper of MBPP."""
-    rows = [row for split in ("prompt", "test") for each in data.rows(split).values() for row in each]
+    rows = [row for split in ("prompt", "test") for row in data.only_rows(split)]
     tasks = {number: rest for number, *rest in (read(row, described, data) for row in rows)}
     wanted = [number for number in PROMPTS if number in tasks][:shots]
     if len(wanted) < shots:

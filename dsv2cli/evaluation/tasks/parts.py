@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.evaluation.data import Data, Row
 from dsv2cli.evaluation.question import Question
+from dsv2cli.outside import reason
 
 LETTERS = "ABCDEFGHIJ"
 T = TypeVar("T")
@@ -42,24 +43,24 @@ def choice_of(row: Row) -> Choice:
     """
     question: Any = row.get("question")
     choices: Any = row.get("choices")
-    labels = list(LETTERS)
+    labels, named = list(LETTERS), False
     if isinstance(question, dict):  # ARC as its authors publish it
         question, choices = question.get("stem"), question.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        labels = [str(each.get("label")) for each in choices]
+        labels, named = [str(each.get("label")) for each in choices], True
         choices = [each.get("text") for each in choices]
     elif isinstance(choices, dict):
-        labels, choices = [str(each) for each in choices.get("label", ())], choices.get("text")
+        labels, named = [str(each) for each in choices.get("label", ())], True
+        choices = choices.get("text")
     elif choices is None:
         choices = [row[name] for name in ("a", "b", "c", "d", "e") if row.get(name) is not None]
-    if (
-        not isinstance(question, str)
-        or not isinstance(choices, list)
-        or not 2 <= len(choices) <= len(LETTERS)
-    ):
-        raise ValueError("it is no question with choices")
     given = row.get("answer", row.get("answerkey"))
-    if isinstance(given, int) and not isinstance(given, bool):
+    known = isinstance(question, str) and question.strip() and isinstance(choices, list)
+    if not known or not 1 < len(choices) <= len(LETTERS):
+        raise ValueError("it is no question with choices")
+    if not all(isinstance(each, str | int | float) and str(each).strip() for each in choices):
+        raise ValueError("one of its choices is no text")
+    if isinstance(given, int) and not isinstance(given, bool) and not named:
         answer = given
     else:
         answer = labels.index(str(given).strip()) if str(given).strip() in labels else -1
@@ -68,13 +69,28 @@ def choice_of(row: Row) -> Choice:
     return Choice(question.strip(), tuple(str(each).strip() for each in choices), answer)
 
 
+def text_in(row: Row, name: str) -> str:
+    """A text of a row, without the blanks around it. Raises ValueError, KeyError."""
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise ValueError(f"its {name} is no text")
+    return str(row[name]).strip()
+
+
+def texts_in(row: Row, name: str) -> list[str]:
+    """Several texts of a row. Raises ValueError, KeyError."""
+    value = row[name]
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"its {name} are no texts")
+    return list(value)
+
+
 def read(row: Row, kind: Callable[[Row], T], data: Data) -> T:
     """What `kind` makes of a row. Raises Dsv2Error naming the data where it makes nothing of it."""
     try:
         return kind(row)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{data.folder}: a row of {data.task} can not be used"
-        why = f"{error}; its columns are {', '.join(list(row)[:12])}"
+        why = f"{reason(error)}; its columns are {', '.join(map(str, list(row)[:12]))}"
         raise Dsv2Error(what, why=why, fix="files as they are published") from None
 
 

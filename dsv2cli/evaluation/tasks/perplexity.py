@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dsv2cli.evaluation.data import Data, Home
+from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Question, Task
+from dsv2cli.evaluation.tasks.parts import read
+
+
+def line(row: Row) -> str:
+    """Raises ValueError, KeyError."""
+    if not isinstance(row["text"], str):
+        raise ValueError("its text is none")
+    return row["text"]
 
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
     """One question for each text: all of it. WikiText's lines are one text."""
     for subset, rows in data.rows("test").items():
-        text = "".join(str(row.get("text", "")) for row in rows)
+        text = "".join(read(row, line, data) for row in rows)
         yield Question(data.task, subset, "0", text, "")
 
 

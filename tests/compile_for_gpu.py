@@ -115,8 +115,8 @@ def main() -> None:
     compile_only(int(capability))
     compile_steps(shortened(DeepseekV2Config.load(Path(path))), kind, [1, 64])
     # The first step: a dense layer, and one of experts up to the head's own launch.
-    layer = LAUNCHED[LAUNCHED.index("gather_kernel") + 1 :]
-    print(f"one token: {layer.index('gather_kernel') + 1} launches a layer")
+    layer = LAUNCHED[LAUNCHED.index("few_down_kernel") + 1 :]
+    print(f"one token: {layer.index('few_down_kernel') + 1} launches a layer")
     for kernel in COMPILED.values():
         print(f"{kernel.metadata.name}: {kernel.metadata.num_warps} warps, {resources(kernel)}")
 

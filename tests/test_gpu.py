@@ -22,6 +22,8 @@ from test_native import CODINGS, close, quantize, random_codes
 pytest.importorskip("triton")
 
 import gpu_table
+import triton
+import triton.language as tl
 
 from dsv2cli.checkpoint.blueprint import weights_to_pack
 from dsv2cli.checkpoint.load import load_model, random_model
@@ -34,7 +36,7 @@ from dsv2cli.formats import PAGE, own_coding
 from dsv2cli.kernels import attention, experts
 from dsv2cli.kernels.experts import Routing
 from dsv2cli.kernels.latents import rotated
-from dsv2cli.kernels.linear import gated_mlp, linear, rms_norm
+from dsv2cli.kernels.linear import gated_mlp, in_int8, linear, rms_norm
 from dsv2cli.kernels.quantized import CODEBOOK, IQ4_NL, Quantized
 from dsv2cli.kernels.triton import attention as gpu_attention
 from dsv2cli.kernels.triton import experts as gpu_experts
@@ -188,10 +190,91 @@ ROUTINGS = [
 def test_the_router_chooses_as_the_plain_one(routing):
     torch.manual_seed(1)
     logits = random(40, routing[0])
-    index, weight = gpu_experts.choose(logits, gpu_experts.Routing(*routing, 2.5))
-    wanted = experts.route(logits, Routing(*routing[1:], 2.5))
-    assert torch.equal(index.long(), wanted[0])
-    torch.testing.assert_close(weight, wanted[1])
+    # Normed rows of ones and minus ones stay as they are, and the router's weights make of them what we want.
+    x = torch.where(random(40, 64) < 0, -1.0, 1.0)
+    router = torch.linalg.lstsq(x, logits).solution.T.contiguous()
+    feed = gpu_experts.Feed(
+        torch.ones(64, device=DEVICE), 0.0, router, gpu_experts.Routing(*routing, 2.5), None, None, None, None
+    )
+    for rows in (x[:3], x):
+        routed = gpu_experts.route(rows, feed, int8=True)
+        wanted = experts.route(linear(rows, router), Routing(*routing[1:], 2.5))
+        assert torch.equal(routed.index.long(), wanted[0])
+        torch.testing.assert_close(routed.weight, wanted[1])
+        assert not gpu_experts.tickets(rows.device, 1).any()  # as the next launch wants them
+        twin = in_int8(rows)
+        torch.testing.assert_close(routed.codes.float() * routed.scales.repeat_interleave(16, 1), twin)
+
+
+def test_choices_are_sorted_by_expert_with_none_of_those_that_are_elsewhere():
+    for count, here, first in ((5, 3, 0), (700, 8, 4), (1500, 5, 0)):
+        index = torch.randint(0, 12, (count, 2), device=DEVICE, dtype=torch.int32)
+        found = gpu_experts.sort_by_expert(index, here, first)
+        start = 0
+        for expert in range(here):
+            wanted = (index.flatten() == first + expert).nonzero().flatten()
+            assert torch.equal(found.order[start : found.ends[expert]].long(), wanted)
+            start = int(found.ends[expert])
+        assert (found.ends[here:] == start).all()
+
+
+def in_int8_of_each(x, gate_up, down):
+    """One MLP whose activations are rounded as the kernels' for few tokens are."""
+    gate, up = linear(in_int8(x), gate_up).chunk(2, dim=-1)
+    return linear(in_int8(torch.nn.functional.silu(gate) * up), down)
+
+
+@pytest.mark.parametrize("kind", [8, 4])
+def test_a_few_tokens_go_through_packed_experts_in_8_bits(kind):
+    torch.manual_seed(2)
+    hidden, width, group = 64, 32, 32
+    norm, router = torch.rand(hidden) + 0.5, random(8, hidden)
+    given = [
+        weights(torch.randn(*shape) * 0.2, kind, torch.float32, parts, group)
+        for shape, parts in (
+            ((8, 2 * width, hidden), 2),
+            ((8, hidden, width), 1),
+            ((4 * width, hidden), 2),
+            ((hidden, 2 * width), 1),
+        )
+    ]
+    feed = gpu_experts.Feed(
+        norm.to(DEVICE), 1e-6, router, gpu_experts.Routing(8, 2, 1, 1, False, 2.5), *map(table, given)
+    )
+    assert feed.up_int8 and feed.down_int8
+    x = random(2, hidden)
+    inner = rms_norm(x, feed.norm, 1e-6)
+    index, weight = experts.route(linear(inner, router), Routing(2, 1, 1, False, 2.5))
+    wanted = x + in_int8_of_each(inner, given[2], given[3])
+    gate_up, down = (each.dequantize(torch.float32) for each in given[:2])
+    for token in range(2):
+        for expert, share in zip(index[token].tolist(), weight[token], strict=True):
+            wanted[token] += share * in_int8_of_each(inner[token], gate_up[expert], down[expert])
+    got, exact = added(x, feed), added(x, dataclasses.replace(feed, rounds=False))
+    close(got, wanted, 2e-3)  # a number between two codes may go to either
+    assert 1e-4 < (got - exact).abs().mean() / exact.abs().mean() < 0.02
+
+
+def run_dp4a(a, b):
+    """What dp4a.s32.s32 adds, by the PTX manual: the four signed bytes of each word, multiplied."""
+    parts = [[(word >> 8 * j & 255) - (word >> 8 * j & 128) * 2 for j in range(4)] for word in (a, b)]
+    return sum(x * y for x, y in zip(*parts, strict=True))
+
+
+@triton.jit
+def words_kernel(a, b, out, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    one, two = tl.load(a + at), tl.load(b + at)
+    tl.store(out + at, gpu_linear.four_by_four(one, two, tl.zeros_like(one)))
+
+
+def test_four_products_are_those_of_dp4a():
+    a, b = (torch.randint(-(2**31), 2**31, (64,), device=DEVICE).int() for _ in range(2))
+    out = torch.empty_like(a)
+    words_kernel[(1,)](a, b, out, COUNT=64)
+    assert out.tolist() == [
+        run_dp4a(x & 2**32 - 1, y & 2**32 - 1) for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
 
 
 # Hidden, width, shared experts.
@@ -217,9 +300,16 @@ def test_experts_equal_the_plain_ones(sizes, kind, dtype):
     )
     extra = (table(shared_gate_up), table(shared_down)) if shared else (None, None)
     feed = gpu_experts.Feed(
-        norm, 1e-6, router, gpu_experts.Routing(*routing, 2.5), table(gate_up), table(down), *extra
+        norm,
+        1e-6,
+        router,
+        gpu_experts.Routing(*routing, 2.5),
+        table(gate_up),
+        table(down),
+        *extra,
+        rounds=False,
     )
-    dense = gpu_experts.Feed(norm, 1e-6, None, gpu_experts.NO_ROUTING, None, None, *extra)
+    dense = gpu_experts.Feed(norm, 1e-6, None, gpu_experts.NO_ROUTING, None, None, *extra, rounds=False)
     for count in (2, gpu_experts.MATVEC_TOKENS + 1):
         x = random(count, hidden, dtype=dtype)
         inner = rms_norm(x, norm, 1e-6)
@@ -352,7 +442,7 @@ def test_attention_over_the_pool_equals_the_plain_one(sizes, dtype, cache):
 def both_ways(work, model, cache="auto"):
     """What `work` makes of a model on the plain path, and through the kernels."""
     plain = work(PlainRunner(model, cache=cache))
-    return plain, work(TritonRunner(model, graphs=True, cache=cache))
+    return plain, work(TritonRunner(model, graphs=True, cache=cache, rounds=False))
 
 
 def random_smallest(format=None):
@@ -396,9 +486,27 @@ def test_a_whole_model_gives_the_plain_paths_logits(make):
     plain, fast = both_ways(logits, model)
     close(fast, plain, 1e-5)
     if model.config.hidden_size == 32:  # the kernels know one attention path, and leave the others alone
-        runner = TritonRunner(model, "expanded", graphs=True)
+        runner = TritonRunner(model, "expanded", graphs=True, rounds=False)
         assert not runner.decodes_ahead
         close(logits(runner), plain, 1e-5)
+
+
+@torch.inference_mode()
+def test_activations_in_8_bits_change_little_and_can_be_switched_off():
+    def logits(runner):
+        rows = Rows(runner, 1, 128)
+        return torch.stack([rows.last([token]) for token in (5, 9)])
+
+    torch.manual_seed(6)
+    config = dataclasses.replace(DeepseekV2Config.from_dict(smallest_config()), moe_intermediate_size=32)
+    model = random_model(config, DEVICE, torch.float32, "int4")
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized) and ".mlp." in name:
+            module.scales *= 30  # so that experts have a say
+    plain = logits(PlainRunner(model))
+    with_8, without = (logits(TritonRunner(model, rounds=rounds)) for rounds in (True, False))
+    close(without, plain, 1e-5)
+    assert 1e-5 < (with_8 - plain).abs().mean() / plain.abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("cache", ["int8", "int6"])
@@ -572,7 +680,7 @@ def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, c
     assert done.returncode == 0, done.stderr
     kernels = {line.split(":")[0].strip() for line in done.stdout.splitlines()}
     launches = int(re.search(r"one token: (\d+) launches a layer", done.stdout)[1])
-    assert launches == (11 if config.endswith("Chat") else 10), "the issue allows 12"
+    assert launches == (9 if config.endswith("Chat") else 8)
     assert {
         "few_up_kernel",
         "few_down_kernel",

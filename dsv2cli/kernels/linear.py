@@ -58,6 +58,15 @@ def gated_mlp(x: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Q
     return linear(F.silu(gate) * up, down_proj)
 
 
+def in_int8(x: Tensor, run: int = 16) -> Tensor:
+    """x [..., size], each `run` of its numbers rounded to whole multiples of the largest of them over 127, as
+    the GPU's kernels take activations in 8 bits. -> x's shape, in fp32
+    """
+    runs = x.float().unflatten(-1, (-1, run))
+    scale = (runs.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((runs / scale + 0.5).floor() * scale).flatten(-2)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., size] / rms(x) * weight [size], computed in fp32 and rounded once. -> x's shape"""
     wide = x.float()

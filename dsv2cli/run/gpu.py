@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -43,15 +43,16 @@ class TritonRunner(PlainRunner):
         apart: bool = False,
         kernels: Kernels | None = None,
         cache: str = "auto",
+        rounds: bool = True,
     ) -> None:
         """`apart`: routed experts lie in RAM, or are to run as if they did, where the C++ `kernels` compute
-        them.
+        them. `rounds`: what goes into packed experts is rounded to 8 bits, for few tokens.
         """
         super().__init__(model, attention, cache=cache)
         whole = not apart and all(share.heads for share in model.shares) and not model.team.sequences
         ram = None if kernels is None else CppProducts(kernels, model.config, mlps=True)
         self.use(TritonProducts(self.device, mlps=not whole, ram=ram))
-        self.layers = [GpuLayer(layer, self.turned) for layer in model.layers] if whole else []
+        self.layers = [GpuLayer(layer, self.turned, rounds) for layer in model.layers] if whole else []
         self.graphs = graphs
         self.steps: WeakKeyDictionary[LatentPool, DecodeSteps] = WeakKeyDictionary()
 
@@ -179,10 +180,12 @@ def experts_product(gate_up: Table, down: Table, x: Tensor, index: Tensor, weigh
 
 
 class GpuLayer:
-    """One layer in ten kernels for one token (eleven with q_lora). The input is overwritten by the output."""
+    """One layer in eight kernels for one token (nine with q_lora). The input is overwritten by the output."""
 
-    def __init__(self, layer: Layer, turned: bool) -> None:
-        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them."""
+    def __init__(self, layer: Layer, turned: bool, rounds: bool) -> None:
+        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them. `rounds`:
+        as TritonRunner's.
+        """
         self.layer = layer
         attention, config = layer.self_attn, layer.self_attn.config
         kv_b: Tensor = attention.kv_b_proj.weight
@@ -199,7 +202,7 @@ class GpuLayer:
         self.first_q = table((attention.q_a_proj if low else attention.q_proj).weight)
         self.q_b = table(attention.q_b_proj.weight) if low else None
         self.kv_a, self.o = table(attention.kv_a_proj_with_mqa.weight), table(attention.o_proj.weight)
-        self.mlp = feed_of(layer)
+        self.mlp = replace(feed_of(layer), rounds=rounds)
         self.team = layer.self_attn.o_proj.team
         self.first_expert = layer.mlp.experts.here.start if isinstance(layer.mlp, MoE) else 0
 

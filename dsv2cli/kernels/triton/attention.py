@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv2cli.formats import KEY_BITS, PAGE
-from dsv2cli.kernels.triton.linear import store_normed
+from dsv2cli.kernels.triton.linear import begin, launching, store_normed
 
 TOKENS_AT_A_TIME = 32  # of the cache
 HEADS_AT_A_TIME = 16  # a tensor core takes no fewer
@@ -197,11 +197,13 @@ def prepare_kernel(
     BITS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs (token, head, tile): the query of a head, turned and, tile by tile, absorbed: q_nope W_uk.
 
     Program (token, HEADS, 0) norms the new latent, turns the new key, and writes both into the cache.
     """
+    begin(PDL)
     token, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + token)
     pair = tl.arange(0, PAIRS)
@@ -258,8 +260,10 @@ def prepare_kernel(
 
 @triton.jit
 def split_size(length, SPLITS: tl.constexpr, BT: tl.constexpr):
-    """Tokens of the cache in each split but the last: whole tiles, and as few as make do."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BT), 1) * BT
+    """Tokens of the cache in each split but the last: whole tiles, as few as make do, but at least two: what
+    a split comes to is as much to read as 56 tokens.
+    """
+    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BT), 2) * BT
 
 
 @triton.jit
@@ -286,14 +290,17 @@ def attend_kernel(
     PAGE: tl.constexpr,
     BITS: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Programs (token, heads, split): softmax over a split of the cache; a latent read once is key and value.
+    """Programs (heads, token, split): softmax over a split of the cache; a latent read once is key and value.
 
     mixed [tokens, splits, heads, rank] and log_sums [tokens, splits, heads], both fp32; nothing is written
     for an empty split.
     """
-    token, split = tl.program_id(0), tl.program_id(2)
-    head = tl.program_id(1) * BH + tl.arange(0, BH)
+    begin(PDL)
+    token, split = tl.program_id(1), tl.program_id(2)
+    # Heads change fastest: programs that read the same of the cache run at the same time.
+    head = tl.program_id(0) * BH + tl.arange(0, BH)
     length = tl.load(positions + token) + 1
     each = split_size(length, SPLITS, BT)
     start = split * each
@@ -374,11 +381,13 @@ def merge_kernel(
     RANK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     LEAD_OUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs (token, head, tile): the splits' means, weighted by their sums, and with LEAD_OUT times W_uv.
 
     out [tokens, heads, value], or [tokens, heads, rank] without LEAD_OUT.
     """
+    begin(PDL)
     token, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + token) + 1
     used = tl.cdiv(length, split_size(length, SPLITS, BT))
@@ -542,6 +551,7 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         BITS=new.bits,
         KEY_BITS=new.key_bits,
         STAGES=(shape.rank & -shape.rank).bit_length() - 1,
+        **launching(),
     )
     if not new.absorb_each:  # the weights would be read once a token: a matrix product a head is better
         w_uk = new.kv_b.view(shape.heads, -1, shape.rank)[:, : shape.nope]
@@ -557,7 +567,7 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
     splits = count_splits(count * head_tiles, new.tables.shape[1] * PAGE, new.q.device)
     mixed = new.q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
     log_sums = new.q.new_empty(count, splits, shape.heads, dtype=torch.float32)
-    attend_kernel[(count, head_tiles, splits)](
+    attend_kernel[(head_tiles, count, splits)](
         q_latent,
         q_rope,
         new.cache,
@@ -582,6 +592,7 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
         KEY_BITS=new.key_bits,
         num_warps=4,
         num_stages=2,
+        **launching(),
     )
     return mixed, log_sums
 
@@ -608,6 +619,7 @@ def merge(new: NewTokens, mixed: Tensor, log_sums: Tensor) -> Tensor:
         RANK_SIZE=new.rank_size,
         TILE=tile,
         LEAD_OUT=new.absorb_each,
+        **launching(),
     )
     if not new.absorb_each:
         w_uv = new.kv_b.view(shape.heads, -1, shape.rank)[:, shape.nope :]

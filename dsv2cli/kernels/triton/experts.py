@@ -1,9 +1,9 @@
 """Triton: the router, and experts for few tokens and for many, as kernels/experts.py says in plain torch.
 
 For few tokens every token's experts are read by matrix-vector kernels, with the shared experts in further
-slots: one kernel for gate, up and SiLU, one for down and the weights, one for the sum. For many, tokens are
-sorted by expert, and tiles of them go through tensor cores. Nothing here waits for the GPU: how many tokens
-an expert has is known to the GPU alone.
+slots: one kernel for router and choice, one for gate, up and SiLU, one for down, the weights and the sum. For
+many, tokens are sorted by expert, and tiles of them go through tensor cores. Nothing here waits for the GPU:
+how many tokens an expert has is known to the GPU alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from torch import Tensor
 from dsv2cli.kernels.triton.linear import (
     DENSE,
     LANES_OF_A_BLOCK,
+    PROCESSORS,
+    RUN,
+    STAGES,
     Table,
+    add_int8_products,
     add_products,
     alike,
+    begin,
+    in_int8,
     inverse_rms,
+    launching,
     nothing,
     rms_norm,
     row_sums,
@@ -40,18 +47,34 @@ def router_kernel(
     norm,
     weight,
     normed,
+    codes,
+    scales,
     logits,
+    tickets,
+    index,
+    chosen_weight,
     cols,
     experts,
+    factor_of_all,
     eps,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     SIZE: tl.constexpr,
+    INT8: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs (token, some experts): router logits [tokens, experts] of norm(x), in fp32.
 
-    The first program of a token also writes norm(x).
+    The first program of a token also writes norm(x), with INT8 as codes and scales, too. The last that is
+    done chooses the token's experts, and leaves its ticket at 0.
     """
+    begin(PDL)
     token, tile = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * cols
     factor = inverse_rms(x, cols, eps, SIZE)
@@ -63,16 +86,48 @@ def router_kernel(
         values = (values * tl.load(norm + at, mask=at < cols, other=0.0)).to(x.dtype.element_ty)
         if tile == 0:
             tl.store(normed + token.to(tl.int64) * cols + at, values, mask=at < cols)
+            if INT8:  # cols are whole runs
+                each, scale = in_int8(values.to(tl.float32), CHUNK)
+                tl.store(codes + token.to(tl.int64) * cols + at, each, mask=at < cols)
+                run = start // RUN + tl.arange(0, CHUNK // RUN)
+                tl.store(scales + token * (cols // RUN) + run, scale, mask=run < cols // RUN)
         inside = (expert < experts)[:, None] & (at < cols)[None, :]
         products += (
             tl.load(weight + expert[:, None] * cols + at[None, :], mask=inside, other=0.0)
             * values.to(tl.float32)[None, :]
         )
     tl.store(logits + token * experts + expert, tl.sum(products, axis=1), mask=expert < experts)
+    if is_last(tickets + token, tl.num_programs(1)):
+        choose(
+            logits + token * experts,
+            index + token * TOP_K,
+            chosen_weight + token * TOP_K,
+            experts,
+            factor_of_all,
+            EXPERTS,
+            TOP_K,
+            CHOICES,
+            GROUPS,
+            TOP_GROUPS,
+            NORMALISE,
+        )
 
 
 @triton.jit
-def choose_kernel(
+def is_last(ticket, count):
+    """Whether all but this of `count` programs have come here, and what they stored can be loaded, past the
+    nearest cache. The last leaves the ticket at 0.
+    """
+    tl.debug_barrier()  # all threads have stored
+    mine = tl.atomic_add(ticket, 1, sem="acq_rel")
+    tl.debug_barrier()
+    if mine == count - 1:
+        tl.store(ticket, 0)
+    return mine == count - 1
+
+
+@triton.jit
+def choose(
     logits,
     index,
     weight,
@@ -85,10 +140,9 @@ def choose_kernel(
     TOP_GROUPS: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """One token a program of one warp: its experts, best first, and their weights, both [tokens, k]."""
-    token = tl.program_id(0)
+    """A token's experts, best first, and their weights, both [k], as kernels/experts.py's `route`."""
     expert, choice = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
-    scores = tl.load(logits + token * experts + expert, mask=expert < experts, other=float("-inf"))
+    scores = tl.load(logits + expert, mask=expert < experts, other=float("-inf"), cache_modifier=".cg")
     scores = tl.exp(scores - tl.max(scores, axis=0))
     scores /= tl.sum(scores, axis=0)
     scores = tl.where(scores == scores, scores, 0.0)  # of NaN any choice is as good, but it must be one
@@ -106,8 +160,8 @@ def choose_kernel(
         chosen, weights = tl.where(choice == k, best, chosen), tl.where(choice == k, highest, weights)
         scores = tl.where(expert == best, -1.0, scores)
     weights = weights / (tl.sum(weights, axis=0) + 1e-20) if NORMALISE else weights * factor
-    tl.store(index + token * TOP_K + choice, chosen, mask=choice < TOP_K)
-    tl.store(weight + token * TOP_K + choice, weights, mask=choice < TOP_K)
+    tl.store(index + choice, chosen, mask=choice < TOP_K)
+    tl.store(weight + choice, weights, mask=choice < TOP_K)
 
 
 @triton.jit
@@ -115,6 +169,7 @@ def gated(
     codes,
     scales,
     x,
+    x_scales,
     norm,
     block,
     half_blocks,
@@ -125,14 +180,24 @@ def gated(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     NORM: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     """Sums of one block of the gate and of the same block of up, `half_blocks` further on."""
     gate, up = nothing(KIND, GROUP, ROWS, CHUNK), nothing(KIND, GROUP, ROWS, CHUNK)
-    for start in range(0, cols, CHUNK):
-        gate = add_products(
-            gate, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM
-        )
-        if KIND == 16:  # rows // 2 further on, which need not be whole blocks
+    for start in tl.range(0, cols, CHUNK, num_stages=STAGES):
+        if INT8:
+            gate = add_int8_products(
+                gate, codes, scales, block, cols, x, x_scales, start, KIND, GROUP, ROWS, CHUNK
+            )
+        else:
+            gate = add_products(
+                gate, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM
+            )
+        if INT8:
+            up = add_int8_products(
+                up, codes, scales, block + half_blocks, cols, x, x_scales, start, KIND, GROUP, ROWS, CHUNK
+            )
+        elif KIND == 16:  # rows // 2 further on, which need not be whole blocks
             up = add_products(
                 up,
                 codes + rows.to(tl.int64) // 2 * cols,
@@ -172,6 +237,7 @@ def gated(
 @triton.jit
 def few_up_kernel(
     x,
+    x_scales,
     norm,
     index,
     codes,
@@ -179,6 +245,7 @@ def few_up_kernel(
     shared_codes,
     shared_scales,
     out,
+    out_scales,
     cols,
     width,
     shared_rows,
@@ -197,41 +264,72 @@ def few_up_kernel(
     SIZE: tl.constexpr,
     NORM: tl.constexpr,
     TOP_K: tl.constexpr,
+    INT8: tl.constexpr,
+    OUT8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs (block, slot, token): silu(gate) * up of the token's slot-th expert.
 
-    Slots from TOP_K on are the shared MLP's. out [tokens, routed and shared width]; where an expert is not
-    here nothing is written.
+    Slots from TOP_K on are the shared MLP's. out [tokens, routed and shared width], with OUT8 in codes and
+    out_scales; where an expert is not here nothing is written. INT8: x is so, four columns a word.
     """
+    begin(PDL)
     block, slot, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    x += token.to(tl.int64) * cols
-    out += token.to(tl.int64) * (TOP_K * width + shared_rows // 2)
-    rows = 2 * width
+    if INT8:
+        x += token.to(tl.int64) * (cols // 4)
+        x_scales += token * (cols // RUN)
+    else:
+        x += token.to(tl.int64) * cols
+    to = token.to(tl.int64) * (TOP_K * width + shared_rows // 2)
+    rows = tl.where(slot < TOP_K, 2 * width, shared_rows)  # an argument that is 1 can not change
+    half_blocks = tl.where(slot < TOP_K, half_blocks, shared_half_blocks)
     if slot < TOP_K:
         expert = tl.load(index + token * TOP_K + slot) - first
         if (expert < 0) | (expert >= here):
             return
         codes += expert.to(tl.int64) * codes_stride
         scales += expert.to(tl.int64) * scales_stride
-        out += slot * width
+        to += slot * width
     else:
-        codes, scales, half_blocks, rows = shared_codes, shared_scales, shared_half_blocks, shared_rows
+        codes, scales = shared_codes, shared_scales
         block += (slot - TOP_K) * shared_blocks
-        out += TOP_K * width
+        to += TOP_K * width
     at = block * ROWS + tl.arange(0, ROWS)
     if block * ROWS < rows // 2:
         gate, up = gated(
-            codes, scales, x, norm, block, half_blocks, rows, cols, KIND, GROUP, ROWS, CHUNK, NORM
+            codes,
+            scales,
+            x,
+            x_scales,
+            norm,
+            block,
+            half_blocks,
+            rows,
+            cols,
+            KIND,
+            GROUP,
+            ROWS,
+            CHUNK,
+            NORM,
+            INT8,
         )
         if NORM:
             rms = inverse_rms(x, cols, eps, SIZE)
             gate, up = gate * rms, up * rms
-        tl.store(out + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=at < rows // 2)
+        values = gate * tl.sigmoid(gate) * up
+        if OUT8:  # widths are whole runs, and a block is one
+            each, scale = in_int8(values, ROWS)
+            tl.store(out + to + at, each, mask=at < rows // 2)
+            run = tl.arange(0, ROWS // RUN)
+            tl.store(out_scales + (to + block * ROWS) // RUN + run, scale)
+        else:
+            tl.store(out + to + at, values.to(out.dtype.element_ty), mask=at < rows // 2)
 
 
 @triton.jit
 def few_down_kernel(
     hidden,
+    hidden_scales,
     codes,
     scales,
     shared_codes,
@@ -239,6 +337,8 @@ def few_down_kernel(
     index,
     weight,
     terms,
+    tickets,
+    out,
     rows,
     width,
     shared_width,
@@ -252,14 +352,17 @@ def few_down_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     TOP_K: tl.constexpr,
+    INT8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Programs (block, slot, token): terms [tokens, slots, rows] in fp32, down projections times weights.
+    """Programs (block, slot, token): out [tokens, rows] += the down projections of the slots, times weights.
 
-    Slots from TOP_K on are the shared MLP's, each for `piece` of its columns. `gather_kernel` adds them up,
-    always in one order.
+    Slots from TOP_K on are the shared MLP's, each for `piece` of its columns. Each writes into terms [tokens,
+    slots, rows] in fp32; the last of a block adds them up, always in one order. INT8: hidden is so.
     """
+    begin(PDL)
     block, slot, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    hidden += token.to(tl.int64) * (TOP_K * width + shared_width)
+    to = token.to(tl.int64) * (TOP_K * width + shared_width)
     start = 0
     end = width
     factor = 1.0
@@ -268,39 +371,87 @@ def few_down_kernel(
         factor = tl.load(weight + token * TOP_K + slot).to(tl.float32)
         codes += tl.maximum(expert, 0).to(tl.int64) * codes_stride
         scales += tl.maximum(expert, 0).to(tl.int64) * scales_stride
-        hidden += slot * width
+        to += slot * width
         if (expert < 0) | (expert >= here):
             end = 0  # another rank's
     else:
-        hidden += TOP_K * width
-        codes, scales, width = shared_codes, shared_scales, shared_width
+        to += TOP_K * width
+        codes, scales = shared_codes, shared_scales
         start = (slot - TOP_K) * piece
         end = tl.minimum(start + piece, shared_width)
+    width = tl.where(slot < TOP_K, width, shared_width)
     products = nothing(KIND, GROUP, ROWS, CHUNK)
-    for at in range(start, end, CHUNK):
-        products = add_products(
-            products, codes, scales, block, rows, width, hidden, hidden, at, KIND, GROUP, ROWS, CHUNK, False
-        )
+    if INT8:
+        x, x_scales = hidden + to // 4, hidden_scales + to // RUN
+        for at in tl.range(start, end, CHUNK, num_stages=STAGES):
+            products = add_int8_products(
+                products, codes, scales, block, width, x, x_scales, at, KIND, GROUP, ROWS, CHUNK
+            )
+    else:
+        x = hidden + to
+        for at in tl.range(start, end, CHUNK, num_stages=STAGES):
+            products = add_products(
+                products, codes, scales, block, rows, width, x, x, at, KIND, GROUP, ROWS, CHUNK, False
+            )
     sums = tl.where(end > start, row_sums(products, KIND) * factor, 0.0)
     row = block * ROWS + tl.arange(0, ROWS)
-    tl.store(terms + (token * tl.num_programs(1) + slot).to(tl.int64) * rows + row, sums, mask=row < rows)
+    terms += token.to(tl.int64) * tl.num_programs(1) * rows + row
+    tl.store(terms + slot * rows, sums, mask=row < rows)
+    if is_last(tickets + token * tl.num_programs(0) + block, tl.num_programs(1)):
+        to_out = out + token.to(tl.int64) * rows + row
+        total = tl.load(to_out, mask=row < rows, other=0.0).to(tl.float32)
+        for k in range(tl.num_programs(1)):
+            total += tl.load(terms + k * rows, mask=row < rows, other=0.0, cache_modifier=".cg")
+        tl.store(to_out, total.to(out.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
-def expert_of_tile(ends, tile, EXPERTS: tl.constexpr, BM: tl.constexpr):
+def sort_kernel(
+    index, order, ends, count, first, here, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr
+):
+    """One expert a program: where its choices end among those sorted by expert, and which they are, in order.
+
+    index [count] of experts counted from -first on; ends [EXPERTS], filled up with the last; order [count],
+    where nothing is written for choices of experts that are not `here`.
+    """
+    begin(PDL)
+    expert = tl.program_id(0)
+    at = tl.arange(0, CHUNK)
+    before, mine = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32)
+    for start in range(0, count, CHUNK):
+        each = tl.load(index + start + at, mask=start + at < count, other=-1) - first
+        each = tl.where((start + at < count) & (each >= 0) & (each < here), each, EXPERTS)
+        before += (each < expert).to(tl.int32)
+        mine += (each == expert).to(tl.int32)
+    place = tl.sum(before)
+    tl.store(ends + expert, place + tl.sum(mine))
+    for start in range(0, count, CHUNK):
+        each = tl.load(index + start + at, mask=start + at < count, other=-1) - first
+        is_mine = (start + at < count) & (each == expert) & (each < here)
+        rank = tl.cumsum(is_mine.to(tl.int32), 0)
+        tl.store(order + place + rank - 1, start + at, mask=is_mine)
+        place += tl.sum(is_mine.to(tl.int32))
+
+
+@triton.jit
+def expert_of_tile(ends, tile, count, EXPERTS: tl.constexpr, BM: tl.constexpr):
     """Which expert's tokens a tile holds, from where among the sorted ones to where; past the last tile none.
 
-    ends [EXPERTS]: where each expert's tokens end among the sorted ones, filled up with the last.
+    ends [EXPERTS]: where each expert's tokens end among the sorted ones, filled up with the last. A dense
+    MLP is one expert, and has all `count`.
     """
-    expert = tl.arange(0, EXPERTS)
-    end = tl.load(ends + expert)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    tiles = tl.cdiv(end - start, BM)
-    tile_end = tl.cumsum(tiles, 0)
-    chosen = (tile_end - tiles <= tile) & (tile < tile_end)
-    number = tl.sum(tl.where(chosen, expert, 0))
-    first = tl.sum(tl.where(chosen, start + (tile - (tile_end - tiles)) * BM, 0))
-    return number, first, tl.sum(tl.where(chosen, end, 0))
+    if EXPERTS == 1:
+        return tile * 0, tile * BM, tile * 0 + count
+    else:
+        expert = tl.arange(0, EXPERTS)
+        end = tl.load(ends + expert)
+        start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        tiles = tl.cdiv(end - start, BM)
+        tile_end = tl.cumsum(tiles, 0)
+        chosen = (tile_end - tiles <= tile) & (tile < tile_end)
+        number = tl.sum(tl.where(chosen, expert, 0))
+        first = tl.sum(tl.where(chosen, start + (tile - (tile_end - tiles)) * BM, 0))
+        return number, first, tl.sum(tl.where(chosen, end, 0))
 
 
 @triton.jit
@@ -317,22 +468,27 @@ def many_up_kernel(
     scales_stride,
     half_blocks,
     repeats,
+    count,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs (tile of sorted tokens, columns): out [sorted, width] = silu(gate) * up.
 
     Sorted place i is token order[i] // repeats.
     """
-    expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
+    begin(PDL)
+    expert, first, end = expert_of_tile(ends, tl.program_id(0), count, EXPERTS, BM)
     if first >= end:
         return
     place = first + tl.arange(0, BM)
-    row = tl.load(order + place, mask=place < end, other=0) // repeats
+    row = place
+    if EXPERTS > 1:
+        row = tl.load(order + place, mask=place < end, other=0) // repeats
     block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
     codes += expert.to(tl.int64) * codes_stride
     scales += expert.to(tl.int64) * scales_stride
@@ -385,6 +541,7 @@ def many_down_kernel(
     width,
     codes_stride,
     scales_stride,
+    count,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -392,13 +549,17 @@ def many_down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Programs (tile of sorted tokens, rows): down projections times weights, place i at out[order[i]]."""
-    expert, first, end = expert_of_tile(ends, tl.program_id(0), EXPERTS, BM)
+    begin(PDL)
+    expert, first, end = expert_of_tile(ends, tl.program_id(0), count, EXPERTS, BM)
     if first >= end:
         return
     place = first + tl.arange(0, BM)
-    to = tl.load(order + place, mask=place < end, other=0)
+    to = place
+    if EXPERTS > 1:
+        to = tl.load(order + place, mask=place < end, other=0)
     block = tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
     codes += expert.to(tl.int64) * codes_stride
     scales += expert.to(tl.int64) * scales_stride
@@ -415,8 +576,18 @@ def many_down_kernel(
 
 
 @triton.jit
-def gather_kernel(terms, shared, out, cols, TERMS: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr):
+def gather_kernel(
+    terms,
+    shared,
+    out,
+    cols,
+    TERMS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Programs (token, columns): out [tokens, cols] += the token's TERMS rows of terms and row of shared."""
+    begin(PDL)
     token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     total = tl.load(out + token * cols + at, mask=at < cols, other=0.0).to(tl.float32)
     for k in range(TERMS):
@@ -453,6 +624,19 @@ class Feed:
     down: Table | None
     shared_gate_up: Table | None
     shared_down: Table | None
+    rounds: bool = True  # activations to 8 bits, before packed weights of experts, for few tokens
+
+    @property
+    def up_int8(self) -> bool:
+        """Whether what goes into gate and up of few tokens is in 8 bits; only a router makes it so."""
+        there = [each for each in (self.gate_up, self.shared_gate_up) if each is not None]
+        return self.rounds and self.router is not None and all(each.takes_int8 for each in there)
+
+    @property
+    def down_int8(self) -> bool:
+        """The same of what goes into the down projections: whole runs of each expert's width."""
+        there = [each for each in (self.down, self.shared_down) if each is not None]
+        return self.rounds and all(each.takes_int8 for each in there)
 
     @property
     def width(self) -> int:
@@ -476,48 +660,74 @@ class Chosen:
     here: int
 
 
-def router_logits(x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
-    """norm(x), and its router logits in fp32. x [tokens, hidden] -> [tokens, hidden], [tokens, experts]"""
+TICKETS: dict[torch.device, list[Tensor]] = {}
+
+
+def tickets(device: torch.device, count: int) -> Tensor:
+    """So many zeros [count] int32, which kernels leave as they were. Those that a graph knows stay."""
+    known = TICKETS.setdefault(device, [])
+    if not known or len(known[-1]) < count:
+        known.append(torch.zeros(triton.next_power_of_2(count), dtype=torch.int32, device=device))
+    return known[-1]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Tokens as the experts take them: normed [tokens, hidden], the same in 8 bits with its scales (or normed
+    again, where nobody asks for it), and each token's experts and their weights, both [tokens, top_k].
+    """
+
+    normed: Tensor
+    codes: Tensor
+    scales: Tensor
+    index: Tensor
+    weight: Tensor
+
+
+def route(x: Tensor, feed: Feed, int8: bool = False) -> Routed:
+    """norm(x), router logits in fp32, and the choice, in one kernel. x [tokens, hidden]"""
     assert feed.router is not None
-    count, cols = x.shape
-    experts = feed.routing.experts
-    normed, logits = torch.empty_like(x), x.new_empty(count, experts, dtype=torch.float32)
+    (count, cols), routing = x.shape, feed.routing
+    normed, logits = torch.empty_like(x), x.new_empty(count, routing.experts, dtype=torch.float32)
+    index = logits.new_empty(count, routing.top_k, dtype=torch.int32)
+    weight = logits.new_empty(count, routing.top_k)
+    codes, scales = byte_room(x, cols) if int8 else (normed, normed)
     size, rows = triton.next_power_of_2(cols), 2 if count <= MATVEC_TOKENS else 16
-    router_kernel[(count, -(-experts // rows))](
+    router_kernel[(count, -(-routing.experts // rows))](
         x,
         feed.norm,
         feed.router,
         normed,
+        codes,
+        scales,
         logits,
-        cols,
-        experts,
-        feed.eps,
-        ROWS=rows,
-        CHUNK=min(512, size),
-        SIZE=size,
-    )
-    return normed, logits
-
-
-def choose(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """kernels/experts.py's `route`: logits [tokens, experts] -> index (int32), weight, both [tokens, k]."""
-    index = logits.new_empty(logits.shape[0], routing.top_k, dtype=torch.int32)
-    weight = logits.new_empty(logits.shape[0], routing.top_k)
-    choose_kernel[(logits.shape[0],)](
-        logits,
+        tickets(x.device, count),
         index,
         weight,
+        cols,
         routing.experts,
         routing.scaling_factor,
+        feed.eps,
+        ROWS=rows,
+        CHUNK=max(RUN.value, min(512, size)),
+        SIZE=size,
+        INT8=int8,
         EXPERTS=triton.next_power_of_2(routing.experts),
         TOP_K=routing.top_k,
         CHOICES=triton.next_power_of_2(routing.top_k),
         GROUPS=routing.n_group,
         TOP_GROUPS=routing.topk_group,
         NORMALISE=routing.norm_topk_prob,
-        num_warps=1,
+        **launching(),
     )
-    return index, weight
+    return Routed(normed, codes, scales, index, weight)
+
+
+def byte_room(x: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """For numbers [tokens of x, cols] in 8 bits, and their scales."""
+    count = x.shape[0]
+    codes = x.new_empty(count, cols, dtype=torch.int8)
+    return codes, x.new_empty(count, cols // RUN.value, dtype=torch.float32)
 
 
 def run(x: Tensor, feed: Feed, out: Tensor, first: int = 0) -> Tensor:
@@ -538,30 +748,37 @@ def run(x: Tensor, feed: Feed, out: Tensor, first: int = 0) -> Tensor:
 
 def few(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     """`run` for few tokens: every token's experts are read by themselves. x and out [tokens, hidden]"""
-    inner, chosen = x, Chosen(x, x, 0, first, 0)
-    if feed.gate_up is not None:
-        inner, logits = router_logits(x, feed)
-        here = feed.gate_up.codes.shape[0]
-        chosen = Chosen(*choose(logits, feed.routing), feed.routing.top_k, first, here)
-    hidden = few_up(inner, feed, chosen)
-    return gather(few_down(hidden, feed, chosen), None, out)
+    nobody = Chosen(x, x, 0, first, 0)
+    if feed.gate_up is None:
+        return few_down(few_up(x, x, feed, nobody), feed, nobody, out)
+    routed = route(x, feed, feed.up_int8)
+    here = feed.gate_up.codes.shape[0]
+    chosen = Chosen(routed.index, routed.weight, feed.routing.top_k, first, here)
+    inner = routed.codes.view(torch.int32) if feed.up_int8 else routed.normed
+    return few_down(few_up(inner, routed.scales, feed, chosen), feed, chosen, out)
 
 
-def few_up(x: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
+def few_up(x: Tensor, x_scales: Tensor, feed: Feed, chosen: Chosen) -> tuple[Tensor, Tensor]:
     """silu(gate) * up of each token's experts and of the shared ones. x [tokens, hidden] -> [tokens, widths]
+    and, where the down projection takes it in 8 bits, its scales.
 
-    x is normed already where there is a router; else it is normed here.
+    x is normed already where there is a router, and may be in 8 bits; else it is normed here.
     """
     up = feed.gate_up or feed.shared_gate_up
     assert up is not None
     shared_up = feed.shared_gate_up or up
-    (count, cols), width, shared_width = x.shape, feed.width, feed.shared_width
+    count, cols, width, shared_width = x.shape[0], up.cols, feed.width, feed.shared_width
     blocks = -(-(width or shared_width) // up.block_rows)  # of one half
     # The shared experts are one MLP: as many more slots as it is wider than a routed expert.
     slots = chosen.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
-    hidden = x.new_empty(count, chosen.top_k * width + shared_width)
+    widths = chosen.top_k * width + shared_width
+    if feed.down_int8:
+        hidden, scales = byte_room(x, widths)
+    else:
+        hidden = scales = feed.norm.new_empty(count, widths)
     few_up_kernel[(blocks, slots, count)](
         x,
+        x_scales,
         feed.norm,
         chosen.index,
         up.codes,
@@ -569,6 +786,7 @@ def few_up(x: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
         shared_up.codes,
         shared_up.scales,
         hidden,
+        scales,
         cols,
         width,
         2 * shared_width,
@@ -587,24 +805,29 @@ def few_up(x: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
         SIZE=triton.next_power_of_2(cols),
         NORM=feed.gate_up is None,
         TOP_K=chosen.top_k,
+        INT8=feed.gate_up is not None and feed.up_int8,
+        OUT8=feed.down_int8,
         num_warps=8,
+        **launching(),
     )
-    return hidden
+    return hidden, scales
 
 
-def few_down(hidden: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
-    """hidden [tokens, widths] -> weighted outputs, to be summed [tokens, slots, hidden size] in fp32."""
+def few_down(hidden: tuple[Tensor, Tensor], feed: Feed, chosen: Chosen, out: Tensor) -> Tensor:
+    """out [tokens, hidden size] += the weighted outputs of hidden [tokens, widths], as few_up gives it."""
     down = feed.down or feed.shared_down
     assert down is not None
     shared_down = feed.shared_down or down
-    count, cols, width, shared_width = hidden.shape[0], down.rows, feed.width, feed.shared_width
+    values, scales = hidden
+    count, cols, width, shared_width = out.shape[0], down.rows, feed.width, feed.shared_width
     warps = 8
     chunk = down.chunk(warps)
     piece = -(-min(shared_width, width or 2048) // chunk) * chunk if shared_width else chunk
     slots = chosen.top_k + -(-shared_width // piece)
-    terms = hidden.new_empty(count, slots, cols, dtype=torch.float32)
+    terms = out.new_empty(count, slots, cols, dtype=torch.float32)
     few_down_kernel[(down.blocks(), slots, count)](
-        hidden,
+        values.view(torch.int32) if feed.down_int8 else values,
+        scales,
         down.codes,
         down.scales,
         shared_down.codes,
@@ -612,6 +835,8 @@ def few_down(hidden: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
         chosen.index,
         chosen.weight,
         terms,
+        tickets(out.device, count * down.blocks()),
+        out,
         cols,
         width,
         shared_width,
@@ -625,9 +850,11 @@ def few_down(hidden: Tensor, feed: Feed, chosen: Chosen) -> Tensor:
         ROWS=down.block_rows,
         CHUNK=chunk,
         TOP_K=chosen.top_k,
+        INT8=feed.down_int8,
         num_warps=warps,
+        **launching(),
     )
-    return terms
+    return out
 
 
 def gather(terms: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
@@ -642,6 +869,7 @@ def gather(terms: Tensor, shared: Tensor | None, out: Tensor) -> Tensor:
         TERMS=terms.shape[1],
         SHARED=shared is not None,
         CHUNK=chunk,
+        **launching(),
     )
     return out
 
@@ -651,9 +879,10 @@ def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     count = x.shape[0]
     terms, shared = x.new_empty(count, 0, x.shape[1]), None
     if feed.gate_up is not None and feed.down is not None:
-        inner, logits = router_logits(x, feed)
-        index, weight = choose(logits, feed.routing)
-        terms = grouped(inner, index - first, weight, feed.gate_up, feed.down).unflatten(0, (count, -1))
+        routed = route(x, feed)
+        inner = routed.normed
+        terms = grouped(inner, routed.index, routed.weight, feed.gate_up, feed.down, first)
+        terms = terms.unflatten(0, (count, -1))
     else:
         inner = rms_norm(x, feed.norm, feed.eps)
     if feed.shared_gate_up is not None and feed.shared_down is not None:
@@ -663,51 +892,65 @@ def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
 
 def dense(x: Tensor, gate_up: Table, down: Table) -> Tensor:
     """One MLP for all tokens. x [n, hidden] -> the same shape."""
-    return grouped(x, x.new_zeros(x.shape[0], 1, dtype=torch.int32), None, gate_up, down)
+    count, rows = x.shape[0], tile_rows(x.shape[0])
+    everything = Sorted(x, x, 1, 1, rows, -(-count // rows), count)
+    return many_down(many_up(x, everything, gate_up), everything, None, down)
 
 
 @dataclass(frozen=True)
 class Sorted:
-    """Choices (token i's j-th is number i * k + j) sorted by expert, and the tiles that they are cut into."""
+    """Choices (token i's j-th is number i * k + j) sorted by expert, and the tiles that they are cut into. A
+    dense MLP is one expert, chosen by all, and has no order.
+    """
 
     order: Tensor  # [n * k] int32: the choice at each place
-    ends: Tensor  # [size] int32: where each expert's choices end, filled up with the last
+    ends: Tensor  # [experts] int32: where each expert's choices end, filled up with the last
+    experts: int  # a power of two
     repeats: int  # choices a token
     rows: int  # of a tile
     tiles: int  # at most: every expert may have one that is not full
+    count: int  # of choices
 
     @property
     def warps(self) -> int:
         return 4 if self.rows < 128 else 8
 
 
-def sort_by_expert(index: Tensor, here: int) -> Sorted:
-    """index [n, k] of experts below `here`. Others (below 0 or too high) come last, past every end."""
-    flat = index.flatten()
-    flat = torch.where((flat >= 0) & (flat < here), flat, here)
-    sorted_experts, order = flat.sort(stable=True)
-    size = triton.next_power_of_2(here)
-    experts = torch.arange(size, device=index.device, dtype=flat.dtype).clamp(max=here - 1)
-    ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
-    rows = tile_rows(len(flat) / here)
-    return Sorted(order.int(), ends, index.shape[1], rows, len(flat) // rows + here)
+def sort_by_expert(index: Tensor, here: int, first: int = 0) -> Sorted:
+    """index [n, k] of experts, of which those from `first` on are `here`; others have no place."""
+    size, count = max(2, triton.next_power_of_2(here)), index.numel()
+    order, ends = index.new_empty(count, dtype=torch.int32), index.new_empty(size, dtype=torch.int32)
+    sort_kernel[(size,)](
+        index, order, ends, count, first, here, EXPERTS=size, CHUNK=1024, num_warps=4, **launching()
+    )
+    rows = tile_rows(count / here)
+    return Sorted(order, ends, size, index.shape[1], rows, count // rows + here, count)
 
 
-def grouped(x: Tensor, index: Tensor, weight: Tensor | None, gate_up: Table, down: Table) -> Tensor:
+def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Table, down: Table, first: int = 0) -> Tensor:
     """Every token's chosen experts, each output times its weight. x [n, hidden] -> [n * k, hidden]
 
-    index and weight [n, k]. An expert that is not here (below 0 or too high) gives zeros. A dense MLP is one
-    expert, chosen by all.
+    index and weight [n, k]. An expert that is not here (before `first`, or too high) gives zeros.
     """
-    by_expert = sort_by_expert(index, gate_up.codes.shape[0] if weight is not None else 1)
+    by_expert = sort_by_expert(index, gate_up.codes.shape[0], first)
     return many_down(many_up(x, by_expert, gate_up), by_expert, weight, down)
+
+
+def columns_of(weight: Table, by_expert: Sorted, rows: int) -> int:
+    """Columns of a tile of `rows` columns in all: many where numbers are dense and rows are many, few where a
+    GPU's multiprocessors would have nothing to do.
+    """
+    columns = 128 if weight.kind == DENSE and by_expert.rows == 128 else TILE_COLUMNS
+    while columns > 32 and by_expert.tiles * -(-rows // columns) < PROCESSORS:
+        columns //= 2
+    return columns
 
 
 def many_up(x: Tensor, by_expert: Sorted, gate_up: Table) -> Tensor:
     """silu(gate) * up of every choice, in sorted order. x [n, hidden] -> [n * k, width]"""
     cols, width = x.shape[1], gate_up.rows // 2
-    hidden = x.new_empty(len(by_expert.order), width)
-    many_up_kernel[(by_expert.tiles, -(-width // TILE_COLUMNS))](
+    hidden, columns = x.new_empty(by_expert.count, width), columns_of(gate_up, by_expert, width)
+    many_up_kernel[(by_expert.tiles, -(-width // columns))](
         x,
         by_expert.order,
         by_expert.ends,
@@ -720,23 +963,25 @@ def many_up(x: Tensor, by_expert: Sorted, gate_up: Table) -> Tensor:
         gate_up.scales.stride(0),
         gate_up.half_blocks,
         by_expert.repeats,
+        by_expert.count,
         KIND=gate_up.kind,
         GROUP=gate_up.group,
-        EXPERTS=len(by_expert.ends),
+        EXPERTS=by_expert.experts,
         BM=by_expert.rows,
-        BN=TILE_COLUMNS,
+        BN=columns,
         BK=depth(gate_up),
         num_warps=by_expert.warps,
         num_stages=3,
+        **launching(),
     )
     return hidden
 
 
 def many_down(hidden: Tensor, by_expert: Sorted, weight: Tensor | None, down: Table) -> Tensor:
     """hidden [n * k, width] in sorted order -> each choice's output, times its weight if any [n * k, rows]"""
-    cols = down.rows
-    out = hidden.new_zeros(len(by_expert.order), cols)
-    many_down_kernel[(by_expert.tiles, -(-cols // TILE_COLUMNS))](
+    cols, columns = down.rows, columns_of(down, by_expert, down.rows)
+    out = hidden.new_zeros(by_expert.count, cols)
+    many_down_kernel[(by_expert.tiles, -(-cols // columns))](
         hidden,
         by_expert.order,
         by_expert.ends,
@@ -748,15 +993,17 @@ def many_down(hidden: Tensor, by_expert: Sorted, weight: Tensor | None, down: Ta
         hidden.shape[1],
         down.codes.stride(0),
         down.scales.stride(0),
+        by_expert.count,
         KIND=down.kind,
         GROUP=down.group,
-        EXPERTS=len(by_expert.ends),
+        EXPERTS=by_expert.experts,
         BM=by_expert.rows,
-        BN=TILE_COLUMNS,
+        BN=columns,
         BK=depth(down),
         WEIGHTED=weight is not None,
         num_warps=by_expert.warps,
         num_stages=3,
+        **launching(),
     )
     return out
 

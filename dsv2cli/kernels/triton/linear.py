@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
 
 from dsv2cli.formats import LANES, Coding
 from dsv2cli.kernels.quantized import CODEBOOK, IQ4_NL, Quantized
@@ -27,6 +30,7 @@ MEANINGS = {"codebook": 0, "signed": 1, "plain": 2, "iq4_nl": 3, "e4m3": 4}
 OFFSETS = {"": 0, "added": 1, "zero": 2}
 MATVEC_ROWS = 4  # up to so many rows each reads the weights by itself, all but the first from the L2 cache
 BYTES_A_WARP = 1024  # of weights, that it reads at a time
+PROCESSORS = 132  # multiprocessors of an H100 or H200
 FULL = 256  # programs from which all multiprocessors have several; fewer programs are made larger
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -68,6 +72,31 @@ prmt.b32 $1, p, q, 0x7531;
 
 
 UNPACK, NL_UNPACK = tl.constexpr(unpacking(BYTES)), tl.constexpr(unpacking(NL_BYTES))
+
+
+RUN = tl.constexpr(16)  # columns of activations in 8 bits that have a scale
+STAGES = tl.constexpr(3)  # chunks of weights that are on their way at the same time
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Let the next kernel be brought up, and wait until those before have written what they write.
+
+    The first thing that every kernel does, in every program: one that ended before would let the next begin.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+def launching() -> dict[str, Any]:
+    """How each kernel is launched: where the GPU can, brought up while the one before still runs."""
+    if INTERPRETED.value:
+        return {"PDL": False}
+    target = driver.active.get_current_target()
+    if target.backend == "cuda" and target.arch >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 @triton.jit
@@ -266,6 +295,84 @@ def add_products(
 
 
 @triton.jit
+def four_by_four(a, b, total):
+    """Words of four signed bytes each: their products added to `total`, as `dp4a` does."""
+    if INTERPRETED:
+        for j in tl.static_range(4):
+            total += ((a << (24 - 8 * j)) >> 24) * ((b << (24 - 8 * j)) >> 24)
+        return total
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def add_int8_products(
+    products,
+    codes,
+    scales,
+    block,
+    cols,
+    x,
+    x_scales,
+    start,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`add_products` of packed weights with x in 8 bits: four columns are a word, and RUN have a scale."""
+    bits: tl.constexpr = KIND % 32
+    meaning: tl.constexpr = KIND // 32 % 32
+    has_offset: tl.constexpr = KIND // 1024 != 0
+    numbers: tl.constexpr = ROWS * (2 if has_offset else 1)
+    words: tl.constexpr = GROUP * bits // 32
+    groups = tl.cdiv(cols, GROUP)
+    group, word, lane = start // GROUP + tl.arange(0, CHUNK // GROUP), tl.arange(0, words), tl.arange(0, ROWS)
+    there = (group < groups)[:, None]
+    place = group[:, None] * words + word[None, :]
+    data = tl.load(
+        codes
+        + block.to(tl.int64) * groups * (words * ROWS)
+        + (place[:, :, None] * ROWS + lane[None, None, :]),
+        mask=there[:, :, None],
+        other=0,
+    )
+    first = (block * groups + group)[:, None, None] * numbers + lane[None, None, :]
+    scale = tl.load(scales + first, mask=there[:, :, None], other=0.0).to(tl.float32)
+    column = place * (32 // bits)
+    known = column < cols  # a group's last columns may be none of x
+    each = tl.load(x_scales + column // RUN, mask=known, other=0.0)
+    zero = tl.zeros_like(data)
+    ones = zero + 0x01010101
+    if bits == 8:
+        some = tl.load(x + place, mask=known, other=0)[:, :, None] + zero
+        sums = four_by_four(data ^ SIGNS, some, zero)
+        total = four_by_four(ones, some, zero) if has_offset else zero
+    else:
+        low, high = unpack(data, meaning)
+        some = tl.load(x + 2 * place, mask=known, other=0)[:, :, None] + zero
+        more = tl.load(x + 2 * place + 1, mask=known, other=0)[:, :, None] + zero
+        sums = four_by_four(high, more, four_by_four(low, some, zero))
+        total = four_by_four(ones, more, four_by_four(ones, some, zero)) if has_offset else zero
+    products += sums.to(tl.float32) * (scale * each[:, :, None])
+    if has_offset:
+        offset = tl.load(scales + first + ROWS, mask=there[:, :, None], other=0.0).to(tl.float32)
+        products += offset_of(offset, scale, KIND) * (total.to(tl.float32) * each[:, :, None])
+    return products
+
+
+@triton.jit
+def in_int8(values, COUNT: tl.constexpr):
+    """Numbers [COUNT] as signed bytes [COUNT], and for each RUN of them a scale [COUNT / RUN]."""
+    runs = tl.reshape(values, [COUNT // RUN, RUN])
+    scale = tl.maximum(tl.max(tl.abs(runs), axis=1) / 127, 1e-30)
+    codes = tl.floor(runs / scale[:, None] + 0.5)
+    return tl.reshape(codes, [COUNT]).to(tl.int8), scale
+
+
+@triton.jit
 def few_rows_kernel(
     x,
     norm,
@@ -288,22 +395,27 @@ def few_rows_kernel(
     NORM: tl.constexpr,
     TWO: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out [tokens, rows + more_rows] = (residual +) norm(x) [tokens, cols] times one matrix or two of a kind.
 
     One program a token and block; tokens are neighbours, so that all but the first find the weights in the
     cache.
     """
+    begin(PDL)
     token, block = tl.program_id(0), tl.program_id(1)
     x += token.to(tl.int64) * cols
     wide = rows
     offset = 0
     if TWO:
         wide = rows + more_rows
-        if block >= blocks:
-            codes, scales, block, offset, rows = more_codes, more_scales, block - blocks, rows, more_rows
+        second = block >= blocks
+        offset = tl.where(second, rows, 0)  # an argument that is 1 is a constant, and can not change
+        rows = tl.where(second, more_rows, rows)
+        if second:
+            codes, scales, block = more_codes, more_scales, block - blocks
     products = nothing(KIND, GROUP, ROWS, CHUNK)
-    for start in range(0, cols, CHUNK):
+    for start in tl.range(0, cols, CHUNK, num_stages=STAGES):
         products = add_products(
             products, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM
         )
@@ -426,8 +538,10 @@ def many_rows_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out [count, rows] = (residual +) x [count, cols] times a matrix, by tensor cores."""
+    begin(PDL)
     row, block = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * (BN // LANES_OF_A_BLOCK)
     sums = tile_products(x, row, row < count, codes, scales, block, rows, cols, KIND, GROUP, BM, BN, BK)
     column = block * LANES_OF_A_BLOCK + tl.arange(0, BN)
@@ -449,8 +563,9 @@ def store_normed(x, weight, out, cols, eps, SIZE: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, cols, eps, SIZE: tl.constexpr):
+def rms_norm_kernel(x, weight, out, cols, eps, SIZE: tl.constexpr, PDL: tl.constexpr):
     """One row a program. x and out [rows, cols]"""
+    begin(PDL)
     start = tl.program_id(0).to(tl.int64) * cols
     store_normed(x + start, weight, out + start, cols, eps, SIZE)
 
@@ -465,6 +580,11 @@ class Table:
     group: int
     rows: int
     cols: int
+
+    @property
+    def takes_int8(self) -> bool:
+        """Whether its codes are whole numbers, which are multiplied as such."""
+        return self.kind != DENSE and self.kind // 32 % 32 != MEANINGS["e4m3"] and self.cols % RUN.value == 0
 
     @property
     def half_blocks(self) -> int:
@@ -568,6 +688,7 @@ def few_rows(
         TWO=more is not None,
         ADD=residual is not None,
         num_warps=warps,
+        **launching(),
     )
     return out
 
@@ -580,7 +701,8 @@ def many_rows(x: Tensor, weight: Table, residual: Tensor | None) -> Tensor:
         )
     count = x.shape[0]
     out = x.new_empty(count, weight.rows) if residual is None else residual
-    bm, bn = tile_rows(count), 64
+    bm = tile_rows(count)
+    bn = tile_columns(-(-count // bm), weight.rows)
     many_rows_kernel[(-(-count // bm), -(-weight.rows // bn))](
         x,
         weight.codes,
@@ -597,6 +719,7 @@ def many_rows(x: Tensor, weight: Table, residual: Tensor | None) -> Tensor:
         BK=weight.group,
         ADD=residual is not None,
         num_warps=4 if bm < 128 else 8,
+        **launching(),
     )
     return out
 
@@ -606,8 +729,18 @@ def tile_rows(count: float) -> int:
     return max(16, min(128, triton.next_power_of_2(int(count))))
 
 
+def tile_columns(tiles: int, rows: int) -> int:
+    """Rows of a matrix that a tile takes: fewer where a GPU's multiprocessors would have nothing to do."""
+    columns = 64
+    while columns > LANES and tiles * -(-rows // columns) < PROCESSORS:
+        columns //= 2
+    return columns
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same as kernels/linear.py's. x [tokens, size]"""
     out = torch.empty_like(x)
-    rms_norm_kernel[(x.shape[0],)](x, weight, out, x.shape[1], eps, SIZE=triton.next_power_of_2(x.shape[1]))
+    rms_norm_kernel[(x.shape[0],)](
+        x, weight, out, x.shape[1], eps, SIZE=triton.next_power_of_2(x.shape[1]), **launching()
+    )
     return out

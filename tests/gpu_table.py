@@ -4,8 +4,9 @@
                               [--context 64,4096,32768]
                               [--prefill 4096] [--generate 64] [-r 3] [--against transformers] [--device cuda]
 
-Weights are random, made on the device from CONFIG alone. Every row's ceilings (reading memory, torch's matrix
-product) are measured just before it. What does not fit into the memory is left out, and said. For instance:
+Weights are random, made on the device from CONFIG alone, and so is what lies in the cache before a prompt.
+Every row's ceilings (reading memory, torch's matrix product) are measured just before it. What does not fit
+into the memory is a row that says so. For instance:
 
     python tests/gpu_table.py v2-lite tests/data/configs/DeepSeek-V2-Lite --against transformers
     python tests/gpu_table.py v2 tests/data/configs/DeepSeek-V2-Chat --formats int4
@@ -17,8 +18,10 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,12 +30,15 @@ from dsv2cli.cli.bench import shares
 from dsv2cli.cli.figures import numbers, ranged
 from dsv2cli.device import device_name, gpu_memories, peak_memory_bytes
 from dsv2cli.engine import benchmark
+from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import PACKED_BITS
 from dsv2cli.model import size
-from dsv2cli.run.open import kernels_of
+from dsv2cli.model.config import DeepseekV2Config
+from dsv2cli.run.open import Opened, kernels_of
 from dsv2cli.run.wish import Wish
 
-SPARE = 0.9  # of the memory: activations, and what else runs there
+TRIED = 0.97  # of the memory: what weights and cache may take, so that a row is tried
+Row = dict[str, Any]
 
 
 def works(options: argparse.Namespace) -> Iterator[benchmark.Work]:
@@ -44,31 +50,73 @@ def works(options: argparse.Namespace) -> Iterator[benchmark.Work]:
         yield benchmark.Work(length, 2)
 
 
-def measure(options: argparse.Namespace, format: str) -> Iterator[dict]:
-    """One row a piece of work."""
+def measure(options: argparse.Namespace, format: str) -> Iterator[Row]:
+    """Rows for each piece of work, or one that says why there are none."""
+    facts: Row = {"format": format, "kernels": options.kernels}
+    models: list[Opened] = []
+    if why := attempt(lambda: models.append(open_model(options, format))):
+        yield from (facts | work.as_json() | {"left_out": why} for work in works(options))
+        return
+    (opened,) = models
+    facts["kernels"], device = opened.plan.kernels_name, opened.runner.device
+    memory = gpu_memories()[device.index or 0] if device.type == "cuda" else None
+    twin = None
+    if options.against and format not in PACKED_BITS:
+        twin = benchmark.transformers_twin(opened.runner, opened.folder)
+    for work in works(options):
+        rows: list[Row] = []
+        timings = measured(options, opened, twin, work)
+        why = too_large(opened.config, format, work, memory) or attempt(partial(rows.extend, timings))
+        for row in [*rows, *([{"left_out": why}] if why else [])]:
+            yield facts | work.as_json() | row
+
+
+def open_model(options: argparse.Namespace, format: str) -> Opened:
     packed = format in PACKED_BITS
     dtype, quantize = ("bfloat16", format) if packed else (format, "none")
-    wish = Wish(options.device, dtype, quantize, kernels=options.kernels)
-    opened = opt.open_model(None, wish, options.config)
+    return opt.open_model(
+        None, Wish(options.device, dtype, quantize, kernels=options.kernels), options.config
+    )
+
+
+def too_large(config: DeepseekV2Config, format: str, work: benchmark.Work, memory: int | None) -> str:
+    """Why a piece of work need not be tried with so many bytes of memory; nothing where it may fit."""
+    tokens = work.batch * (work.depth + work.prompt + work.generate)
+    needed = size.weights_bytes(config, format, "bfloat16")
+    needed += tokens * size.kv_bytes_per_token(config, "bfloat16")
+    if memory is None or needed <= TRIED * memory:
+        return ""
+    return f"left out: weights and cache take {needed / 1e9:.0f} GB"
+
+
+def attempt(work: Callable[[], object]) -> str:
+    """Why it could not be done, or nothing. What was left of the memory is free again before it begins."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        work()
+    except Dsv2Error as error:
+        return error.sentence
+    except RuntimeError as error:  # torch's own, Triton's and the driver's differ in class
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return "out of memory"
+        raise
+    return ""
+
+
+def measured(options: argparse.Namespace, opened: Opened, twin: Any, work: benchmark.Work) -> Iterator[Row]:
+    """A row an engine, and where it is asked for one of where the time went."""
     runner, kernels = opened.runner, kernels_of(opened.plan)
-    memory = gpu_memories()[runner.device.index or 0] if runner.device.type == "cuda" else None
-    twin = None
-    if options.against and not packed:
-        twin = benchmark.transformers_twin(runner, opened.folder)
-    for work in works(options):
-        tokens = work.batch * (work.depth + work.prompt + work.generate)
-        needed = size.weights_bytes(runner.config, format, "bfloat16")
-        needed += tokens * size.kv_bytes_per_token(runner.config, "bfloat16")
-        facts = {"format": format, "kernels": opened.plan.kernels_name} | work.as_json()
-        if memory is not None and needed > SPARE * memory:
-            yield facts | {"left_out": f"weights and cache take {needed / 1e9:.0f} GB"}
-            continue
-        beside = twin if work.batch == 1 and work.depth + work.prompt <= 4096 else None
-        for timing in benchmark.measure_in_turn(runner, work, options.repetitions, beside, kernels=kernels):
-            peak = {"peak_memory_bytes": peak_memory_bytes(runner.device)}
-            yield facts | timing.as_json() | shares(runner, timing) | peak
-        if options.profile and work.batch == 1:
-            yield facts | {"profile": benchmark.profile(runner, work)}
+    beside = twin if work.batch == 1 and work.depth + work.prompt <= 4096 else None
+    for timing in benchmark.measure_in_turn(
+        runner, work, options.repetitions, beside, kernels=kernels, at_random=True
+    ):
+        peak = {"peak_memory_bytes": peak_memory_bytes(runner.device)}
+        yield timing.as_json() | shares(runner, timing) | peak
+    if options.profile and work.batch == 1:
+        yield {"profile": benchmark.profile(runner, work)}
 
 
 def markdown(facts: dict) -> str:
@@ -91,7 +139,7 @@ def markdown(facts: dict) -> str:
             continue
         start = [run["format"], run.get("engine", "dsv2"), run["batch"], run["depth"] + run["prompt_tokens"]]
         if "left_out" in run:
-            lines.append(f"| {' | '.join(map(str, start))} | left out: {run['left_out']} |")
+            lines.append(f"| {' | '.join(map(str, start))} | {run['left_out']} |")
             continue
         decode = ranged(run["decode_tokens_per_second"]) if run["generated_tokens"] > 2 else ""
         share = (
@@ -143,8 +191,6 @@ def main() -> None:
             facts["runs"].append(run)
             Path(f"{options.out}.json").write_text(json.dumps(facts, indent=1) + "\n")
             Path(f"{options.out}.md").write_text(markdown(facts))
-        gc.collect()
-        torch.cuda.empty_cache()
     print(Path(f"{options.out}.md").read_text())
 
 

@@ -8,11 +8,15 @@ import sys
 
 import pytest
 import torch
-from conftest import smallest_config
+from conftest import DATA, smallest_config
 
 pytest.importorskip("triton")
 
 import gpu_kernels
+import gpu_table
+
+from dsv2cli.engine.benchmark import Work
+from dsv2cli.model.config import DeepseekV2Config
 
 
 @pytest.fixture
@@ -56,3 +60,44 @@ def test_kernels_are_listed_by_their_share_of_a_step():
         ["2.0", "x", "2.50", "us", "25.0%", "few"],
     ]
     assert "saw no kernels" in gpu_kernels.listed([], 20)[0]
+
+
+def table(monkeypatch, folder, words):
+    """The rows of OUT.json, and the lines of OUT.md below its head."""
+    asked = f"--device cpu --generate 3 -r 1 {words}"
+    monkeypatch.setattr(sys, "argv", ["gpu_table.py", str(folder / "out"), str(folder), *asked.split()])
+    gpu_table.main()
+    runs = json.loads((folder / "out.json").read_text())["runs"]
+    return runs, (folder / "out.md").read_text().splitlines()[4:]
+
+
+def test_the_cache_before_a_prompt_is_not_read_and_what_is_too_long_is_a_row(monkeypatch, config):
+    """A prompt of 30,000 tokens would take minutes."""
+    words = "--kernels off --formats bfloat16 --batch 1 --context 30000,999999 --prefill 4"
+    runs, lines = table(monkeypatch, config, words)
+    assert [(run["depth"], run["prompt_tokens"]) for run in runs] == [(29936, 64), (999935, 64), (0, 4)]
+    assert [run.get("left_out", "")[:29] for run in runs] == ["", "999999 + 3 tokens do not fit ", ""]
+    assert lines[1] == f"| bfloat16 | dsv2 | 1 | 999999 | {runs[1]['left_out']} |"
+
+
+def test_a_model_that_can_not_be_opened_is_a_row_and_not_the_end(monkeypatch, config):
+    (config / "config.json").write_text(json.dumps(smallest_config() | {"attention_bias": True}))
+    words = "--kernels triton --formats bfloat16,int4 --batch 1 --context 8 --prefill 4"
+    runs, _ = table(monkeypatch, config, words)
+    assert len(runs) == 4 and all("attention_bias" in run["left_out"] for run in runs)
+
+
+def test_out_of_memory_is_said_and_other_errors_are_raised():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert gpu_table.attempt(lambda: torch.empty(2**50, device=device)) == "out of memory"
+    assert gpu_table.attempt(lambda: torch.empty(2, device=device)) == ""
+    with pytest.raises(RuntimeError, match="shape"):
+        gpu_table.attempt(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def test_rows_are_tried_up_to_nearly_all_of_the_memory():
+    """V2 in int4 on an H200, with a talk of 100,000 tokens beside it, and with three."""
+    config, memory = DeepseekV2Config.load(DATA / "configs" / "DeepSeek-V2-Chat"), int(139.8 * 2**30)
+    assert gpu_table.too_large(config, "int4", Work(64, 64, 100_000), memory) == ""
+    assert "153 GB" in gpu_table.too_large(config, "int4", Work(64, 64, 100_000, batch=3), memory)
+    assert gpu_table.too_large(config, "int4", Work(64, 64, 100_000, batch=3), None) == ""

@@ -9,6 +9,7 @@ import pytest
 from conftest import DATA
 from running import run_dsv2, run_process
 
+from dsv2cli.cli.doctor import Gpus, gpu_finding, triton_finding
 from dsv2cli.hubs.find import EMBEDDED
 
 
@@ -41,6 +42,32 @@ def test_without_a_compiler_it_says_what_runs_instead(tmp_path):
     found = doctor(CXX="/nowhere", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert found["compiler"]["state"] == found["cpu kernels"]["state"] == "note"
     assert "no C++ compiler" in found["cpu kernels"]["text"]
+
+
+NVIDIA, AMD = ("NVIDIA H200",), ("AMD Instinct MI300X",)
+INTEL = ("Intel(R) Data Center GPU Max 1550",)
+
+
+@pytest.mark.parametrize(
+    ("seen", "state", "words"),
+    [
+        (Gpus(NVIDIA, cuda="12.8", driver="NVIDIA H200 150.1 GB"), "ok", "NVIDIA H200, CUDA 12.8"),
+        (Gpus(AMD, rocm="6.4.1"), "note", "ROCm 6.4.1, as --device cuda: plain torch"),
+        (Gpus(intel=INTEL), "note", "which nothing here uses: models run on the CPU"),
+        (Gpus(driver="H200"), "bad", "a CPU build"),
+        (Gpus(cuda="13.0", driver="H200"), "bad", "the driver may be too old"),
+        (Gpus(rocm="6.4.1", driver="H200"), "bad", "a build for AMD's"),
+        (Gpus(cuda="12.8"), "ok", "none; models run on the CPU"),
+    ],
+    ids=["nvidia", "amd", "intel", "cpu build", "old driver", "wrong build", "none"],
+)
+def test_each_makers_gpu_is_said_with_what_would_run_there(seen, state, words):
+    found = gpu_finding(seen)
+    assert found.state == state and words in found.text
+    kernels = triton_finding(seen, installed=True)
+    assert (kernels.text == "on") == (seen.names == NVIDIA)
+    assert ("never tried on an AMD GPU" in kernels.text) == (seen.names == AMD)
+    assert ("pip install triton" in triton_finding(seen, installed=False).fix) == bool(seen.names)
 
 
 def truncate(folder):

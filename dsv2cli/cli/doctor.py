@@ -103,35 +103,62 @@ def machine() -> Iterator[Finding]:
         "ok",
         f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
     )
-    yield gpus()
+    seen = look_for_gpus()
+    yield gpu_finding(seen)
     yield from cpu_kernels()
-    yield triton_kernels(torch.cuda.is_available())
+    yield triton_finding(seen, importlib.util.find_spec("triton") is not None)
     yield from extras()
     yield from disks()
 
 
-def gpus() -> Finding:
-    """What torch sees, held against what the driver sees."""
+@dataclass(frozen=True)
+class Gpus:
+    """What torch and NVIDIA's driver say of GPUs."""
+
+    names: tuple[str, ...] = ()  # of the devices that torch calls cuda, which AMD's are, too
+    cuda: str | None = None  # the version that torch is built for
+    rocm: str | None = None
+    intel: tuple[str, ...] = ()
+    driver: str = ""  # the first card that the driver knows
+
+
+def look_for_gpus() -> Gpus:
     import torch
 
     from dsv2cli import memory
 
     driver = memory.gpus()
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Finding("gpu", "ok", f"{', '.join(names)}, CUDA {torch.version.cuda}")
-    if driver:
-        why = (
-            "this torch is a CPU build"
-            if torch.version.cuda is None
-            else f"CUDA {torch.version.cuda} does not start: the driver may be too old"
-        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # the driver may count more
+    intel = torch.xpu.device_count() if torch.xpu.is_available() else 0
+    return Gpus(
+        tuple(map(torch.cuda.get_device_name, range(count))),
+        torch.version.cuda,
+        torch.version.hip,
+        tuple(map(torch.xpu.get_device_name, range(intel))),
+        driver[0].label if driver else "",
+    )
+
+
+def gpu_finding(seen: Gpus) -> Finding:
+    """What torch sees, held against what the driver sees, and what would run there."""
+    names = ", ".join(seen.names or seen.intel)
+    if seen.names and seen.rocm:
+        text = f"{names}, ROCm {seen.rocm}, as --device cuda: plain torch should run there; never tried"
+        return Finding("gpu", "note", text, "--kernels off, or --device cpu")
+    if seen.names:
+        return Finding("gpu", "ok", f"{names}, CUDA {seen.cuda}")
+    if seen.driver:
+        why = f"CUDA {seen.cuda} does not start: the driver may be too old"
+        if seen.cuda is None:
+            why = "this torch is a CPU build" if seen.rocm is None else "this torch is a build for AMD's"
         return Finding(
             "gpu",
             "bad",
-            f"{driver[0].label} is there, and torch can not use it: {why}",
+            f"{seen.driver} is there, and torch can not use it: {why}",
             "install torch's CUDA build, or use --device cpu",
         )
+    if seen.intel:
+        return Finding("gpu", "note", f"{names}, which nothing here uses: models run on the CPU")
     return Finding("gpu", "ok", "none; models run on the CPU")
 
 
@@ -166,19 +193,23 @@ def cpu_kernels() -> Iterator[Finding]:
         )
 
 
-def triton_kernels(gpu: bool) -> Finding:
-    if importlib.util.find_spec("triton") is not None:
-        return Finding(
-            "triton kernels", "ok", "on" if gpu else "triton is installed, and there is no GPU for it"
-        )
-    if gpu:
+def triton_finding(seen: Gpus, installed: bool) -> Finding:
+    if seen.names and not installed:
         return Finding(
             "triton kernels",
             "note",
             "off, because triton is not installed; plain torch computes the same, slowly",
             "pip install triton",
         )
-    return Finding("triton kernels", "ok", "off: there is no GPU")
+    if seen.names and seen.rocm:
+        text = (
+            "never tried on an AMD GPU; those for codes of a table (int4 and int4-all, GGUF's IQ4_NL) hold "
+        )
+        return Finding("triton kernels", "note", f"{text}NVIDIA's instructions", "--kernels off")
+    if seen.names:
+        return Finding("triton kernels", "ok", "on")
+    there = "triton is installed, and there is no GPU for it"
+    return Finding("triton kernels", "ok", there if installed else "off: there is no GPU")
 
 
 def extras() -> Iterator[Finding]:

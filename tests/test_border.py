@@ -676,6 +676,7 @@ def test_a_form_that_leads_nowhere_ends_with_an_error(embedded_tokenizer):
     [
         (("info", "--memory", "1e308"), "--memory"),
         (("info", "--bandwidth", "inf"), "--bandwidth"),
+        (("info", "--bandwidth", "0", "--gpus", "80GB"), "--bandwidth"),
         (("info", "--gpus", "99999999999x1GB"), "--gpus"),
         (("info", "--gpus", "2x99999999999999TB"), "--gpus"),
         (("info", "/dev/zero"), "is no folder"),

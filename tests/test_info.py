@@ -18,7 +18,7 @@ from dsv2cli.checkpoint.load import random_model
 from dsv2cli.checkpoint.names import destinations
 from dsv2cli.checkpoint.safetensors import list_tensors
 from dsv2cli.engine.benchmark import read_bytes_per_token
-from dsv2cli.model import size
+from dsv2cli.model import predicted, size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.size import bytes_by_rank
 from dsv2cli.run.runner import PlainRunner
@@ -243,3 +243,50 @@ def test_a_prediction_is_for_gpus_that_hold_the_model_and_says_that_it_is_one():
     one = size.predicted_step_seconds(DeepseekV2Config.load(CHAT), "int4", "bfloat16", 1, 3.35e12)
     assert 1 / one < facts["decode_ceiling_tokens_per_second"]["int4"] < rates["8 x GPU 80 GB, int4"]
     assert run_dsv2(*arguments).stdout.count("predicted at a short context, not measured") == 4
+
+
+H200 = "4800"  # GB/s
+
+
+@pytest.mark.parametrize(
+    ("folder", "format", "least", "most"),
+    [
+        (LITE, "bfloat16", 400, 480),
+        (LITE, "int8", 500, 650),
+        (LITE, "int4", 580, 750),
+        (CHAT, "int4", 95, 130),
+    ],
+    ids=lambda each: each.name if hasattr(each, "name") else str(each),
+)
+def test_what_one_gpu_is_predicted_to_reach_is_what_the_review_of_the_compiled_code_says(
+    folder, format, least, most
+):
+    facts = info(folder, "--bandwidth", H200)
+    rate = facts["predicted_decode_tokens_per_second"][format]
+    assert least < rate < most and rate < facts["decode_ceiling_tokens_per_second"][format]
+
+
+def test_a_prediction_for_one_gpu_is_shown_beside_each_ceiling_as_one():
+    done = run_dsv2("info", str(LITE), "--bandwidth", H200)
+    rates = info(LITE, "--bandwidth", H200)["predicted_decode_tokens_per_second"]
+    lines = done.stdout.splitlines()[-2 * len(rates) :]
+    for (format, rate), most, some in zip(rates.items(), lines[::2], lines[1::2], strict=True):
+        assert most.startswith(f"{format}: at most ")
+        assert f"some {rate:,.0f} predicted for one GPU" in some and some.endswith("never run; not measured")
+
+
+def test_a_predicted_step_is_reading_arithmetic_on_packed_weights_and_launches():
+    """Without bandwidth's limit there is arithmetic and launches, and in bf16 launches alone."""
+    config = DeepseekV2Config.load(LITE)
+    dense, int8, int4 = (
+        predicted.step_seconds(config, format, "bfloat16", 1e30)
+        for format in ("bfloat16", "int8", "int4-all")
+    )
+    starting = (27 * 10 + predicted.STEP_LAUNCHES) * predicted.LAUNCH_SECONDS
+    assert dense == pytest.approx(starting)
+    kept = 27 * (16 * 256 * 512 + 512) + 2048 + 112_640 + ROUTER  # kv_b_proj and so on
+    packed = 2_451_437_056 - kept  # of a token's
+    arithmetic = predicted.NOT_HIDDEN * packed * 4.3 / predicted.A_SECOND
+    assert int8 - starting == pytest.approx(arithmetic, rel=1e-6)
+    assert 1 < (int4 - starting) / arithmetic < 6.2 / 4.3  # the head stays in 8 bits
+    assert predicted.launches(DeepseekV2Config.load(CHAT)) == 60 * 11 + predicted.STEP_LAUNCHES

@@ -24,7 +24,8 @@ errors outside formats memory places device team
 kernels.build kernels.quantized kernels.native kernels.linear kernels.latents kernels.attention
 kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts
-model.config model.share model.size model.rope model.pool model.step model.layers model.transformer
+model.config model.share model.size model.predicted model.rope model.pool model.step model.layers
+model.transformer
 hubs.hashes hubs.gguf hubs.gguf_held hubs.gguf_settings hubs.reference hubs.shelf hubs.find
 hubs.remote hubs.download hubs.pull hubs.removal
 checkpoint.template checkpoint.tokenizer checkpoint.found

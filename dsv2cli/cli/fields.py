@@ -135,7 +135,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "command": "what to type to run it here",
         "ceiling_context": "with --bandwidth: tokens in the cache that the ceilings are for",
         "decode_ceiling_tokens_per_second": "with --bandwidth: by format, the most that the memory allows",
-        "predicted_tokens_per_second": "with --gpus and --bandwidth: by memory and format",
+        "predicted_decode_tokens_per_second": "with --bandwidth: by format, what one GPU with 132 "
+        "multiprocessors would reach at a short context; from compiled code that has never run, not measured",
+        "predicted_tokens_per_second": "with --gpus and --bandwidth: by memory and format, with kernels as "
+        "fast as others have published; not measured",
     },
     "doctor --json": {
         "healthy": "whether nothing is wrong",

@@ -14,7 +14,7 @@ from dsv2cli.cli import ui
 from dsv2cli.errors import UsageError
 from dsv2cli.formats import ITEM_BYTES, PACKED_BITS
 from dsv2cli.memory import Memory, detected, parse_gpus
-from dsv2cli.model import size
+from dsv2cli.model import predicted, size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.outside import Number
 from dsv2cli.run.plan import refuse_cache
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GB = 10**9
-GIGABYTES = Number(0, 1e9)
+ONE_GPU = "predicted for one GPU like an H200, from compiled code that has never run; not measured"
+GIGABYTES, BANDWIDTHS = Number(0, 1e9), Number(0, 1e9, above=True)
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,20 @@ class Room:
         typer.Option(min=0, help="GB of one memory: say whether it fits and the longest context."),
     ] = None
     bandwidth: Annotated[
-        float | None, typer.Option(min=0, help="GB/s of memory bandwidth: say the most tokens a second.")
+        float | None,
+        typer.Option(
+            min=0, help="GB/s of memory bandwidth: say the most tokens a second, and predict a GPU's."
+        ),
     ] = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for numbers of GB that can be none."""
-        for option, value in (("--memory", self.memory), ("--bandwidth", self.bandwidth)):
-            if value is not None and value not in GIGABYTES:
-                raise UsageError(f"{option} {value} makes no sense", why=f"it must be {GIGABYTES}")
+        for option, value, known in (
+            ("--memory", self.memory, GIGABYTES),
+            ("--bandwidth", self.bandwidth, BANDWIDTHS),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(f"{option} {value} makes no sense", why=f"it must be {known}")
 
     def memories(self) -> list[Memory]:
         """Those to fit into: as given, or this machine's. Raises UsageError."""
@@ -143,24 +150,28 @@ def stored(kinds: Any) -> dict[str, Any]:
 def speeds(
     config: DeepseekV2Config, facts: dict[str, Any], bytes_per_second: float, predict: bool
 ) -> dict[str, Any]:
-    """The most tokens a second that a memory allows, and where asked for a prediction for GPUs that share the
-    model.
+    """The most tokens a second that a memory allows, what one GPU is predicted to reach, and where asked for
+    the same for GPUs that share the model.
     """
     dtype, context, cache = facts["dtype"], facts["context"], facts["cache"]
-    predicted = {}
+    shared = {}
     for place in facts["fits"]:
         if predict and place["fits"]:
             seconds = size.predicted_step_seconds(
                 config, place["format"], dtype, place["count"], bytes_per_second
             )
-            predicted[f"{place['label']}, {place['format']}"] = 1 / seconds
+            shared[f"{place['label']}, {place['format']}"] = 1 / seconds
     return {
         "ceiling_context": context,
         "decode_ceiling_tokens_per_second": {
             format: size.decode_ceiling(config, format, dtype, bytes_per_second, context, cache)
             for format in facts["formats"]
         },
-        "predicted_tokens_per_second": predicted,
+        "predicted_decode_tokens_per_second": {
+            format: 1 / predicted.step_seconds(config, format, dtype, bytes_per_second)
+            for format in facts["formats"]
+        },
+        "predicted_tokens_per_second": shared,
     }
 
 
@@ -346,9 +357,12 @@ def show_speeds(console: Console, facts: dict[str, Any]) -> None:
     for format, rate in facts.get("decode_ceiling_tokens_per_second", {}).items():
         most = f"at most {rate:,.1f} tokens a second at a context of {facts['ceiling_context']:,}"
         console.print(f"{format}: {most}, if reading one such memory were the only cost")
+        console.print(
+            f"{' ' * len(format)}  some {facts['predicted_decode_tokens_per_second'][format]:,.0f} {ONE_GPU}"
+        )
     for place, rate in facts.get("predicted_tokens_per_second", {}).items():
-        predicted = f"some {rate:,.0f} tokens a second predicted at a short context, not measured"
-        console.print(f"{ui.harmless(place)}: {predicted}")
+        said = f"some {rate:,.0f} tokens a second predicted at a short context, not measured"
+        console.print(f"{ui.harmless(place)}: {said}, with kernels as fast as others have published")
 
 
 def rooms(facts: dict[str, Any]) -> Table:

@@ -101,6 +101,22 @@ def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[M
     )  # a tied one is read whole
 
 
+def stored(
+    config: DeepseekV2Config,
+    format: str,
+    dtype: str | None = None,
+    group: int = GROUP,
+    share: Share | None = None,
+    gpu: bool = False,
+) -> Iterator[tuple[Matrix, int]]:
+    """Those of `parts` one by one, with the bytes of each."""
+    dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
+    group = config.packed.group if config.packed is not None else group
+    held = config.held_bits(gpu) if format == own_format(config) else {}
+    for matrix in matrices(config, share):
+        yield matrix, matrix.bytes_each(format, dtype, group, held)
+
+
 def parts(
     config: DeepseekV2Config,
     format: str = "bfloat16",
@@ -113,12 +129,8 @@ def parts(
 
     What is not packed has `dtype`.
     """
-    dtype = dtype or (format if format in ITEM_BYTES else config.torch_dtype)
-    group = config.packed.group if config.packed is not None else group
-    held = config.held_bits(gpu) if format == own_format(config) else {}
     sums: dict[str, list[int]] = {}
-    for m in matrices(config, share):
-        size = m.bytes_each(format, dtype, group, held)
+    for m, size in stored(config, format, dtype, group, share, gpu):
         numbers = m.rows * m.cols
         adding = (m.count * numbers, m.read * numbers, m.count * size, m.read * size)
         sums[m.part] = [a + b for a, b in zip(sums.get(m.part, [0] * 4), adding, strict=True)]

@@ -590,7 +590,7 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
         PAGE=PAGE,
         BITS=new.bits,
         KEY_BITS=new.key_bits,
-        num_warps=4,
+        num_warps=4 if q_latent.element_size() == 2 else 8,  # fp32 would spill its registers
         num_stages=2,
         **launching(),
     )

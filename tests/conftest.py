@@ -24,6 +24,7 @@ from hubs import home, hub, repository  # noqa: F401
 from person import Person
 from running import forked
 from safetensors.torch import save_file
+from shapes import smallest_config
 
 from dsv2cli.checkpoint.load import load_model, random_model
 from dsv2cli.checkpoint.names import destinations
@@ -55,29 +56,6 @@ def golden_folders() -> list[Path]:
     """All golden checkpoints where the shared folder is at hand, else the three kept here."""
     folder = SHARED / "golden" if (SHARED / "golden").is_dir() else DATA / "golden"
     return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-def smallest_config() -> dict[str, Any]:
-    """q_lora, grouped routing, one dense layer and one of experts."""
-    return json.loads((DATA / "golden" / "v2" / "config.json").read_text()) | {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "vocab_size": 48,
-    }
 
 
 # A new prompt, not one drawn again: it turns bracketed paste on, is drawn, and shows the cursor.

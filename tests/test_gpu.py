@@ -6,18 +6,27 @@ import copy
 import dataclasses
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import DATA, ROOT, golden_folders, smallest_config
+from conftest import DATA, golden_folders
 from rows import Rows, answered, scores_of
 from running import run_dsv2
 from safetensors.torch import load_file
-from test_native import CODINGS, close, quantize, random_codes
+from shapes import (
+    ATTENTIONS,
+    CODINGS,
+    EXPERTS,
+    GPU_CODINGS,
+    PRODUCTS,
+    ROUTINGS,
+    WIDE_ATTENTIONS,
+    WIDE_PRODUCTS,
+    smallest_config,
+)
+from test_native import close, quantize, random_codes
 
 pytest.importorskip("triton")
 
@@ -56,10 +65,7 @@ DTYPES = [
     *([torch.bfloat16] if DEVICE.type == "cuda" else []),
 ]  # interpreted tl.dot is wrong in bf16
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-# Rows and columns: several blocks and chunks, whole and not, and odd ones; on a GPU also the widths of V2 and
-# V2-Lite.
-SHAPES = [(24, 1100), (32, 512), (19, 50), (1, 7), (70, 96)]
-SHAPES += [(16, 2048), (20, 1408), (16, 5120), (24, 1536)] if DEVICE.type == "cuda" else []
+WIDE = DEVICE.type == "cuda"  # interpreted they take too long
 GREEDY = SamplingParams(temperature=0.0)
 OPTIONS = ("--prompt-ids", "5,6,7", "--ignore-eos", "-n", "2", "--temperature", "0", "--json")
 
@@ -91,7 +97,7 @@ def by_turns(*lists):
     ]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), by_turns(SHAPES))
+@pytest.mark.parametrize(("shape", "dtype"), by_turns(PRODUCTS + WIDE_PRODUCTS * WIDE))
 def test_a_product_equals_the_plain_one(shape, dtype):
     torch.manual_seed(0)
     for kind, group in ((16, 0), (8, 64), (4, 32)):
@@ -107,9 +113,6 @@ def test_a_product_equals_the_plain_one(shape, dtype):
                 residual + linear(x, weight),
                 ROUNDING[dtype],
             )
-
-
-GPU_CODINGS = sorted({each.multiplied_out for each in CODINGS}, key=str)
 
 
 @pytest.mark.parametrize("coding", GPU_CODINGS, ids=str)
@@ -175,15 +178,6 @@ def test_the_gpus_own_instructions_unpack_every_code():
 def added(x, feed, first=0):
     out = x.clone()
     return gpu_experts.run(out, feed, out, first)
-
-
-ROUTINGS = [
-    (8, 2, 1, 1, False),
-    (20, 3, 5, 2, False),
-    (6, 2, 1, 1, True),
-    (64, 6, 1, 1, False),
-    (160, 6, 8, 3, False),
-]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -277,11 +271,7 @@ def test_four_products_are_those_of_dp4a():
     ]
 
 
-# Hidden, width, shared experts.
-SIZES = [(ROUTINGS[0], 96, 40, 2), (ROUTINGS[1], 64, 64, 1), (ROUTINGS[2], 50, 24, 0)]
-
-
-@pytest.mark.parametrize(("sizes", "kind", "dtype"), by_turns(SIZES, [16, 8, 4]))
+@pytest.mark.parametrize(("sizes", "kind", "dtype"), by_turns(EXPERTS, [16, 8, 4]))
 def test_experts_equal_the_plain_ones(sizes, kind, dtype):
     routing, hidden, width, shared = sizes
     torch.manual_seed(2)
@@ -361,12 +351,6 @@ def test_scores_that_are_no_numbers_harm_nobody_else():
         assert torch.equal(added(x, feed)[2:], alone[2:])
 
 
-# Heads, nope, rope, value, rank: tiny; odd, in tiles of which the last is not whole; in two tiles of heads;
-# V2-Lite's own.
-ATTENTIONS = [(4, 16, 8, 24, 32), (3, 12, 6, 68, 80), (17, 8, 4, 8, 16)]
-ATTENTIONS += [(16, 128, 64, 128, 512)] if DEVICE.type == "cuda" else []
-
-
 def held_in(sizes, dtype, cache, latents):
     """A pool of one layer that holds latents [pages * PAGE, rank + rope]."""
     _, _, rope, _, rank = sizes
@@ -379,7 +363,7 @@ def held_in(sizes, dtype, cache, latents):
 
 
 @pytest.mark.parametrize("cache", ["auto", "int8", "int6", "int4"])
-@pytest.mark.parametrize(("sizes", "dtype"), by_turns(ATTENTIONS))
+@pytest.mark.parametrize(("sizes", "dtype"), by_turns(ATTENTIONS + WIDE_ATTENTIONS * WIDE))
 def test_attention_over_the_pool_equals_the_plain_one(sizes, dtype, cache):
     """Sequences of different lengths in other rows, whose pages lie anywhere, one that is not there, two new
     tokens of one row; few tokens and more.
@@ -651,43 +635,3 @@ def test_without_a_gpu_they_are_refused():
         ).returncode
         == 2
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "bits", "capability"),
-    [
-        ("DeepSeek-V2-Lite", "4", "90"),
-        ("DeepSeek-V2-Lite", "16", "80"),
-        ("DeepSeek-V2-Chat", "8", "90"),
-        ("DeepSeek-V2-Lite", "4 32 plain F16 added", "80"),
-    ],
-)
-def test_every_kernel_compiles_for_a_gpu_and_spills_no_registers(config, bits, capability):
-    """Interpreted kernels may still not compile: so they are compiled, for the shapes of both families, with
-    no GPU at hand.
-    """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "tests/compile_for_gpu.py",
-        f"tests/data/configs/{config}",
-        bits,
-        capability,
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = {line.split(":")[0].strip() for line in done.stdout.splitlines()}
-    launches = int(re.search(r"one token: (\d+) launches a layer", done.stdout)[1])
-    assert launches == (9 if config.endswith("Chat") else 8)
-    assert {
-        "few_up_kernel",
-        "few_down_kernel",
-        "many_up_kernel",
-        "many_down_kernel",
-        "attend_kernel",
-        "prepare_kernel",
-        "router_kernel",
-    } <= kernels
-    assert "'stack': 0" in done.stdout and not re.search(r"'stack': [^0]", done.stdout), done.stdout

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from rows import Rows
+from shapes import CODINGS
 
 from dsv2cli.checkpoint.blueprint import make_quantized
 from dsv2cli.checkpoint.load import load_model
-from dsv2cli.formats import GROUP, Coding, own_coding
+from dsv2cli.formats import GROUP, own_coding
 from dsv2cli.kernels import build, native
 from dsv2cli.kernels.quantized import (
     SCALES,
@@ -67,24 +68,6 @@ def test_a_product_equals_the_plain_one(kernels, shape, group):
             packed = quantize(weight, bits, group=group)
             wanted = round_activations(x, group) @ packed.dequantize(torch.float32).T
             close(kernels.linear(packed)(x), wanted, 4e-3)
-
-
-CODINGS = [
-    Coding(4, 32, "signed", "F16"),
-    Coding(4, 32, "iq4_nl", "F16"),
-    Coding(4, 32, "iq4_nl", "I8"),
-    Coding(4, 32, "plain", "F16", "added"),
-    Coding(4, 32, "plain", "I8", "added"),
-    Coding(4, 16, "signed", "I8"),
-    Coding(4, 64, "plain", "BF16", "zero"),
-    Coding(4, 128, "plain", "F16", "zero"),
-    Coding(8, 16, "signed", "I8"),
-    Coding(8, 32, "signed", "I8", "added"),
-    Coding(8, 32, "signed", "F16"),
-    Coding(8, 128, "signed", "F32"),
-    Coding(8, 64, "plain", "BF16", "added"),
-    Coding(8, 128, "e4m3", "F32"),
-]
 
 
 def random_codes(shape, coding, device=CPU):

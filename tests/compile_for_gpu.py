@@ -371,7 +371,9 @@ def product(case: Case, shape: tuple[int, int], count: int) -> tuple[str, None]:
 def routers(case: Case) -> Iterator[tuple[str, None]]:
     """test_the_router_chooses_as_the_plain_one"""
     for routing in ROUTINGS:
-        experts.choose(torch.empty(40, routing[0]), experts.Routing(*routing, 2.5))
+        router, norm = torch.empty(routing[0], 64), torch.empty(64)
+        feed = experts.Feed(norm, 0.0, router, experts.Routing(*routing, 2.5), None, None, None, None)
+        experts.route(torch.empty(40, 64), feed, int8=True)
         yield f"40 of {routing}", None
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from conftest import ROOT
 
-LAYERS = {"DeepSeek-V2-Lite": 10, "DeepSeek-V2-Chat": 11}  # launches for one token and a layer of experts
+LAYERS = {"DeepSeek-V2-Lite": 8, "DeepSeek-V2-Chat": 9}  # launches for one token and a layer of experts
 
 
 def compiled(*words):
@@ -27,7 +27,7 @@ def compiled(*words):
 
 def test_every_kernel_compiles_for_a_gpu_spills_no_registers_and_launches_are_few():
     """V2-Lite's own shapes in all kinds, V2's, and the smallest, where an argument may be 1."""
-    found = compiled("--sample", "--capability", "90")
+    found = compiled("--sample")
     assert not [(row["name"], row["case"], row["error"]) for row in found["rows"] if row["error"]]
     assert not [row for row in found["rows"] if row["taken"]["stack"] and "fp32" not in row["case"]]
     assert {row["name"] for row in found["rows"]} >= {
@@ -41,7 +41,7 @@ def test_every_kernel_compiles_for_a_gpu_spills_no_registers_and_launches_are_fe
         "prepare_kernel",
         "merge_kernel",
         "router_kernel",
-        "choose_kernel",
+        "sort_kernel",
         "gather_kernel",
     }
     of_one = [step for step in found["steps"] if step["rows"] == "1"]
@@ -50,5 +50,5 @@ def test_every_kernel_compiles_for_a_gpu_spills_no_registers_and_launches_are_fe
         assert steps
         for step in steps:
             dense, moe = (triton for triton, _ in step["layers"])
-            assert dense <= most - 2 and moe <= most, step
+            assert dense <= most - 1 and moe <= most, step
             assert not any(torchs for _, torchs in step["layers"]), "a layer of one token is our own kernels"

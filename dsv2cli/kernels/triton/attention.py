@@ -567,6 +567,8 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
     splits = count_splits(count * head_tiles, new.tables.shape[1] * PAGE, new.q.device)
     mixed = new.q.new_empty(count, splits, shape.heads, shape.rank, dtype=torch.float32)
     log_sums = new.q.new_empty(count, splits, shape.heads, dtype=torch.float32)
+    # In fp32 fewer warps, or with codes two stages, spill their registers.
+    warps, stages = (4, 2) if q_latent.element_size() == 2 else (8, 2) if new.bits == 16 else (16, 1)
     attend_kernel[(head_tiles, count, splits)](
         q_latent,
         q_rope,
@@ -590,8 +592,8 @@ def read_cache(new: NewTokens, q_latent: Tensor, q_rope: Tensor) -> tuple[Tensor
         PAGE=PAGE,
         BITS=new.bits,
         KEY_BITS=new.key_bits,
-        num_warps=4 if q_latent.element_size() == 2 else 8,  # fp32 would spill its registers
-        num_stages=2,
+        num_warps=warps,
+        num_stages=stages,
         **launching(),
     )
     return mixed, log_sums

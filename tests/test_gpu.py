@@ -423,6 +423,31 @@ def test_attention_over_the_pool_equals_the_plain_one(sizes, dtype, cache):
             close(got[i], wanted.flatten(), 4 * ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("sizes", ATTENTIONS[:3])
+def test_a_few_tokens_read_kv_b_proj_in_8_bits(sizes):
+    heads, nope, rope, value, rank = sizes
+    torch.manual_seed(4)
+    kv_b = random(heads * (nope + value), rank) * rank**-0.5
+    codes, scales = gpu_attention.up_in_int8(kv_b)
+    rounded = codes.float() * scales.float().repeat_interleave(64, 1)[:, :rank]
+    assert 0 < (rounded - kv_b).abs().max() < 0.01 * kv_b.abs().max()
+    q, kv = random(2, heads * (nope + rope)), random(2, rank + rope)
+    where = [torch.tensor(each, device=DEVICE).int() for each in ([70, 3], [0, 1], [[0, 1], [2, 3]])]
+    rotary = torch.ones(2, 2, rope // 2, device=DEVICE)
+    cache = random(4 * PAGE, rank + rope)
+    found = []
+    for given in ({"kv_b": rounded}, {"kv_b": kv_b, "kv_b_int8": (codes, scales)}):
+        pool = held_in(sizes, torch.float32, "auto", cache)
+        kv_b_given, more = given.pop("kv_b"), given
+        found.append(
+            gpu_attention.attend(
+                q, kv, torch.ones(rank, device=DEVICE), kv_b_given, rotary, where[0], where[1], where[2],
+                pool.layers[0], gpu_attention.Shape(*sizes, 0.2), **more,
+            )
+        )  # fmt: skip
+    close(found[1], found[0], 1e-5)
+
+
 def both_ways(work, model, cache="auto"):
     """What `work` makes of a model on the plain path, and through the kernels."""
     plain = work(PlainRunner(model, cache=cache))
@@ -506,14 +531,65 @@ def test_a_whole_model_over_latents_in_codes_gives_the_plain_paths_logits(cache)
 
 
 @torch.inference_mode()
-def test_layers_whose_parts_lie_apart_run_product_by_product():
-    """As a team's do, and those whose experts are in RAM."""
+def test_layers_run_product_by_product_where_ranks_have_sequences_of_their_own():
     model = random_smallest("int4")
     plain = scores_of(PlainRunner(model), [1, 2, 3])
-    runner = TritonRunner(model, graphs=True, apart=True)
+    model.team = dataclasses.replace(model.team, sequences=True)
+    runner = TritonRunner(model, graphs=True)
     assert not runner.decodes_ahead and not runner.layers
     assert model.layers[1].mlp.experts.product is not None
     close(scores_of(runner, [1, 2, 3]), plain, 1e-5)
+
+
+class SlowDevice:
+    """A GPU with a clock of its own: what is asked of it is done one after the other, and takes its time."""
+
+    def __init__(self):
+        self.host = self.free = 0.0  # seconds on the CPU, and when the device has done all
+        self.log = []
+
+    def asks(self, what, seconds):
+        self.free = max(self.free, self.host) + seconds
+        self.log.append(what)
+        return self.free
+
+    def to_ram(self, **given):
+        done = self.asks("copy", 1)
+
+        def wait():
+            self.host = max(self.host, done)
+            self.log.append("wait")
+            return given
+
+        return wait
+
+    def to_gpu(self, x):
+        self.asks("back", 1)
+        return x
+
+
+@torch.inference_mode()
+def test_experts_in_ram_are_computed_while_the_device_computes_the_shared_ones(monkeypatch):
+    """The same numbers, and of 1 + 10 + 10 + 1 seconds only 1 + 10 + 1."""
+    model = random_smallest("int4")
+    plain = scores_of(PlainRunner(model), [1, 2, 3])
+    runner = TritonRunner(model, graphs=True, apart=True, rounds=False)
+    assert runner.layers and not runner.decodes_ahead
+    close(scores_of(runner, [1, 2, 3]), plain, 1e-5)
+    layer, device = runner.layers[1], SlowDevice()
+    compute, shared = type(layer.experts).forward, gpu_experts.run
+
+    def in_ram(self, *given):
+        device.host += 10
+        device.log.append("experts")
+        return compute(self, *given)
+
+    monkeypatch.setattr(type(layer.experts), "forward", in_ram)
+    monkeypatch.setattr(gpu_experts, "run", lambda *given: (device.asks("shared", 10), shared(*given))[1])
+    layer.copies = device
+    layer.feed(random(2, model.config.hidden_size))
+    assert device.log == ["copy", "shared", "wait", "experts", "back"]
+    assert device.free == 12
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="interpreted, these would take an hour")

@@ -50,6 +50,15 @@ def test_a_gpu_that_holds_the_model_runs_triton_with_graphs():
     assert (plan.device, plan.ranks, plan.triton, plan.graphs) == ("cuda:0", 1, True, True)
     assert plan.kernels is None and plan.kernels_name == "triton with CUDA graphs"
     assert not make_plan(LITE, Wish(kernels="triton-eager"), here(80)).graphs
+    packed, exact = (
+        make_plan(LITE, Wish(quantize="int4", kernels=kernels), here(80))
+        for kernels in ("auto", "triton-exact")
+    )
+    assert packed.rounds and packed.kernels_name.endswith(", activations of experts in 8 bits")
+    assert not exact.rounds and exact.kernels_name == "triton with CUDA graphs"
+    amd = make_plan(LITE, Wish(), here(80, rocm=True))
+    assert not amd.triton and "AMD" in amd.why_slower
+    assert make_plan(LITE, Wish(kernels="triton"), here(80, rocm=True)).triton
     without = make_plan(LITE, Wish(), here(80, no_triton="triton is not installed"))
     assert without.surprising and without.kernels_name == "plain torch"
 

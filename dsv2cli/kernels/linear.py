@@ -58,13 +58,20 @@ def gated_mlp(x: Tensor, gate_up_proj: Tensor | Quantized, down_proj: Tensor | Q
     return linear(F.silu(gate) * up, down_proj)
 
 
-def in_int8(x: Tensor, run: int = 16) -> Tensor:
-    """x [..., size], each `run` of its numbers rounded to whole multiples of the largest of them over 127, as
-    the GPU's kernels take activations in 8 bits. -> x's shape, in fp32
+def int8_of(x: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """x [..., size] as whole multiples of scales: for each `run` of its numbers the largest over 127.
+
+    -> codes [..., size] in int8, scales [..., size / run] in fp32
     """
     runs = x.float().unflatten(-1, (-1, run))
     scale = (runs.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
-    return ((runs / scale + 0.5).floor() * scale).flatten(-2)
+    return (runs / scale + 0.5).floor().to(torch.int8).flatten(-2), scale.squeeze(-1)
+
+
+def in_int8(x: Tensor, run: int = 16) -> Tensor:
+    """x [..., size] rounded as the GPU's kernels take activations in 8 bits. -> x's shape, in fp32"""
+    codes, scales = int8_of(x, run)
+    return codes.float() * scales.repeat_interleave(run, -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

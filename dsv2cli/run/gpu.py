@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -13,11 +14,12 @@ from torch import Tensor
 from dsv2cli.formats import PAGE
 from dsv2cli.kernels.latents import rotated
 from dsv2cli.kernels.native import Kernels
+from dsv2cli.kernels.quantized import Quantized
 from dsv2cli.kernels.triton import attention as gpu_attention
 from dsv2cli.kernels.triton import experts as gpu_experts
 from dsv2cli.kernels.triton import linear as gpu_linear
 from dsv2cli.kernels.triton.linear import Table, table
-from dsv2cli.model.layers import MLP, ExpertProduct, OneProduct, Weight
+from dsv2cli.model.layers import MLP, ExpertProduct, Experts, OneProduct, Weight
 from dsv2cli.model.pool import LatentPool, pages_for
 from dsv2cli.model.step import Span, Step
 from dsv2cli.model.transformer import DeepseekV2, Layer, MoE
@@ -25,14 +27,15 @@ from dsv2cli.run.cpu import CppProducts
 from dsv2cli.run.runner import PlainRunner
 
 ABSORBED_TOKENS = 8  # new tokens of a row up to which attention is absorbed; more are a prefill
+MOST_ROOMS = 64  # pinned tensors
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # for which graphs are made; steps between are filled up
 
 
 class TritonRunner(PlainRunner):
     """A Runner whose layers are the kernels'.
 
-    They run whole, and decode in steps that CUDA graphs can hold, unless experts lie in RAM, or in a team
-    some rank has no head or each has sequences of its own: then they run product by product.
+    They run whole, and decode in steps that CUDA graphs can hold unless experts lie in RAM. Where in a team
+    some rank has no head, or each has sequences of its own, they run product by product.
     """
 
     def __init__(
@@ -49,16 +52,26 @@ class TritonRunner(PlainRunner):
         them. `rounds`: what goes into packed experts is rounded to 8 bits, for few tokens.
         """
         super().__init__(model, attention, cache=cache)
-        whole = not apart and all(share.heads for share in model.shares) and not model.team.sequences
+        whole = all(share.heads for share in model.shares) and not model.team.sequences
         ram = None if kernels is None else CppProducts(kernels, model.config, mlps=True)
         self.use(TritonProducts(self.device, mlps=not whole, ram=ram))
-        self.layers = [GpuLayer(layer, self.turned, rounds) for layer in model.layers] if whole else []
-        self.graphs = graphs
+        makes = partial(GpuLayer, turned=self.turned, rounds=rounds, copies=Copies(self.device), apart=apart)
+        self.layers = [makes(layer) for layer in model.layers] if whole else []
+        self.graphs, self.apart = graphs, apart
         self.steps: WeakKeyDictionary[LatentPool, DecodeSteps] = WeakKeyDictionary()
 
     @property
     def decodes_ahead(self) -> bool:
-        return bool(self.layers) and self.absorbs
+        return bool(self.layers) and self.absorbs and not self.apart
+
+    @property
+    def saved_bytes(self) -> int:
+        """Those of kv_b_proj, where a single token reads it in 8 bits."""
+        return sum(
+            layer.kv_b.nbytes - sum(each.nbytes for each in layer.kv_b_int8)
+            for layer in self.layers
+            if layer.kv_b_int8 is not None
+        )
 
     def run_layers(self, x: Tensor, step: Step) -> Tensor:
         if not self.layers:
@@ -179,17 +192,62 @@ def experts_product(gate_up: Table, down: Table, x: Tensor, index: Tensor, weigh
     return each.view(*index.shape, -1).float().sum(1).type_as(x)
 
 
+class Copies:
+    """Numbers between the GPU and RAM, which nobody waits for before they are needed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rooms: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}  # pinned, each used again
+
+    def to_ram(self, **given: Tensor) -> Callable[[], dict[str, Tensor]]:
+        """Begin to bring tensors into RAM; what this gives waits for them, and for nothing asked later."""
+        if self.device.type != "cuda":
+            return lambda: given
+        here = {name: self.room(name, each) for name, each in given.items()}
+        for name, each in given.items():
+            here[name].copy_(each, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> dict[str, Tensor]:
+            done.synchronize()
+            return here
+
+        return wait
+
+    def to_gpu(self, x: Tensor) -> Tensor:
+        """Begin to bring a tensor to the GPU, whose next kernels wait for it."""
+        if self.device.type != "cuda":
+            return x
+        room = self.room("back", x)
+        room.copy_(x)
+        return room.to(self.device, non_blocking=True)
+
+    def room(self, name: str, like: Tensor) -> Tensor:
+        """Pinned memory for a tensor of that name; the one before has been read when the next is asked for."""
+        key = (name, tuple(like.shape), like.dtype)
+        if key not in self.rooms:
+            if len(self.rooms) > MOST_ROOMS:
+                torch.cuda.synchronize(self.device)
+                self.rooms.clear()
+            self.rooms[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return self.rooms[key]
+
+
 class GpuLayer:
     """One layer in eight kernels for one token (nine with q_lora). The input is overwritten by the output."""
 
-    def __init__(self, layer: Layer, turned: bool, rounds: bool) -> None:
-        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them. `rounds`:
-        as TritonRunner's.
+    def __init__(self, layer: Layer, turned: bool, rounds: bool, copies: Copies, apart: bool) -> None:
+        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them. `rounds`
+        and `apart`: as TritonRunner's.
         """
         self.layer = layer
         attention, config = layer.self_attn, layer.self_attn.config
         kv_b: Tensor = attention.kv_b_proj.weight
         self.kv_b = rotated(kv_b).contiguous() if turned else kv_b
+        # Where attention is packed a single token reads kv_b_proj in 8 bits, as it does on a CPU.
+        small = rounds and isinstance(attention.o_proj.weight, Quantized)
+        self.kv_b_int8 = gpu_attention.up_in_int8(self.kv_b) if small else None
         self.shape = gpu_attention.Shape(
             attention.heads,
             config.qk_nope_head_dim,
@@ -202,7 +260,10 @@ class GpuLayer:
         self.first_q = table((attention.q_a_proj if low else attention.q_proj).weight)
         self.q_b = table(attention.q_b_proj.weight) if low else None
         self.kv_a, self.o = table(attention.kv_a_proj_with_mqa.weight), table(attention.o_proj.weight)
-        self.mlp = replace(feed_of(layer), rounds=rounds)
+        moe = layer.mlp if isinstance(layer.mlp, MoE) else None
+        in_ram = apart and moe is not None and moe.experts.down_proj.device.type == "cpu"
+        self.copies, self.experts = copies, moe.experts if moe is not None and in_ram else None
+        self.mlp = replace(feed_of(layer, in_ram), rounds=rounds)
         self.team = layer.self_attn.o_proj.team
         self.first_expert = layer.mlp.experts.here.start if isinstance(layer.mlp, MoE) else 0
 
@@ -226,6 +287,7 @@ class GpuLayer:
             tokens.pool.layers[index],
             self.shape,
             tokens.pool.bits,
+            self.kv_b_int8 if len(x) <= gpu_attention.ABSORB_TOKENS else None,
         )
         if self.team.size > 1:
             return x + self.team.sum(gpu_linear.linear(out, self.o))
@@ -233,13 +295,26 @@ class GpuLayer:
 
     def feed(self, x: Tensor) -> Tensor:
         """The second half. x [tokens, hidden] -> the same shape"""
+        if self.experts is not None:
+            return self.feed_beside(x, self.experts)
         if self.team.size > 1:
             return x + self.team.sum(gpu_experts.run(x, self.mlp, torch.zeros_like(x), self.first_expert))
         return gpu_experts.run(x, self.mlp, x)
 
+    def feed_beside(self, x: Tensor, experts: Experts) -> Tensor:
+        """The same with the routed experts in RAM: the CPU computes them while the GPU computes the shared
+        ones. x [tokens, hidden] -> the same shape
+        """
+        routed = gpu_experts.route(x, self.mlp)
+        wait = self.copies.to_ram(tokens=routed.normed, index=routed.index, weight=routed.weight)
+        shared = gpu_experts.run(x, self.mlp, torch.zeros_like(x))
+        here = wait()
+        back = self.copies.to_gpu(experts(here["tokens"], here["index"].long(), here["weight"]))
+        return x + (shared + back)
 
-def feed_of(layer: Layer) -> gpu_experts.Feed:
-    """A layer's MLP, or router and experts, as the kernels take them."""
+
+def feed_of(layer: Layer, in_ram: bool = False) -> gpu_experts.Feed:
+    """A layer's MLP, or router and experts, as the kernels take them; those `in_ram` they do not take."""
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     if not isinstance(mlp, MoE):
         assert isinstance(mlp, MLP)
@@ -248,7 +323,7 @@ def feed_of(layer: Layer) -> gpu_experts.Feed:
     shared = (None, None)
     if mlp.shared_experts is not None:
         shared = (held(mlp.shared_experts.gate_up_proj), held(mlp.shared_experts.down_proj))
-    routed = (held(mlp.experts.gate_up_proj), held(mlp.experts.down_proj))
+    routed = (None, None) if in_ram else (held(mlp.experts.gate_up_proj), held(mlp.experts.down_proj))
     plain = mlp.gate.routing
     routing = gpu_experts.Routing(
         len(mlp.gate.weight),
@@ -320,12 +395,10 @@ class DecodeStep:
         step = Step([], positions, self.table[positions], self.pool)
         tokens = FewTokens(positions.int(), step.rotary, self.slots, self.tables, self.pool)
 
-        def layers(x: Tensor, _: Step) -> Tensor:
-            for i, layer in enumerate(self.runner.layers):
-                x = layer.feed(layer.attend(x, tokens, i))
-            return x
-
-        self.logits = model.logits(model(self.ids.flatten(), step, layers)).unflatten(0, (rows, seq))
+        x, norm = model.model.embed_tokens(self.ids.flatten()), model.model.norm
+        for i, layer in enumerate(self.runner.layers):
+            x = layer.feed(layer.attend(x, tokens, i))
+        self.logits = model.logits(gpu_linear.rms_norm(x, norm.weight, norm.eps)).unflatten(0, (rows, seq))
         self.starts += torch.where(self.starts >= 0, seq, 0)
 
     def capture(self) -> None:

@@ -16,15 +16,24 @@ from dsv2cli.run.wish import Wish
 
 def look_around() -> Here:
     """What this machine has for a model."""
+    memories = tuple(gpu_memories())
     return Here(
-        gpu_memories=tuple(gpu_memories()),
+        gpu_memories=memories,
         cores=os.cpu_count() or 1,
         torchrun=launch.torchrun_size(),
         no_triton="" if importlib.util.find_spec("triton") else "triton is not installed",
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         cpu_kernels=name_of_kernels,
         places=places_for,
+        rocm=bool(memories) and is_rocm(),
     )
+
+
+def is_rocm() -> bool:
+    """Whether what torch calls CUDA are AMD's GPUs."""
+    import torch
+
+    return torch.version.hip is not None
 
 
 def name_of_kernels(target: str) -> tuple[str, str]:

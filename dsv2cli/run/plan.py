@@ -37,6 +37,7 @@ class Here:
     interpreted: bool  # whether triton runs on the CPU
     cpu_kernels: Callable[[str], tuple[str, str]]  # for a target their name, or none and why
     places: Callable[[DeepseekV2Config, str, Wish], dict[str, Any]]  # for a number format: module -> device
+    rocm: bool = False  # whether the GPUs are AMD's
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Plan:
     kernels: str | None = None  # the target of the C++ ones that run what lies in RAM
     triton: bool = False  # whether the Triton kernels run what lies on the GPU
     graphs: bool = False  # and whole decode steps as CUDA graphs
+    rounds: bool = False  # and what goes into packed experts is rounded to 8 bits
     kernels_name: str = "plain torch"
     why_slower: str = ""  # completes "because ...", where other kernels might have been expected
 
@@ -261,12 +263,14 @@ def with_kernels(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan) -
     triton = not no_triton and (plan.on_gpu or wish.kernels in TRITON)
     graphs = triton and plan.on_gpu and not plan.apart and wish.kernels != "triton-eager"
     names = [name] if target is not None else []
+    rounds = triton and wish.kernels != "triton-exact"
     names += ["triton with CUDA graphs" if graphs else "triton"] if triton else []
+    if rounds and plan.format.startswith("int"):
+        names[-1] += ", activations of experts in 8 bits"
     why = no_triton if plan.on_gpu else "" if triton else why
     kernels_name = " and ".join(names) or "plain torch"
-    return replace(
-        plan, kernels=target, triton=triton, graphs=graphs, kernels_name=kernels_name, why_slower=why
-    )
+    plan = replace(plan, kernels=target, triton=triton, graphs=graphs, rounds=rounds)
+    return replace(plan, kernels_name=kernels_name, why_slower=why)
 
 
 def pick_cpp(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan) -> tuple[str | None, str, str]:
@@ -309,6 +313,8 @@ def triton_refusal(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan)
     why = here.no_triton or ("they know no attention_bias" if config.attention_bias else "")
     if not plan.on_gpu and not here.interpreted:
         why = "the model is on cpu"
+    if here.rocm and wish.kernels == "auto":
+        why = "the Triton kernels have never run on an AMD GPU; --kernels triton tries them"
     if why and wish.kernels in TRITON:
         raise UsageError("The Triton kernels can not run this", why=why, fix="--kernels auto, or off")
     return why

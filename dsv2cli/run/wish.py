@@ -16,8 +16,8 @@ from dsv2cli import places
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Packing = Literal["none", "int8", "int4", "int4-all"]
 Cache = Literal["auto", "bf16", "int8", "int6", "int4"]
-KernelsChoice = Literal["auto", "triton", "triton-eager", "native", "avx2", "portable", "off"]
-TRITON = ("triton", "triton-eager")
+KernelsChoice = Literal["auto", "triton", "triton-eager", "triton-exact", "native", "avx2", "portable", "off"]
+TRITON = ("triton", "triton-eager", "triton-exact")
 
 DtypeOption = Annotated[Dtype, Option(help="Number format of the weights; auto is the checkpoint's own.")]
 QuantizeOption = Annotated[
@@ -32,8 +32,8 @@ CacheOption = Annotated[
 KernelsOption = Annotated[
     KernelsChoice,
     Option(
-        help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs), C++ on a CPU, not for tiny "
-        "models; off: plain torch."
+        help="auto: Triton and CUDA graphs on a GPU (triton-eager: no graphs; triton-exact: what goes into "
+        "packed experts is not rounded to 8 bits), C++ on a CPU, not for tiny models; off: plain torch."
     ),
 ]
 

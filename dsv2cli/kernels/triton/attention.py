@@ -17,12 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv2cli.formats import KEY_BITS, PAGE
+from dsv2cli.kernels.linear import int8_of
 from dsv2cli.kernels.triton.linear import begin, launching, store_normed
 
 TOKENS_AT_A_TIME = 32  # of the cache
 HEADS_AT_A_TIME = 16  # a tensor core takes no fewer
 MOST_SPLITS = 128
 ABSORB_TOKENS = 8  # up to so many tokens each reads kv_b_proj by itself
+UP_RUN = tl.constexpr(64)  # columns of kv_b_proj in 8 bits that have a scale
 LATENT_EPS = 1e-6  # of kv_a_layernorm, fixed in the official code
 
 
@@ -165,11 +167,22 @@ def store_packed(
 
 
 @triton.jit
+def up_weights(kv_b, scales, row, c, inside, RANK: tl.constexpr, KV8: tl.constexpr):
+    """Rows of kv_b_proj at columns c in fp32, as both broadcast; with KV8 codes, and UP_RUN have a scale."""
+    weights = tl.load(kv_b + row * RANK + c, mask=inside, other=0).to(tl.float32)
+    if KV8:
+        runs: tl.constexpr = (RANK + UP_RUN - 1) // UP_RUN
+        weights *= tl.load(scales + row * runs + c // UP_RUN, mask=inside, other=0.0).to(tl.float32)
+    return weights
+
+
+@triton.jit
 def prepare_kernel(
     q,
     kv,
     kv_norm,
     kv_b,
+    kv_b_scales,
     rotary,
     positions,
     rows,
@@ -197,6 +210,7 @@ def prepare_kernel(
     BITS: tl.constexpr,
     KEY_BITS: tl.constexpr,
     STAGES: tl.constexpr,
+    KV8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs (token, head, tile): the query of a head, turned and, tile by tile, absorbed: q_nope W_uk.
@@ -217,11 +231,10 @@ def prepare_kernel(
         if ABSORB:
             d, c = tl.arange(0, NOPE_SIZE), tile * TILE + tl.arange(0, TILE)
             inside = (d < NOPE)[:, None] & (c < RANK)[None, :]
-            w_uk = tl.load(
-                kv_b + (head * (NOPE + VALUE) + d[:, None]) * RANK + c[None, :], mask=inside, other=0.0
-            )
+            row = head * (NOPE + VALUE) + d[:, None]
+            w_uk = up_weights(kv_b, kv_b_scales, row, c[None, :], inside, RANK, KV8)
             q_nope = tl.load(q + d, mask=d < NOPE, other=0.0).to(tl.float32)
-            absorbed = tl.sum(w_uk.to(tl.float32) * q_nope[:, None], axis=0)
+            absorbed = tl.sum(w_uk * q_nope[:, None], axis=0)
             tl.store(
                 q_latent + (token * HEADS + head) * RANK + c,
                 absorbed.to(q_latent.dtype.element_ty),
@@ -370,6 +383,7 @@ def merge_kernel(
     log_sums,
     positions,
     kv_b,
+    kv_b_scales,
     out,
     HEADS: tl.constexpr,
     NOPE: tl.constexpr,
@@ -381,6 +395,7 @@ def merge_kernel(
     RANK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     LEAD_OUT: tl.constexpr,
+    KV8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs (token, head, tile): the splits' means, weighted by their sums, and with LEAD_OUT times W_uv.
@@ -409,11 +424,10 @@ def merge_kernel(
     if LEAD_OUT:
         v = tile * TILE + tl.arange(0, TILE)
         inside = (v < VALUE)[:, None] & (c < RANK)[None, :]
-        w_uv = tl.load(
-            kv_b + (head * (NOPE + VALUE) + NOPE + v[:, None]) * RANK + c[None, :], mask=inside, other=0.0
-        )
+        row = head * (NOPE + VALUE) + NOPE + v[:, None]
+        w_uv = up_weights(kv_b, kv_b_scales, row, c[None, :], inside, RANK, KV8)
         latent = latent.to(out.dtype.element_ty).to(tl.float32)
-        sums = tl.sum(w_uv.to(tl.float32) * latent[None, :], axis=1)
+        sums = tl.sum(w_uv * latent[None, :], axis=1)
         tl.store(
             out + (token * HEADS + head).to(tl.int64) * VALUE + v,
             sums.to(out.dtype.element_ty),
@@ -439,6 +453,16 @@ class Shape:
     scale: float
 
 
+def up_in_int8(kv_b: Tensor) -> tuple[Tensor, Tensor]:
+    """kv_b_proj [rows, rank] in 8 bits: codes [rows, rank], scales [rows, runs] in bf16, by kernels/linear.py's
+    `int8_of`.
+    """
+    rows, rank = kv_b.shape
+    padded = torch.nn.functional.pad(kv_b.float(), (0, -rank % UP_RUN.value))
+    codes, scales = int8_of(padded, UP_RUN.value)
+    return codes[:, :rank].contiguous(), scales.bfloat16()
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; where kernels are interpreted, some."""
@@ -462,6 +486,7 @@ class NewTokens:
     kv: Tensor
     kv_norm: Tensor
     kv_b: Tensor
+    kv_b_int8: tuple[Tensor, Tensor] | None
     rotary: Tensor
     positions: Tensor
     rows: Tensor
@@ -481,6 +506,11 @@ class NewTokens:
         return self.q.shape[0] <= ABSORB_TOKENS
 
     @property
+    def up(self) -> tuple[Tensor, Tensor]:
+        """kv_b_proj as a single token reads it: numbers, or codes and their scales."""
+        return self.kv_b_int8 or (self.kv_b, self.kv_b)
+
+    @property
     def rank_size(self) -> int:
         return max(16, triton.next_power_of_2(self.shape.rank))
 
@@ -497,17 +527,19 @@ def attend(
     cache: Tensor,
     shape: Shape,
     bits: int = 16,
+    kv_b_int8: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of few new tokens, which enter the pool first. -> [tokens, heads * value]
 
     q [tokens, heads * (nope + rope)], kv [tokens, rank + rope] and kv_b [heads * (nope + value), rank] are
     projections, rotary [tokens, 2, rope / 2] in fp32, positions and rows [tokens] and tables [rows, pages]
     int32, cache [pages, PAGE, rank + rope], a layer of the pool, or below 16 `bits` [pages, bytes]; below 8
-    kv_b is that of turned latents. Rows of q and kv may lie in one tensor. All
+    kv_b is that of turned latents. `kv_b_int8` is the same as `in_int8` gives it, for up to ABSORB_TOKENS
+    tokens. Rows of q and kv may lie in one tensor. All
     tokens at once: those of one row must be neighbours in position.
     """
     assert all(tensor.is_contiguous() for tensor in (rotary, positions, rows, tables, cache[0]))
-    new = NewTokens(q, kv, kv_norm, kv_b, rotary, positions, rows, tables, cache, shape, bits)
+    new = NewTokens(q, kv, kv_norm, kv_b, kv_b_int8, rotary, positions, rows, tables, cache, shape, bits)
     return merge(new, *read_cache(new, *prepare(new)))
 
 
@@ -523,7 +555,7 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         new.q,
         new.kv,
         new.kv_norm,
-        new.kv_b,
+        *new.up,
         new.rotary,
         new.positions,
         new.rows,
@@ -551,6 +583,7 @@ def prepare(new: NewTokens) -> tuple[Tensor, Tensor]:
         BITS=new.bits,
         KEY_BITS=new.key_bits,
         STAGES=(shape.rank & -shape.rank).bit_length() - 1,
+        KV8=new.kv_b_int8 is not None,
         **launching(),
     )
     if not new.absorb_each:  # the weights would be read once a token: a matrix product a head is better
@@ -609,7 +642,7 @@ def merge(new: NewTokens, mixed: Tensor, log_sums: Tensor) -> Tensor:
         mixed,
         log_sums,
         new.positions,
-        new.kv_b,
+        *new.up,
         out,
         HEADS=shape.heads,
         NOPE=shape.nope,
@@ -621,6 +654,7 @@ def merge(new: NewTokens, mixed: Tensor, log_sums: Tensor) -> Tensor:
         RANK_SIZE=new.rank_size,
         TILE=tile,
         LEAD_OUT=new.absorb_each,
+        KV8=new.kv_b_int8 is not None,
         **launching(),
     )
     if not new.absorb_each:

@@ -771,7 +771,7 @@ def few_up(x: Tensor, x_scales: Tensor, feed: Feed, chosen: Chosen) -> tuple[Ten
     blocks = -(-(width or shared_width) // up.block_rows)  # of one half
     # The shared experts are one MLP: as many more slots as it is wider than a routed expert.
     slots = chosen.top_k + (-(-shared_width // (blocks * up.block_rows)) if shared_width else 0)
-    widths = chosen.top_k * width + shared_width
+    widths, int8 = chosen.top_k * width + shared_width, feed.gate_up is not None and feed.up_int8
     if feed.down_int8:
         hidden, scales = byte_room(x, widths)
     else:
@@ -801,11 +801,11 @@ def few_up(x: Tensor, x_scales: Tensor, feed: Feed, chosen: Chosen) -> tuple[Ten
         KIND=up.kind,
         GROUP=up.group,
         ROWS=up.block_rows,
-        CHUNK=up.chunk(8),
+        CHUNK=up.chunk(8, int8),
         SIZE=triton.next_power_of_2(cols),
         NORM=feed.gate_up is None,
         TOP_K=chosen.top_k,
-        INT8=feed.gate_up is not None and feed.up_int8,
+        INT8=int8,
         OUT8=feed.down_int8,
         num_warps=8,
         **launching(),
@@ -821,7 +821,7 @@ def few_down(hidden: tuple[Tensor, Tensor], feed: Feed, chosen: Chosen, out: Ten
     values, scales = hidden
     count, cols, width, shared_width = out.shape[0], down.rows, feed.width, feed.shared_width
     warps = 8
-    chunk = down.chunk(warps)
+    chunk = down.chunk(warps, feed.down_int8)
     piece = -(-min(shared_width, width or 2048) // chunk) * chunk if shared_width else chunk
     slots = chosen.top_k + -(-shared_width // piece)
     terms = out.new_empty(count, slots, cols, dtype=torch.float32)

@@ -600,11 +600,13 @@ class Table:
         """Programs of a matrix-vector kernel."""
         return -(-self.rows // self.block_rows)
 
-    def chunk(self, warps: int) -> int:
-        """Columns it takes at a time, so that each thread of so many warps has a few loads under way."""
+    def chunk(self, warps: int, int8: bool = False) -> int:
+        """Columns it takes at a time, so that each thread of so many warps has a few loads under way; with
+        activations in `int8`, which take fewer registers, twice as many.
+        """
         # 4-bit codes in chunks half as large: see add_products.
         item = self.codes.element_size() if self.kind == DENSE else 1
-        wanted = BYTES_A_WARP * warps // item // self.block_rows
+        wanted = BYTES_A_WARP * warps * (2 if int8 else 1) // item // self.block_rows
         return max(self.group, min(wanted, triton.next_power_of_2(self.cols)))
 
 

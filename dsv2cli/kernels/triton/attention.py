@@ -454,8 +454,8 @@ class Shape:
 
 
 def up_in_int8(kv_b: Tensor) -> tuple[Tensor, Tensor]:
-    """kv_b_proj [rows, rank] in 8 bits: codes [rows, rank], scales [rows, runs] in bf16, by kernels/linear.py's
-    `int8_of`.
+    """kv_b_proj [rows, rank] as kernels/linear.py's `int8_of` makes it: codes [rows, rank], and scales [rows,
+    runs] in bf16.
     """
     rows, rank = kv_b.shape
     padded = torch.nn.functional.pad(kv_b.float(), (0, -rank % UP_RUN.value))

@@ -34,6 +34,7 @@ from dsv2cli.evaluation.data import Table, find_data, table_of
 from dsv2cli.evaluation.published import published
 from dsv2cli.evaluation.question import Question, taken_in_turn
 from dsv2cli.evaluation.record import load, packed, unpacked
+from dsv2cli.evaluation.run import kept_answers
 from dsv2cli.evaluation.statistics import Flips, Mean, mean, mean_of_blocks, mean_of_means
 from dsv2cli.evaluation.tasks.listed import TASKS
 from dsv2cli.evaluation.verdict import divergence, verdict
@@ -702,6 +703,12 @@ def test_questions_that_differ_are_left_out_of_a_verdict(tmp_path):
     assert (one["questions"], one["others"]) == (3, 1)
     with pytest.raises(UsageError, match="can not be compared"):
         verdict(now, type(then)(then.facts, {}))
+
+
+def test_of_many_answers_some_distributions_are_kept():
+    made = [Question("t", "", str(n), "", "0", choices=("A", "B")) for n in range(5000)]
+    kept = kept_answers([*made, Question("g", "", "0", "", "")])
+    assert len(kept) == 1667 and "t//0" in kept and "g//0" not in kept and len(kept_answers(made[:9])) == 9
 
 
 def test_a_divergence_of_kept_parts_is_a_lower_bound_and_of_whole_ones_exact():

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dsv2cli.evaluation.run import How
     from dsv2cli.run.plan import Plan
 
-NEEDLE, TEXT = "niah", "perplexity"
+NEEDLE = "niah"
 
 
 def task_names(incomplete: str) -> list[str]:
@@ -137,6 +137,7 @@ def eval(tasks: TasksArgument, asking: Asking, hiding: Hiding, output: Output, w
     chosen = tasks_of(tasks)
     refuse_what_goes_unused(tasks, chosen, asking, hiding)
     refuse_places(asking, output)
+    opt.refuse_too_many("--at-once", asking.at_once, asking.at_once)
     asked = list(questions_of(chosen, asking))
     if asking.dry_run and NEEDLE not in tasks:
         show_questions(asked, asking.chat, output.format)
@@ -351,7 +352,7 @@ def answer(
     asking: Asking,
 ) -> None:
     """Ask what the record does not hold yet; the model is loaded for that. Raises Dsv2Error."""
-    from dsv2cli.evaluation.run import run, work_of
+    from dsv2cli.evaluation.run import kept_answers, run, work_of
 
     digests = {question.key: digest(question) for question in asked}
     todo = [question for question in asked if question.key not in record.rows]
@@ -361,6 +362,7 @@ def answer(
             raise UsageError(f"{record.path} is of another run", why=why, fix="another --save")
     if not todo:
         return
+    how = replace(how, kept=kept_answers(asked) if how.keep else frozenset())
     opened = opt.open_model(asking.model, wish, found=found)
     from dsv2cli.engine.scheduler import Scheduler
 

@@ -35,6 +35,7 @@ class How:
     window: int = 2048  # tokens of a text that are read at once
     most_windows: int | None = None
     keep: bool = False  # whether distributions are kept, to be compared
+    kept: frozenset[str] = frozenset()  # the questions whose answers' first token is kept so
     seed: int = 0
 
 
@@ -63,6 +64,15 @@ class Work:
             "generated_tokens": sum(len(job.result.tokens) for job in self.jobs if job.listener is None),
         }
         return known | self.row() | counts
+
+
+def kept_answers(asked: list[Question]) -> frozenset[str]:
+    """The keys of questions whose distributions are kept: of each task with choices at most KEPT_ANSWERS."""
+    by_task = dict[str, list[str]]()
+    for question in asked:
+        if question.choices:
+            by_task.setdefault(question.task, []).append(question.key)
+    return frozenset(key for keys in by_task.values() for key in keys[:: -(-len(keys) // KEPT_ANSWERS)])
 
 
 def context_ids(how: How, prompt: str) -> list[int]:
@@ -125,7 +135,7 @@ def choosing(how: How, rule: Rule, question: Question) -> Work:
     choices = [f" {text.lstrip()}" for text in question.choices] if how.chat else question.choices
     tokens = [continued(how, prompt, text, context) for text in choices]
     read = readings(context, tokens)
-    if how.keep and question.about.get("kept", True):
+    if question.key in how.kept:
         first = len(context) - 1
         read[0].keeps = lambda place: place == first
     bare, bare_tokens, bare_read = list[int](), list[list[int]](), list[Reading]()

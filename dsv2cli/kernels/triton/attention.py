@@ -457,7 +457,7 @@ def up_in_int8(kv_b: Tensor) -> tuple[Tensor, Tensor]:
     """kv_b_proj [rows, rank] as kernels/linear.py's `int8_of` makes it: codes [rows, rank], and scales [rows,
     runs] in bf16.
     """
-    rows, rank = kv_b.shape
+    rank = kv_b.shape[1]
     padded = torch.nn.functional.pad(kv_b.float(), (0, -rank % UP_RUN.value))
     codes, scales = int8_of(padded, UP_RUN.value)
     return codes[:, :rank].contiguous(), scales.bfloat16()

@@ -224,7 +224,7 @@ class Copies:
         return room.to(self.device, non_blocking=True)
 
     def room(self, name: str, like: Tensor) -> Tensor:
-        """Pinned memory for a tensor of that name; the one before has been read when the next is asked for."""
+        """Pinned memory for a tensor of that name; what it held before has been read by then."""
         key = (name, tuple(like.shape), like.dtype)
         if key not in self.rooms:
             if len(self.rooms) > MOST_ROOMS:

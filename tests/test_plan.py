@@ -49,7 +49,9 @@ def test_a_gpu_that_holds_the_model_runs_triton_with_graphs():
     plan = make_plan(LITE, Wish(), here(80))
     assert (plan.device, plan.ranks, plan.triton, plan.graphs) == ("cuda:0", 1, True, True)
     assert plan.kernels is None and plan.kernels_name == "triton with CUDA graphs"
-    assert not make_plan(LITE, Wish(kernels="triton-eager"), here(80)).graphs
+    assert plan.early
+    eager = make_plan(LITE, Wish(kernels="triton-eager"), here(80))
+    assert not eager.graphs and not eager.early
     packed, exact = (
         make_plan(LITE, Wish(quantize="int4", kernels=kernels), here(80))
         for kernels in ("auto", "triton-exact")

@@ -47,10 +47,13 @@ class TritonRunner(PlainRunner):
         kernels: Kernels | None = None,
         cache: str = "auto",
         rounds: bool = True,
+        early: bool = True,
     ) -> None:
         """`apart`: routed experts lie in RAM, or are to run as if they did, where the C++ `kernels` compute
-        them. `rounds`: what goes into packed experts is rounded to 8 bits, for few tokens.
+        them. `rounds`: what goes into packed experts is rounded to 8 bits, for few tokens. `early`: a kernel
+        may be brought up while the one before runs.
         """
+        gpu_linear.LAUNCHES.early = early
         super().__init__(model, attention, cache=cache)
         whole = all(share.heads for share in model.shares) and not model.team.sequences
         ram = None if kernels is None else CppProducts(kernels, model.config, mlps=True)

@@ -179,8 +179,8 @@ def runner_of(model: DeepseekV2, plan: Plan, kernels: native.Kernels | None) -> 
     if plan.triton:
         from dsv2cli.run.gpu import TritonRunner  # needs triton
 
-        apart, rounds = plan.apart, plan.rounds
-        return TritonRunner(model, plan.attention, plan.graphs, apart, kernels, plan.cache, rounds)
+        how = (plan.cache, plan.rounds, plan.early)
+        return TritonRunner(model, plan.attention, plan.graphs, plan.apart, kernels, *how)
     if kernels is not None:
         return CppRunner(model, kernels, plan.attention, plan.apart, plan.cache)
     return PlainRunner(model, plan.attention, cache=plan.cache)

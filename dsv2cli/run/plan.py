@@ -61,6 +61,7 @@ class Plan:
     kernels: str | None = None  # the target of the C++ ones that run what lies in RAM
     triton: bool = False  # whether the Triton kernels run what lies on the GPU
     graphs: bool = False  # and whole decode steps as CUDA graphs
+    early: bool = False  # and a kernel may be brought up while the one before runs
     rounds: bool = False  # and what goes into packed experts is rounded to 8 bits
     kernels_name: str = "plain torch"
     why_slower: str = ""  # completes "because ...", where other kernels might have been expected
@@ -269,7 +270,8 @@ def with_kernels(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan) -
         names[-1] += ", activations of experts in 8 bits"
     why = no_triton if plan.on_gpu else "" if triton else why
     kernels_name = " and ".join(names) or "plain torch"
-    plan = replace(plan, kernels=target, triton=triton, graphs=graphs, rounds=rounds)
+    early = triton and wish.kernels != "triton-eager"
+    plan = replace(plan, kernels=target, triton=triton, graphs=graphs, early=early, rounds=rounds)
     return replace(plan, kernels_name=kernels_name, why_slower=why)
 
 

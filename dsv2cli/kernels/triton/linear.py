@@ -89,9 +89,19 @@ def begin(PDL: tl.constexpr):
         gdc_wait()
 
 
+@dataclass
+class Launches:
+    """How this process launches kernels. `early`: each may be brought up while the one before still runs."""
+
+    early: bool = True
+
+
+LAUNCHES = Launches()
+
+
 def launching() -> dict[str, Any]:
-    """How each kernel is launched: where the GPU can, brought up while the one before still runs."""
-    if INTERPRETED.value:
+    """What every launch is told: whether to come up early, where the GPU can."""
+    if INTERPRETED.value or not LAUNCHES.early:
         return {"PDL": False}
     target = driver.active.get_current_target()
     if target.backend == "cuda" and target.arch >= 90:

@@ -249,6 +249,59 @@ def test_a_few_tokens_go_through_packed_experts_in_8_bits(kind):
     assert 1e-4 < (got - exact).abs().mean() / exact.abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("kind", [8, 4])
+def test_experts_are_unpacked_before_many_tokens_read_them(kind, monkeypatch):
+    """Also where a half of gate and up, or the last group of columns, is not whole."""
+    torch.manual_seed(2)
+    gate_up, down = (
+        weights(torch.randn(3, rows, cols) * 0.2, kind, torch.float32, parts, 32)
+        for rows, cols, parts in ((2 * 24, 50, 2), (50, 24, 1))
+    )
+    for weight, parts in ((gate_up, 2), (down, 1)):
+        found = gpu_experts.unpacked(table(weight), parts, torch.float32)
+        assert found.kind == gpu_linear.DENSE and (found.rows, found.cols) == tuple(weight.shape[1:])
+        torch.testing.assert_close(found.codes, weight.dequantize(torch.float32))
+    feed = gpu_experts.Feed(
+        torch.ones(50, device=DEVICE), 1e-6, random(3, 50), gpu_experts.Routing(3, 1, 1, 1, False, 1.0),
+        table(gate_up), table(down), None, None,
+    )  # fmt: skip
+    x = random(12, 50)
+    assert not gpu_experts.pays_to_unpack(12, feed.gate_up, feed.down)
+    as_they_lie = added(x, feed)
+    monkeypatch.setattr(gpu_experts, "UNPACK_TOKENS", 4)
+    assert gpu_experts.pays_to_unpack(12, feed.gate_up, feed.down)
+    close(added(x, feed), as_they_lie, 1e-5)
+
+
+def test_a_gate_of_numbers_beside_a_packed_down_projection_is_not_rounded():
+    torch.manual_seed(2)
+    given = [
+        weights(torch.randn(*shape) * 0.2, kind, torch.float32, 1, 32)
+        for shape, kind in (((4, 64, 32), 16), ((4, 32, 32), 4), ((64, 32), 16), ((32, 32), 4))
+    ]
+    norm, router = torch.ones(32, device=DEVICE), random(4, 32)
+    feed = gpu_experts.Feed(
+        norm, 1e-6, router, gpu_experts.Routing(4, 2, 1, 1, False, 1.0), *map(table, given)
+    )
+    assert not feed.up_int8 and not feed.down_int8
+    x = random(1, 32)
+    inner = rms_norm(x, norm, 1e-6)
+    index, weight = experts.route(linear(inner, router), Routing(2, 1, 1, False, 1.0))
+    wanted = x + experts.run_experts(inner, index, weight, *given[:2]) + gated_mlp(inner, *given[2:])
+    close(added(x, feed), wanted, 2e-5)
+
+
+def test_what_is_no_number_stays_so_in_8_bits():
+    routing = gpu_experts.Routing(4, 2, 1, 1, False, 1.0)
+    feed = gpu_experts.Feed(
+        torch.ones(32, device=DEVICE), 0.0, random(4, 32), routing, None, None, None, None
+    )
+    x = random(2, 32)
+    x[0] = float("nan")
+    scales = gpu_experts.route(x, feed, int8=True).scales
+    assert scales[0].isnan().all() and scales[1].isfinite().all()
+
+
 def run_dp4a(a, b):
     """What dp4a.s32.s32 adds, by the PTX manual: the four signed bytes of each word, multiplied."""
     parts = [[(word >> 8 * j & 255) - (word >> 8 * j & 128) * 2 for j in range(4)] for word in (a, b)]

@@ -58,6 +58,7 @@ def test_a_gpu_that_holds_the_model_runs_triton_with_graphs():
     )
     assert packed.rounds and packed.kernels_name.endswith(", activations of experts in 8 bits")
     assert not exact.rounds and exact.kernels_name == "triton with CUDA graphs"
+    assert make_plan(CHAT, Wish(experts="cpu", quantize="int4"), here(*[80] * 8)).ranks == 1
     amd = make_plan(LITE, Wish(), here(80, rocm=True))
     assert not amd.triton and "AMD" in amd.why_slower
     assert make_plan(LITE, Wish(kernels="triton"), here(80, rocm=True)).triton

@@ -343,10 +343,7 @@ def test_a_listener_hears_the_scores_of_the_places_it_asked_for_once(embedded, k
     runner = {"plain": embedded, "device": Device(embedded.model)}.get(kind)
     runner = request.getfixturevalue("fast") if runner is None else runner
     common, numbers = ids_of(150, seed=1), random.Random(2)
-    prompts = [common + ids_of(length, seed=length) for length in (1, 5, 63, 64, 65, 200, 600)] + [
-        [9],
-        [7, 8],
-    ]
+    prompts = [common + ids_of(length, seed=length) for length in (1, 63, 64, 600)] + [[9], [7, 8]]
     for tokens, width in ((None, 64), (960, 8)):
         scheduler, told = Scheduler(runner, None, width, tokens), []
         for ids in prompts:
@@ -365,4 +362,4 @@ def test_a_listener_hears_the_scores_of_the_places_it_asked_for_once(embedded, k
             if kind != "fast":  # whose sums in bfloat16 depend on what is read at once
                 wanted = answered(runner, job.prompt_ids, Request(GREEDY, 60)).token_ids
                 assert job.result.token_ids == wanted
-        assert scheduler.reused > 150  # what is before the places that are asked for is read once
+        assert scheduler.reused >= 128  # what is before the places that are asked for is read once

@@ -308,6 +308,7 @@ class GpuLayer:
         """The same with the routed experts in RAM: the CPU computes them while the GPU computes the shared
         ones. x [tokens, hidden] -> the same shape
         """
+        assert self.team.size == 1, "experts in RAM are for one device"
         routed = gpu_experts.route(x, self.mlp)
         wait = self.copies.to_ram(tokens=routed.normed, index=routed.index, weight=routed.weight)
         shared = gpu_experts.run(x, self.mlp, torch.zeros_like(x))

@@ -180,7 +180,8 @@ def count_ranks(config: DeepseekV2Config, wish: Wish, here: Here, device: str, d
     Raises UsageError where there are not as many GPUs, or nothing to share out.
     """
     ranks, gpus = wish.gpus or 1, len(here.gpu_memories)
-    if wish.gpus is None and device != "cpu" and wish.device in ("auto", "cuda"):
+    alone = wish.experts == "cpu"  # what a GPU has no room for lies in RAM
+    if wish.gpus is None and device != "cpu" and wish.device in ("auto", "cuda") and not alone:
         format = format_of(config, wish, dtype)
         ranks = ranks_needed(config, format, dtype, here.gpu_memories, wish.sequences)
     if here.torchrun > 1:

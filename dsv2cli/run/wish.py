@@ -32,8 +32,8 @@ CacheOption = Annotated[
 KernelsOption = Annotated[
     KernelsChoice,
     Option(
-        help="auto: Triton and CUDA graphs on a GPU (triton-eager: kernel by kernel; triton-exact: what goes into "
-        "packed experts is not rounded to 8 bits), C++ on a CPU, not for tiny models; off: plain torch."
+        help="auto: Triton and CUDA graphs on a GPU (triton-eager: kernel by kernel; triton-exact: what goes "
+        "into packed experts is not rounded to 8 bits), C++ on a CPU, not for tiny models; off: plain torch."
     ),
 ]
 

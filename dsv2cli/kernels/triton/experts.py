@@ -32,12 +32,15 @@ from dsv2cli.kernels.triton.linear import (
     nothing,
     rms_norm,
     row_sums,
+    table,
     tile_products,
     tile_rows,
     weight_tile,
 )
 
 MATVEC_TOKENS = 8  # up to so many tokens each one's experts are read by itself
+UNPACK_TOKENS = 256  # choices an expert, from which packed experts are made numbers of before they are read
+UNPACK_BYTES = 2 * 2**30  # that these may take
 TILE_COLUMNS = 64  # of what a tensor core's tile gives
 
 
@@ -576,6 +579,39 @@ def many_down_kernel(
 
 
 @triton.jit
+def unpack_kernel(
+    codes,
+    scales,
+    out,
+    first_block,
+    first_row,
+    rows,
+    all_rows,
+    cols,
+    codes_stride,
+    scales_stride,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs (rows, columns, expert): `rows` of packed weights, from their block `first_block` on, as
+    numbers, in out [experts, all_rows, cols] from `first_row` on.
+    """
+    begin(PDL)
+    some, chunk, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block = first_block + some * (BN // LANES_OF_A_BLOCK)
+    end = first_block * LANES_OF_A_BLOCK + rows
+    codes += expert * codes_stride
+    scales += expert * scales_stride
+    dtype = out.dtype.element_ty
+    tile = weight_tile(codes, scales, block, end, cols, chunk, dtype, KIND, GROUP, BN, GROUP)  # [GROUP, BN]
+    row, k = some * BN + tl.arange(0, BN), chunk * GROUP + tl.arange(0, GROUP)
+    to = out + (expert * all_rows + first_row + row[None, :]) * cols + k[:, None]
+    tl.store(to, tile, mask=(k < cols)[:, None] & (row < rows)[None, :])
+
+
+@triton.jit
 def gather_kernel(
     terms,
     shared,
@@ -634,9 +670,13 @@ class Feed:
 
     @property
     def down_int8(self) -> bool:
-        """The same of what goes into the down projections: whole runs of each expert's width."""
+        """The same of what goes into the down projections: whole runs of each expert's width, which only the
+        programs for packed gate and up give.
+        """
         there = [each for each in (self.down, self.shared_down) if each is not None]
-        return self.rounds and all(each.takes_int8 for each in there)
+        before = [each for each in (self.gate_up, self.shared_gate_up) if each is not None]
+        packed = all(each.kind != DENSE for each in before)
+        return self.rounds and packed and all(each.takes_int8 for each in there)
 
     @property
     def width(self) -> int:
@@ -881,7 +921,10 @@ def many(x: Tensor, feed: Feed, out: Tensor, first: int) -> Tensor:
     if feed.gate_up is not None and feed.down is not None:
         routed = route(x, feed)
         inner = routed.normed
-        terms = grouped(inner, routed.index, routed.weight, feed.gate_up, feed.down, first)
+        gate_up, down = feed.gate_up, feed.down
+        if pays_to_unpack(count * feed.routing.top_k, gate_up, down):
+            gate_up, down = unpacked(gate_up, 2, x.dtype), unpacked(down, 1, x.dtype)
+        terms = grouped(inner, routed.index, routed.weight, gate_up, down, first)
         terms = terms.unflatten(0, (count, -1))
     else:
         inner = rms_norm(x, feed.norm, feed.eps)
@@ -936,11 +979,47 @@ def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Table, down: Tabl
     return many_down(many_up(x, by_expert, gate_up), by_expert, weight, down)
 
 
+def pays_to_unpack(choices: int, *weights: Table) -> bool:
+    """Whether so many choices read packed experts so often that these are better made numbers of once, and
+    there may be room for that.
+    """
+    experts = weights[0].codes.shape[0]
+    size = sum(2 * experts * each.rows * each.cols for each in weights)
+    packed = all(each.kind != DENSE for each in weights)
+    return packed and choices >= UNPACK_TOKENS * experts and size <= UNPACK_BYTES
+
+
+def unpacked(weight: Table, parts: int, dtype: torch.dtype) -> Table:
+    """A stack of packed weights as numbers; `parts` of equally many rows were packed by themselves."""
+    experts, rows = weight.codes.shape[0], weight.rows // parts
+    out = torch.empty(experts, weight.rows, weight.cols, dtype=dtype, device=weight.codes.device)
+    for part in range(parts):
+        unpack_kernel[(-(-rows // 64), -(-weight.cols // weight.group), experts)](
+            weight.codes,
+            weight.scales,
+            out,
+            part * weight.half_blocks,
+            part * rows,
+            rows,
+            weight.rows,
+            weight.cols,
+            weight.codes.stride(0),
+            weight.scales.stride(0),
+            KIND=weight.kind,
+            GROUP=weight.group,
+            BN=64,
+            num_warps=4,
+            **launching(),
+        )
+    return table(out)
+
+
 def columns_of(weight: Table, by_expert: Sorted, rows: int) -> int:
     """Columns of a tile of `rows` columns in all: many where numbers are dense and rows are many, few where a
     GPU's multiprocessors would have nothing to do.
     """
-    columns = 128 if weight.kind == DENSE and by_expert.rows == 128 else TILE_COLUMNS
+    wide = weight.kind == DENSE and by_expert.rows == 128 and weight.codes.element_size() == 2
+    columns = 128 if wide else TILE_COLUMNS
     while columns > 32 and by_expert.tiles * -(-rows // columns) < PROCESSORS:
         columns //= 2
     return columns

@@ -8,6 +8,7 @@ TRITON_INTERPRET=1 everything here runs on a CPU.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +100,20 @@ class Launches:
 LAUNCHES = Launches()
 
 
+@functools.cache
+def knows_early_launches() -> bool:
+    """Whether the driver takes them into graphs: CUDA 12.3 does. The number is private in torch."""
+    if not torch.cuda.is_available():  # kernels are compiled for a GPU that is not here
+        return True
+    return getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)() >= 12030
+
+
 def launching() -> dict[str, Any]:
     """What every launch is told: whether to come up early, where the GPU can."""
     if INTERPRETED.value or not LAUNCHES.early:
         return {"PDL": False}
     target = driver.active.get_current_target()
-    if target.backend == "cuda" and target.arch >= 90:
+    if target.backend == "cuda" and target.arch >= 90 and knows_early_launches():
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -378,6 +387,7 @@ def in_int8(values, COUNT: tl.constexpr):
     """Numbers [COUNT] as signed bytes [COUNT], and for each RUN of them a scale [COUNT / RUN]."""
     runs = tl.reshape(values, [COUNT // RUN, RUN])
     scale = tl.maximum(tl.max(tl.abs(runs), axis=1) / 127, 1e-30)
+    scale += tl.sum(runs * 0.0, axis=1)  # NaN where one of them is no number
     codes = tl.floor(runs / scale[:, None] + 0.5)
     return tl.reshape(codes, [COUNT]).to(tl.int8), scale
 

@@ -344,7 +344,7 @@ def test_a_listener_hears_the_scores_of_the_places_it_asked_for_once(embedded, k
     runner = request.getfixturevalue("fast") if runner is None else runner
     common, numbers = ids_of(150, seed=1), random.Random(2)
     prompts = [common + ids_of(length, seed=length) for length in (1, 63, 64, 600)] + [[9], [7, 8]]
-    for tokens, width in ((None, 64), (960, 8)):
+    for tokens, width in ((None, 64), (832, 8)):
         scheduler, told = Scheduler(runner, None, width, tokens), []
         for ids in prompts:
             ears, start = Ears(), numbers.randrange(len(ids))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dsv2cli.errors import UsageError
 from dsv2cli.evaluation.answers import number_of, same_number
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Judged, Question, Task
@@ -22,10 +21,7 @@ def pair(row: Row) -> tuple[str, str]:
 
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
-    examples = shots_of("gsm8k")
-    if shots > len(examples):
-        raise UsageError(f"--shots {shots} is too many", why=f"gsm8k has {len(examples)} examples")
-    before = tuple(f"{each}\n\n" for each in examples[:shots])
+    before = shots_of("gsm8k", shots)
     for number, row in enumerate(data.only_rows("test")):
         question, expected = read(row, pair, data)
         yield Question(data.task, "", str(number), f"Q: {question}\nA:", expected, "", before)

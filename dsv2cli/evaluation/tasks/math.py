@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dsv2cli.errors import UsageError
 from dsv2cli.evaluation.answers import math_of, same_math
 from dsv2cli.evaluation.data import Data, Home, Row
 from dsv2cli.evaluation.question import Judged, Question, Task
@@ -22,10 +21,7 @@ def problem(row: Row) -> tuple[str, str]:
 
 
 def questions(data: Data, shots: int) -> Iterator[Question]:
-    examples = shots_of("math")
-    if shots > len(examples):
-        raise UsageError(f"--shots {shots} is too many", why=f"math has {len(examples)} examples")
-    before = tuple(f"{each}\n\n" for each in examples[:shots])
+    before = shots_of("math", shots)
     for subset, rows in data.rows("test").items():
         for number, row in enumerate(rows):
             text, expected = read(row, problem, data)

@@ -135,7 +135,13 @@ def spelled(subset: str) -> str:
     return re.sub(r"[_-]+", " ", subset).strip()
 
 
-def shots_of(name: str) -> list[str]:
-    """The examples in shots/NAME.txt, which lines of --- part."""
+def shots_of(name: str, count: int) -> tuple[str, ...]:
+    """The first examples in shots/NAME.txt, which lines of --- part, as they stand before a question.
+
+    Raises UsageError where there are fewer.
+    """
     text = (Path(__file__).parent / "shots" / f"{name}.txt").read_text(encoding="utf-8")
-    return [part.strip("\n") for part in re.split(r"^---\n", text, flags=re.MULTILINE)[1:]]
+    examples = [part.strip("\n") for part in re.split(r"^---\n", text, flags=re.MULTILINE)[1:]]
+    if count > len(examples):
+        raise UsageError(f"--shots {count} is too many", why=f"{name} has {len(examples)} examples")
+    return tuple(f"{each}\n\n" for each in examples[:count])

@@ -20,7 +20,7 @@ import pytest
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.evaluation.sandbox import BOXES, Box, Limits, Ran, harmless, open_box
 
-SHORT = Limits(seconds=5, memory=2**28, file_bytes=2**16, folder_bytes=2**20)
+SHORT = Limits(seconds=10, memory=2**28, file_bytes=2**16, folder_bytes=2**20)
 RIGHT = """
 from __future__ import annotations
 import collections, dataclasses, pickle, random, threading
@@ -130,13 +130,14 @@ def ended(processes):
 def test_what_does_not_end_is_ended_with_all_its_processes(box, name):
     before = psutil.Process().children(recursive=True)
     with ThreadPoolExecutor(1) as threads:
-        begun = time.monotonic()
+        begun, processes = time.monotonic(), set()
         running = threads.submit(box.run, ENDLESS[name], replace(SHORT, seconds=0.7))
-        time.sleep(0.4)
-        processes = [each for each in psutil.Process().children(recursive=True) if each not in before]
+        while not running.done():
+            processes |= {*psutil.Process().children(recursive=True)} - {*before}
+            time.sleep(0.05)
         assert running.result() == Ran(False, "timed out after 0.7 s")
-    assert time.monotonic() - begun < 5
-    assert processes and ended(processes)
+    assert time.monotonic() - begun < 30
+    assert processes and ended([*processes])
 
 
 def test_all_ends_where_the_outermost_process_is_killed(box):
@@ -293,7 +294,7 @@ def test_many_run_at_once_each_with_its_own_end(box):
     files = psutil.Process().num_fds()
     programs = [f"import time\ntime.sleep(0.1)\nassert {n} % 2, {n}" for n in range(12)]
     with ThreadPoolExecutor(4) as threads:
-        ran = list(threads.map(lambda program: box.run(program, Limits(seconds=5)), programs))
+        ran = list(threads.map(lambda program: box.run(program, Limits(seconds=20)), programs))
     assert ran == [Ran(True) if n % 2 else Ran(False, f"AssertionError: {n}") for n in range(12)]
     assert psutil.Process().num_fds() == files
 

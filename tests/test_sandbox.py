@@ -116,10 +116,17 @@ ENDLESS = {
 }
 
 
+def is_there(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def ended(processes):
     """Whether all come to an end, soon. What is left of one until somebody asks for its exit code is none."""
     until = time.monotonic() + 5
-    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in processes):
+    while any(map(is_there, processes)):
         if time.monotonic() > until:
             return False
         time.sleep(0.01)

@@ -9,14 +9,16 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import platformdirs
 
-from dsv2cli.errors import Dsv2Error
+from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import require_file
 
 ENDING = 1.0  # so many seconds a killed process may take until what it held is free
@@ -149,6 +151,22 @@ def lock(file: int, seconds: float = 0.0) -> None:
             if time.monotonic() >= until:
                 raise
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def appended(path: Path, option: str) -> Iterator[IO[bytes]]:
+    """A file that a person named by `option`, to append to; a regular one no other run writes meanwhile.
+
+    Raises OSError, and UsageError where one does.
+    """
+    with path.open("ab") as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            try:
+                lock(file.fileno(), ENDING)
+            except BlockingIOError:
+                fix = f"wait for it, or another {option}"
+                raise UsageError(f"Another run is writing to {path}", fix=fix) from None
+        yield file
 
 
 @contextlib.contextmanager

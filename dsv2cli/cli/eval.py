@@ -156,7 +156,7 @@ def eval(tasks: TasksArgument, asking: Asking, hiding: Hiding, output: Output, w
         began = time.monotonic()
         plan = plan_of(found, wish)
         how = how_of(found, tokenizer, asking, keep=output.save is not None or then is not None)
-        asked = [part for each in asked for part in in_windows(how, chosen, each)]
+        asked = [part for each in asked for part in in_windows(how, chosen, each, asking.limit)]
         asked += needles(how, tasks, asking, hiding)
         if asking.dry_run:
             show_questions(asked, asking.chat, output.format)
@@ -240,7 +240,7 @@ def questions_of(chosen: dict[str, Task], asking: Asking) -> Iterator[Question]:
         yield from found
 
 
-def in_windows(how: How, chosen: dict[str, Task], question: Question) -> list[Question]:
+def in_windows(how: How, chosen: dict[str, Task], question: Question, limit: int | None) -> list[Question]:
     """A text as its windows, at most --limit; any other question as it is."""
     from dsv2cli.evaluation.run import windows
 
@@ -249,7 +249,7 @@ def in_windows(how: How, chosen: dict[str, Task], question: Question) -> list[Qu
     found = list(windows(how, question))
     if not found:
         raise UsageError("The text has less than two tokens", why="nothing can be foreseen in it")
-    return found[: how.most_windows]
+    return found[:limit]
 
 
 def needles(how: How, tasks: list[str], asking: Asking, hiding: Hiding) -> list[Question]:
@@ -281,7 +281,6 @@ def how_of(found: Checkpoint, tokenizer: Tokenizer, asking: Asking, keep: bool) 
         found.eos_ids,
         chat=asking.chat,
         window=asking.window,
-        most_windows=asking.limit,
         keep=keep,
         seed=asking.seed,
     )

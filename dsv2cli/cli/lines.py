@@ -5,7 +5,6 @@ A file of answers goes on where an interrupted run stopped.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -203,7 +202,7 @@ class Lines:
         if restart:
             put_away(out)
         try:
-            with locked(out) as file, ui.counting("answering", total) as tick:
+            with places.appended(out, "--output") as file, ui.counting("answering", total) as tick:
                 lines = self.read(source, str(path))
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     done = Done(out)
@@ -344,26 +343,11 @@ def put_away(out: Path) -> None:
     if out.is_file():
         number = next(n for n in itertools.count(1) if not os.path.lexists(f"{out}.{n}"))
         try:
-            with locked(out):
+            with places.appended(out, "--output"):
                 out.rename(f"{out}.{number}")
         except OSError as error:
             raise Dsv2Error(f"{out} could not be renamed", why=reason(error)) from None
         ui.note(f"earlier answers are in {out}.{number}")
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[Any]:
-    """A file of answers to append to, which no other run writes meanwhile. Raises OSError, and UsageError
-    where one does.
-    """
-    with out.open("ab") as file:
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            try:
-                places.lock(file.fileno(), places.ENDING)
-            except BlockingIOError:
-                fix = "wait for it, or another --output"
-                raise UsageError(f"Another run is writing to {out}", fix=fix) from None
-        yield file
 
 
 class Done:

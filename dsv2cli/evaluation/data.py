@@ -59,15 +59,17 @@ class Data:
     def __init__(self, task: str, folder: Path, tables: list[Table]) -> None:
         self.task, self.folder, self.tables = task, folder, tables
 
-    def has(self, split: str) -> bool:
-        return any(table.split == split for table in self.tables)
+    def first_of(self, splits: tuple[str, ...]) -> str:
+        """The first of these splits that is there, or else the first."""
+        there = {table.split for table in self.tables}
+        return next((each for each in splits if each in there), splits[0])
 
     def rows(self, *splits: str, columns: tuple[str, ...] = ()) -> dict[str, list[Row]]:
         """The rows of the first of these splits that is there, by subset; a row may name its own.
 
         `columns` are those of a CSV file that does not name them. Raises Dsv2Error.
         """
-        split = next((each for each in splits if self.has(each)), splits[0])
+        split = self.first_of(splits)
         found = dict[str, list[Row]]()
         for table in self.tables:
             if table.split == split and table.path.suffix != ".txt":
@@ -78,7 +80,7 @@ class Data:
 
     def only_rows(self, *splits: str) -> list[Row]:
         """The same of a task without subsets. Raises Dsv2Error where the folder holds several sets of it."""
-        split = next((each for each in splits if self.has(each)), splits[0])
+        split = self.first_of(splits)
         tables = [each for each in self.tables if each.split == split and each.path.suffix != ".txt"]
         sets = sorted({each.subset for each in tables})
         if len(sets) > 1:
@@ -277,7 +279,7 @@ def fetched(task: str, home: Home | None) -> Path:
     """
     if home is None:
         raise UsageError(f"{task} needs a file of yours", fix="--data FILE")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import disable_progress_bars
 
@@ -293,7 +295,7 @@ def fetched(task: str, home: Home | None) -> Path:
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        if constants.HF_HUB_OFFLINE:
             why = f"HF_HUB_OFFLINE is set, and {home.repository} has not been downloaded before"
         else:
             why = f"the hub was asked for {home.repository}: {reason(error)}"

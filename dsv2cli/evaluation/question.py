@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dsv2cli.evaluation.data import Data, Home
 
-Kind = Literal["choices", "answer", "program", "text", "needle"]
+Kind = Literal["choices", "answer", "program", "text"]
 # How the likeliest of several choices is found: the sum of its log-probabilities, their mean a token, or the
 # sum less that of the same choice after a bare context.
 Rule = Literal["sum", "mean", "unconditional"]
@@ -82,12 +82,3 @@ def taken_in_turn(questions: Iterator[Question], limit: int | None) -> list[Ques
                 counts[name] += 1
                 left -= 1
     return [question for name, each in subsets.items() for question in each[: counts[name]]]
-
-
-def numbered(questions: Iterator[Question]) -> Iterator[Question]:
-    """The same with their numbers in their subsets as ids, from 0."""
-    counts = dict[str, int]()
-    for question in questions:
-        number = counts.get(question.subset, 0)
-        counts[question.subset] = number + 1
-        yield replace(question, id=str(number))

@@ -127,12 +127,7 @@ def recording(facts: Row, path: Path | None) -> Iterator[Record]:
     if not path.parent.is_dir():
         raise UsageError(f"There is no folder {path.parent}", fix="make it, or another --save")
     try:
-        with path.open("ab") as file:
-            try:
-                places.lock(file.fileno(), places.ENDING)
-            except BlockingIOError:
-                fix = "wait for it, or another --save"
-                raise UsageError(f"Another run is writing to {path}", fix=fix) from None
+        with places.appended(path, "--save") as file:
             yield gone_on_with(facts, path, file)
             os.fsync(file.fileno())
     except OSError as error:

@@ -33,7 +33,6 @@ class How:
     eos_ids: frozenset[int]
     chat: bool = False  # whether a question is a message to a chat model
     window: int = 2048  # tokens of a text that are read at once
-    most_windows: int | None = None
     keep: bool = False  # whether distributions are kept, to be compared
     kept: frozenset[str] = frozenset()  # the questions whose answers' first token is kept so
     seed: int = 0

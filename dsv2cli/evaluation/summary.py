@@ -9,8 +9,6 @@ from dsv2cli.evaluation.published import published
 from dsv2cli.evaluation.record import Record, Row, unpacked
 from dsv2cli.evaluation.statistics import Mean, mean, mean_of_blocks, mean_of_means
 
-NEEDLE = "niah"
-
 
 def summary(record: Record, model: str, tasks: dict[str, bool]) -> list[dict[str, Any]]:
     """An object a task, in this order; each is said to be scored by the mean of its subsets, or not."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from dsv2cli.kernels.triton.linear import (
     DENSE,
     LANES_OF_A_BLOCK,
-    PROCESSORS,
     RUN,
     STAGES,
     Table,
@@ -33,6 +32,7 @@ from dsv2cli.kernels.triton.linear import (
     rms_norm,
     row_sums,
     table,
+    tile_columns,
     tile_products,
     tile_rows,
     weight_tile,
@@ -192,15 +192,14 @@ def gated(
             gate = add_int8_products(
                 gate, codes, scales, block, cols, x, x_scales, start, KIND, GROUP, ROWS, CHUNK
             )
+            up = add_int8_products(
+                up, codes, scales, block + half_blocks, cols, x, x_scales, start, KIND, GROUP, ROWS, CHUNK
+            )
         else:
             gate = add_products(
                 gate, codes, scales, block, rows, cols, x, norm, start, KIND, GROUP, ROWS, CHUNK, NORM
             )
-        if INT8:
-            up = add_int8_products(
-                up, codes, scales, block + half_blocks, cols, x, x_scales, start, KIND, GROUP, ROWS, CHUNK
-            )
-        elif KIND == 16:  # rows // 2 further on, which need not be whole blocks
+        if KIND == 16:  # rows // 2 further on, which need not be whole blocks
             up = add_products(
                 up,
                 codes + rows.to(tl.int64) // 2 * cols,
@@ -217,7 +216,7 @@ def gated(
                 CHUNK,
                 NORM,
             )
-        else:
+        elif not INT8:
             up = add_products(
                 up,
                 codes,
@@ -1015,14 +1014,9 @@ def unpacked(weight: Table, parts: int, dtype: torch.dtype) -> Table:
 
 
 def columns_of(weight: Table, by_expert: Sorted, rows: int) -> int:
-    """Columns of a tile of `rows` columns in all: many where numbers are dense and rows are many, few where a
-    GPU's multiprocessors would have nothing to do.
-    """
+    """Columns of a tile of `rows` columns in all: most where numbers are dense and rows are many."""
     wide = weight.kind == DENSE and by_expert.rows == 128 and weight.codes.element_size() == 2
-    columns = 128 if wide else TILE_COLUMNS
-    while columns > 32 and by_expert.tiles * -(-rows // columns) < PROCESSORS:
-        columns //= 2
-    return columns
+    return tile_columns(by_expert.tiles, rows, 128 if wide else TILE_COLUMNS, 32)
 
 
 def many_up(x: Tensor, by_expert: Sorted, gate_up: Table) -> Tensor:

@@ -751,12 +751,11 @@ def tile_rows(count: float) -> int:
     return max(16, min(128, triton.next_power_of_2(int(count))))
 
 
-def tile_columns(tiles: int, rows: int) -> int:
+def tile_columns(tiles: int, rows: int, most: int = 64, least: int = LANES) -> int:
     """Rows of a matrix that a tile takes: fewer where a GPU's multiprocessors would have nothing to do."""
-    columns = 64
-    while columns > LANES and tiles * -(-rows // columns) < PROCESSORS:
-        columns //= 2
-    return columns
+    while most > least and tiles * -(-rows // most) < PROCESSORS:
+        most //= 2
+    return most
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

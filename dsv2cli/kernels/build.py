@@ -24,7 +24,7 @@ TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable"
 # Sums are taken as they are written, or as `omp simd` says, so that a token gets the same bits from
 # every form of a loop. Not -ffast-math: the whole process would flush small numbers to zero, too.
 FLAGS = (
-    "-O3 -fno-ipa-cp-clone -std=c++17 -fPIC -shared -Wno-psabi "
+    "-O3 -fno-ipa-cp-clone -std=c++17 -fPIC -shared -pthread -Wno-psabi "
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffp-contract=fast -fopenmp-simd"
 )
 

@@ -1,10 +1,14 @@
-// Threads and their memory: scratch that is laid out before the threads begin, and how they share the jobs of
-// a phase. With OpenMP where the compiler has it, else with one thread.
+// Threads and their memory: scratch that is laid out before the threads begin, how they share the jobs of a
+// phase, and how they wait for each other. They are OpenMP's where the compiler has it, for torch's are, too.
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
+#include <thread>
 #include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -40,17 +44,61 @@ struct Scratch {
   }
 };
 
+// work(number, threads) on so many threads, or on fewer where OpenMP has no more.
 #if defined(_OPENMP)
-INLINE int thread_number() { return omp_get_thread_num(); }
-INLINE int thread_count() { return omp_get_num_threads(); }
-inline void barrier() {
-#pragma omp barrier
+template <class Work> INLINE void on_threads(int threads, const Work& work) {
+#pragma omp parallel num_threads(threads)
+  work(omp_get_thread_num(), omp_get_num_threads());
 }
 #else
-INLINE int thread_number() { return 0; }
-INLINE int thread_count() { return 1; }
-inline void barrier() {}
+template <class Work> void on_threads(int threads, const Work& work) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back([&work, i, threads] { work(i, threads); });
+  work(0, threads);
+  for (std::thread& other : others) other.join();
+}
 #endif
+
+INLINE void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // `yield` takes no time at all on most
+#endif
+}
+
+// Where threads wait for each other: awake at first, because going to sleep costs more than most waits take, then
+// asleep. Who stays awake takes the time of other programs, and with it, where these want all cores, of the very
+// thread that is waited for.
+class Meeting {
+  static constexpr std::chrono::microseconds AWAKE{20};
+  std::atomic<int> arrived{0}, round{0}, asleep{0};
+  std::mutex door;
+  std::condition_variable bell;
+
+ public:
+  void wait_for(int threads) {
+    const int now = round.load();
+    if (arrived.fetch_add(1) + 1 == threads) {
+      arrived.store(0);
+      round.store(now + 1);
+      if (!asleep.load()) return;
+      std::lock_guard<std::mutex> lock(door);
+      return bell.notify_all();
+    }
+    const auto end = std::chrono::steady_clock::now() + AWAKE;
+    do
+      for (int i = 0; i < 16; i++) {
+        if (round.load(std::memory_order_acquire) != now) return;
+        pause();
+      }
+    while (std::chrono::steady_clock::now() < end);
+    asleep.fetch_add(1);
+    std::unique_lock<std::mutex> lock(door);
+    bell.wait(lock, [&] { return round.load() != now; });
+    asleep.fetch_sub(1);
+  }
+};
 
 struct alignas(64) Counter {
   std::atomic<int> next{0};
@@ -64,15 +112,11 @@ struct Thread {
   Counter* counters;
   // OpenMP may give fewer threads than were asked for; scratch and jobs are laid out for `asked`.
   int number, threads, asked, phase = 0;
-  explicit Thread(std::vector<Counter>& counters)
-      : counters(counters.data()),
-        number(thread_number()),
-        threads(thread_count()),
-        asked((int)counters.size() / 3) {}
+  Meeting& meeting;
 
   // Ends a phase: what any thread wrote before is seen by all after it.
   void meet() {
-    barrier();
+    meeting.wait_for(threads);
     phase = (phase + 1) % 3;
     counters[(phase + 1) % 3 * threads + number].next.store(0, std::memory_order_relaxed);
   }
@@ -102,13 +146,14 @@ struct Thread {
 };
 
 // work(Thread&) on so many threads.
-template <class Work> INLINE void parallel(int threads, const Work& work) {
-  std::vector<Counter> counters(3 * (size_t)threads);
-#pragma omp parallel num_threads(threads)
-  {
-    Thread thread(counters);
+template <class Work> INLINE void parallel(int asked, const Work& work) {
+  std::vector<Counter> counters(3 * (size_t)asked);
+  Meeting meeting;
+  on_threads(asked, [&](int number, int threads) {
+    Thread thread{counters.data(), number, threads, asked, 0, meeting};
     work(thread);
-  }
+    thread.meet();  // here who waits may sleep
+  });
 }
 
 }  // namespace

@@ -14,12 +14,17 @@ import shutil
 import stat
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.places import compiled_kernels, private_folder, remove, temporary_folder, unfinished
 
 SOURCES = Path(__file__).with_name("cpu")  # api.cpp there includes all the others
 TARGETS = {"native": ["-march=native"], "avx2": ["-march=x86-64-v3"], "portable": []}
+INSTRUCTIONS = (  # by which programs like this one differ, as Linux writes them
+    "avx2 f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16 "
+    "asimd asimddp i8mm bf16 sve sve2"
+).split()
 # Copies of functions for constants (ipa-cp-clone) cost a fifth of the time to compile, and gain nothing here.
 # Sums are taken as they are written, or as `omp simd` says, so that a token gets the same bits from
 # every form of a loop. Not -ffast-math: the whole process would flush small numbers to zero, too.
@@ -135,6 +140,17 @@ def processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor() + platform.machine()
+
+
+def about_processor() -> dict[str, Any]:
+    """Its name, and which of the instruction sets that matter here it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    there = processor().split()
+    return {"processor": name, "instructions": [each for each in INSTRUCTIONS if each in there]}
 
 
 def name_of(loaded: ctypes.CDLL) -> str:

@@ -37,8 +37,8 @@ checkpoint.streamed checkpoint.verify checkpoint.placement
 run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
 run.worker
 engine.grammar engine.fill engine.request engine.sampling engine.text engine.pages engine.scheduler
-engine.session engine.store engine.latents engine.journal engine.benchmark engine.traffic engine.needle
-engine.likelihood engine.lm_eval
+engine.session engine.store engine.latents engine.journal engine.benchmark engine.peer engine.traffic
+engine.needle engine.likelihood engine.lm_eval
 evaluation.answers evaluation.sandbox evaluation.statistics evaluation.data evaluation.question
 evaluation.tasks.parts evaluation.tasks.subjects evaluation.tasks.mmlu evaluation.tasks.cmmlu
 evaluation.tasks.ceval evaluation.tasks.arc evaluation.tasks.hellaswag evaluation.tasks.gsm8k
@@ -50,8 +50,8 @@ serve.desk serve.door serve.fields serve.tools serve.openai serve.anthropic serv
 serve.metrics serve.app
 cli.ui cli.values cli.config cli.options cli.offer cli.flow cli.attach cli.talk cli.asking cli.far
 cli.here cli.lines cli.complete cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
-cli.figures cli.traffic cli.bench cli.pull cli.models cli.serve cli.niah cli.scores cli.eval cli.info
-cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__
+cli.figures cli.traffic cli.bench cli.pull cli.models cli.serve cli.niah cli.scores cli.eval
+cli.info cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {
     ".".join(path.relative_to(ROOT / "dsv2cli").with_suffix("").parts): path

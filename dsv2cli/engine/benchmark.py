@@ -45,14 +45,21 @@ class Work:
     generate: int
     depth: int = 0
     batch: int = 1
+    separate: bool = False  # whether decode, too, begins after `depth` tokens, not after the prompt
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache halfway through the decode."""
+        return int(self.depth + (0 if self.separate else self.prompt) + self.generate / 2)
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        lengths = {
             "prompt_tokens": self.prompt,
             "generated_tokens": self.generate,
             "depth": self.depth,
             "batch": self.batch,
         }
+        return lengths | ({"separate": True} if self.separate else {})
 
 
 @dataclass
@@ -75,9 +82,17 @@ class Timing:
         self.decode_tokens_per_second.append(self.work.batch * len(gaps) / sum(gaps))
         self.gaps.append(gaps)
 
-    def itl_seconds(self) -> dict[str, float]:
-        """Percentiles of the time between tokens, over all repetitions."""
-        return percentiles([gap for gaps in self.gaps for gap in gaps])
+    def add_rates(self, prefill: float, decode: float) -> None:
+        """The same of a program that tells tokens a second, and no time between two of them."""
+        self.ttft_seconds.append(self.work.prompt / prefill)
+        self.prefill_tokens_per_second.append(prefill)
+        self.decode_tokens_per_second.append(decode)
+
+    def itl_seconds(self) -> dict[str, float | None]:
+        """Percentiles of the time between tokens, over all repetitions; None where nobody told it."""
+        if not self.gaps:
+            return {"p50": None, "p90": None, "p99": None}
+        return {**percentiles([gap for gaps in self.gaps for gap in gaps])}
 
     def as_json(self) -> dict[str, Any]:
         lists = (
@@ -388,7 +403,7 @@ def profile(runner: Runner, work: Work) -> dict[str, dict[str, float]]:
 
 
 LISTS = ("prefill_tokens_per_second", "decode_tokens_per_second", "output_tokens_per_second")
-WORK = ("engine", "prompt_tokens", "generated_tokens", "cache", "depth", "batch")
+WORK = ("engine", "prompt_tokens", "generated_tokens", "cache", "depth", "batch", "separate")
 TRAFFIC = ("concurrency", "requests", "rate", "shared_prefix")  # of a run under load besides
 
 

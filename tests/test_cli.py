@@ -14,6 +14,7 @@ import pytest
 from conftest import DATA
 from hubs import NAME, Hub, name_hub
 from huggingface_hub import constants
+from llama_bench import write
 from running import run_dsv2, run_process
 
 from dsv2cli.cli.fields import COMPLETE, FIELDS
@@ -358,6 +359,7 @@ def printed(command, folder):
         "info --json": ("--bandwidth", "100", "--gpus", "2"),
         "doctor --json": (),
         "bench --concurrency --json": ("2", "--prompt", "4", "--generate", "2", "-r", "1"),
+        "bench --against --json": ("-m", str(DATA / "gguf" / "random-Q4_K_M.gguf"), "--against"),
         "bench --json": ("--prompt", "4", "--generate", "2", "-r", "1", "--profile", "--save", saved),
         "eval --json": ("cmmlu", "--data", str(DATA / "eval"), "--limit", "2", *known),
         "eval perplexity --json": ("--text", text, *known),
@@ -373,6 +375,8 @@ def printed(command, folder):
         shutil.copytree(EMBEDDED, known[1])
         run_dsv2(*command.split(), *words, "--save", saved)
         words += ("--against", saved)
+    if command == "bench --against --json":
+        return run_dsv2("bench", "--json", "-r", "1", *words, write(folder)).stdout
     if command.startswith("bench --concurrency"):
         return run_dsv2("bench", "--json", "--concurrency", *words).stdout
     return run_dsv2(*command.split(), *words, stdin='[{"role": "user", "content": "Hello"}]').stdout
@@ -400,7 +404,8 @@ def test_the_manual_says_what_every_field_of_json_means(command, tmp_path):
         "info --json": FIELDS["info --json"]["layers"],
         "bench --concurrency --json": " ".join(FIELDS["bench --json"]),
     }.get(command, "")
-    unknown = {path for path in shown if not any(f"{path}.".startswith(f"{name}.") for name in known)}
-    parents = {name.rpartition(".")[0] for name in known}
+    named = known | (set(FIELDS["bench --json"]) if command == "bench --against --json" else set())
+    unknown = {path for path in shown if not any(f"{path}.".startswith(f"{name}.") for name in named)}
+    parents = {name.rpartition(".")[0] for name in named}
     assert {path for path in unknown - parents if path not in loose} == set()
     assert known - shown - {"error"} == set()

@@ -50,7 +50,7 @@ serve.desk serve.door serve.fields serve.tools serve.openai serve.anthropic serv
 serve.metrics serve.app
 cli.ui cli.values cli.config cli.options cli.offer cli.flow cli.attach cli.talk cli.asking cli.far
 cli.here cli.lines cli.complete cli.commands cli.typewriter cli.prompt cli.chat cli.sessions
-cli.figures cli.traffic cli.bench cli.pull cli.models cli.serve cli.niah cli.scores cli.eval
+cli.figures cli.traffic cli.against cli.bench cli.pull cli.models cli.serve cli.niah cli.scores cli.eval
 cli.info cli.doctor cli.quantize cli.completion cli.fields cli.manual cli.app __main__
 """.split()
 FILES = {

@@ -17,6 +17,7 @@ import typer
 
 from dsv2cli.cli import offer, traffic, ui
 from dsv2cli.cli import options as opt
+from dsv2cli.cli.against import Against, line, refuse_beside_a_program
 from dsv2cli.cli.figures import RANGE_HELP, digits, numbers, ranged
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.outside import json_text, parse_json, read_bytes, reason
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsv2cli.engine.benchmark import Timing, Work
+    from dsv2cli.engine.peer import Peer
     from dsv2cli.engine.traffic import Traffic
     from dsv2cli.run.open import Opened
     from dsv2cli.run.runner import Runner
@@ -88,10 +90,6 @@ class Measure:
     repetitions: Annotated[
         int, typer.Option("--repetitions", "-r", min=1, help="Counted runs after one warm-up.")
     ] = 3
-    against: Annotated[
-        Literal["transformers"] | None,
-        typer.Option(help="Alternate with this library over the same weights."),
-    ] = None
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Also the time of each part: attention, experts, head, sampling."),
@@ -158,7 +156,7 @@ class Output:
 
 
 @opt.unfolded
-def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish) -> None:
+def bench(measure: Measure, other: Against, many: traffic.Many, output: Output, wish: BenchWish) -> None:
     """Measure speed, load time, memory and cache size.
 
     Every combination of --prompt, --generate, --depth, --batch and --cache is measured: prefill, decode, time
@@ -169,14 +167,17 @@ def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish)
         numbers("--prompt", measure.prompt, 1), numbers("--generate", measure.generate, 2)
     )
     if traffics:
-        refuse_beside_traffic(measure, output)
+        refuse_beside_traffic(measure, other, output)
         most = max(each.concurrency for each in traffics)
         opt.refuse_too_many("--concurrency", many.concurrency, most)
-    opt.refuse_too_many("--batch", measure.batch, max(work.batch for work in works))
+    widest = max(work.batch for work in works)
+    opt.refuse_too_many("--batch", measure.batch, widest)
     then = None if output.compare is None else read_saved(output.compare)
     if measure.random_weights is not None and measure.model is not None:
         raise UsageError("Both --model and --random-weights are given", fix="leave one of them out")
     refuse_what_has_no_place(measure, output)
+    if (program := other.program()) is not None:
+        refuse_beside_a_program(wish, widest)
     if measure.api is not None:
         facts = of_a_server(measure.api, measure.model, traffics, measure, wish)
         finish(facts, [], output, then)
@@ -185,11 +186,14 @@ def bench(measure: Measure, many: traffic.Many, output: Output, wish: BenchWish)
         why = "the processes that share a model have one format"
         raise UsageError("Several --cache formats go without --gpus", why=why, fix="one after the other")
     found = offer.find(measure.model, measure.yes, measure.random_weights)
+    peer = None if program is None else other.peer(program, found)
     opened = opt.open_model(measure.model, wishes[0], measure.random_weights, found)
-    if measure.against is not None and opened.plan.format.startswith("int"):
+    if other.library and opened.plan.format.startswith("int"):
         why, fix = "transformers has no such codes", "the checkpoint unpacked"
         raise UsageError("--against compares the same weights", why=why, fix=fix)
-    facts, timings = measured(opened, wishes, works, traffics, measure)
+    if peer is not None:
+        refuse_beside_a_program(wish, widest, opened.plan)
+    facts, timings = measured(opened, wishes, works, traffics, measure, other.library, peer)
     finish(facts, timings, output, then)
 
 
@@ -238,12 +242,12 @@ def refuse_what_has_no_place(measure: Measure, output: Output) -> None:
             raise UsageError(f"{option} goes with the table or JSON", why=why, fix="--format json")
 
 
-def refuse_beside_traffic(measure: Measure, output: Output) -> None:
+def refuse_beside_traffic(measure: Measure, other: Against, output: Output) -> None:
     """Raises UsageError for what --concurrency does not go with."""
     for option, given in (
         ("--batch", measure.batch != "1"),
         ("--depth", measure.depth != "0"),
-        ("--against", measure.against is not None),
+        ("--against", other.against is not None),
         ("--profile", measure.profile),
         ("--plot", output.plot),
         ("--svg", output.svg is not None),
@@ -253,25 +257,34 @@ def refuse_beside_traffic(measure: Measure, output: Output) -> None:
 
 
 def measured(
-    opened: Opened, wishes: list[BatchWish], works: list[Work], traffics: list[Traffic], measure: Measure
+    opened: Opened,
+    wishes: list[BatchWish],
+    works: list[Work],
+    traffics: list[Traffic],
+    measure: Measure,
+    library: bool = False,
+    peer: Peer | None = None,
 ) -> tuple[dict[str, Any], list[Timing]]:
     """All works, or all traffic, one after the other in each format of the cache, and what else is to be told
-    of the run.
+    of the run; in turn with transformers, where `library` says so, or another program.
     """
     from dsv2cli.checkpoint.blueprint import weights_bytes
     from dsv2cli.device import device_name, peak_memory_bytes
     from dsv2cli.engine import benchmark
     from dsv2cli.engine import traffic as under_load
+    from dsv2cli.engine.peer import measure_beside
+    from dsv2cli.kernels.build import about_processor
     from dsv2cli.model.size import expanded_kv_bytes_per_token
     from dsv2cli.run.open import kernels_of, with_wish
 
     runner, plan = opened.runner, opened.plan
     loaded_peak, twin = peak_memory_bytes(runner.device), None
-    if measure.against is not None:
+    if library:
         twin = benchmark.transformers_twin(runner, opened.folder)
     timings: list[Timing] = []
     runs, profiles = list[dict[str, Any]](), list[dict[str, Any]]()
-    each = len(traffics) or len(works) * (1 if twin is None else 2)
+    told: dict[str, Any] = {}
+    each = len(traffics) or len(works) * (1 if twin is None and peer is None else 2)
     kernels = kernels_of(plan)
     with ui.counting("measuring", each * len(wishes) * (measure.repetitions + 1)) as tick:
         for wish in wishes:
@@ -282,9 +295,17 @@ def measured(
                 run = under_load.measure(runner, many, measure.repetitions, tick, kernels)
                 runs.append(run | about)
             for work in [] if traffics else works:
-                found = benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, kernels)
+                if peer is None:
+                    found = benchmark.measure_in_turn(runner, work, measure.repetitions, twin, tick, kernels)
+                else:
+                    found, told = measure_beside(runner, work, measure.repetitions, peer, tick, kernels)
                 timings += found
-                runs += [timing.as_json() | shares(runner, timing) | about for timing in found]
+                rows = [timing.as_json() | about for timing in found]
+                for row, timing in zip(rows, found if peer is None else found[:1], strict=False):
+                    row |= shares(runner, timing)  # another program's file has other bytes
+                if len(found) > 1:
+                    rows[0] |= pair_ratios(*found)
+                runs += rows
                 if measure.profile:
                     profiles.append(work.as_json() | benchmark.profile(runner, work) | about)
     facts: dict[str, Any] = {
@@ -303,6 +324,9 @@ def measured(
     }
     if measure.profile:
         facts["profile"] = profiles
+    if peer is not None:
+        facts["machine"] = about_processor()
+        facts["against"] = {"program": peer.program, "file": str(peer.file), "flags": [*peer.flags]} | told
     return facts, timings
 
 
@@ -344,7 +368,7 @@ def shares(runner: Runner, timing: Timing) -> dict[str, float]:
     prefill = share(timing.prefill_tokens_per_second, flops, timing.gemm_flops_per_second)
     out = {"prefill_share_of_gemm": prefill}
     if work.batch == 1:
-        read = benchmark.read_bytes_per_token(runner, int(work.depth + work.prompt + work.generate / 2))
+        read = benchmark.read_bytes_per_token(runner, work.context)
         decode = share(timing.decode_tokens_per_second, read, timing.read_bytes_per_second)
         out |= {"read_bytes_per_token": read, "decode_share_of_bandwidth": decode}
     return out
@@ -395,7 +419,8 @@ def cells(run: dict[str, Any]) -> list[str]:
     """
     values = [run[key] for key in COLUMNS.values()]
     row = [ranged(value) if isinstance(value, dict) else str(value) for value in values]
-    return [*row, "/".join(digits(1000 * run["itl_seconds"][key]) for key in ("p50", "p90", "p99"))]
+    gaps = [run["itl_seconds"][key] for key in ("p50", "p90", "p99")]
+    return [*row, "" if None in gaps else "/".join(digits(1000 * gap) for gap in gaps)]
 
 
 def as_table(runs: list[dict[str, Any]]) -> Table:
@@ -480,6 +505,8 @@ def remarks(console: Console, facts: dict[str, Any], timings: list[Timing]) -> N
     for ours, theirs in zip(timings[::2], timings[1::2], strict=False):
         if theirs.engine != ours.engine:
             console.print(f"{label(ours.as_json())}: {ratios(ours, theirs)}")
+    if "against" in facts:
+        console.print(line(facts["machine"], facts["against"]))
     if "concurrency" in facts["runs"][0]:
         traffic.remarks(console, facts["runs"])
     for run in facts["runs"]:
@@ -546,13 +573,26 @@ def label(run: dict[str, Any]) -> str:
     cache = "" if run.get("cache", "auto") == "auto" else f", {run['cache']} cache"
     depth = f", depth {run['depth']}" if run["depth"] else ""
     batch = f", batch {run['batch']}" if run["batch"] > 1 else ""
-    return f"prompt {run['prompt_tokens']}, {run['generated_tokens']} new{depth}{batch}{cache}"
+    new = f"{run['generated_tokens']} new{' without it' if run.get('separate') else ''}"
+    return f"prompt {run['prompt_tokens']}, {new}{depth}{batch}{cache}"
+
+
+def pair_ratios(ours: Timing, theirs: Timing) -> dict[str, dict[str, Any]]:
+    """Of rates, pair by pair, each pair measured side by side."""
+    from dsv2cli.engine.benchmark import spread
+
+    out = {}
+    for phase in ("prefill", "decode"):
+        rates = (getattr(each, f"{phase}_tokens_per_second") for each in (ours, theirs))
+        pairs = [a / b for a, b in zip(*rates, strict=True)]
+        out[f"{phase}_ratio"] = spread(pairs) | {"all": pairs}
+    return out
 
 
 def ratios(ours: Timing, theirs: Timing) -> str:
-    """Medians of the ratios pair by pair, each pair measured side by side."""
-    parts = []
-    for name, label in (("prefill_tokens_per_second", "prefill"), ("decode_tokens_per_second", "decode")):
-        pairs = [a / b for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True)]
-        parts.append(f"{label} {statistics.median(pairs):.2f}x ({min(pairs):.2f}-{max(pairs):.2f})")
+    """The same in words."""
+    parts = [
+        f"{name.removesuffix('_ratio')} {each['median']:.2f}x ({each['min']:.2f}-{each['max']:.2f})"
+        for name, each in pair_ratios(ours, theirs).items()
+    ]
     return f"{ours.engine} / {theirs.engine}: " + ", ".join(parts)

@@ -176,6 +176,26 @@ FIELDS: dict[str, dict[str, str]] = {
         "compared": "with --compare, for each run: its lengths, ratios, and verdict (faster, slower, same or "
         "unknown)",
     },
+    "bench --against --json": {
+        "runs.engine": "dsv2, and after it transformers or llama-bench; all else as without --against, but "
+        "that llama-bench tells no itl_seconds, and ttft_seconds are its prefill",
+        "runs.separate": "true beside llama-bench: decode begins after depth tokens, as prefill does, and "
+        "not after the prompt",
+        "runs.prefill_ratio": "of dsv2 to the other, pair by pair: " + SPREAD,
+        "runs.decode_ratio": "the same of decode",
+        "machine.processor": "its name; this and the following beside llama-bench alone",
+        "machine.instructions": "instruction sets that matter and that it has",
+        "against.program": "the other program's path",
+        "against.file": "what it runs",
+        "against.flags": "--against-flags, word by word",
+        "against.build_commit": "what its build says; null where it does not, as with all that follow",
+        "against.build_number": "the same",
+        "against.backends": "CPU, or what it computes with beside that",
+        "against.cpu_info": "the processor, as it names it",
+        "against.model_type": "architecture, size and format, as it names them",
+        "against.model_size": "bytes of its weights",
+        "against.n_threads": "its threads, as many as ours",
+    },
     "bench --concurrency --json": {
         "runs.engine": "as without --concurrency, and so are cache, kv_bytes_per_token, prompt_tokens, "
         "generated_tokens, and all beside the runs",

@@ -247,6 +247,7 @@ EXAMPLES = {
         "an agent that speaks Anthropic's API, beside dsv2 serve"
     ),
     "dsv2 chat --api https://HOST:PORT": "a talk with a model that a cluster serves",
+    "dsv2 bench -m FILE.gguf --against PATH/TO/llama-bench": "in turn with llama.cpp, over the same file",
     "dsv2 doctor DIR --hash": "whether its files are what was published",
 }
 RECIPES = {

@@ -31,6 +31,9 @@ CPU = torch.device("cpu")
 GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "data" / "golden").glob("*/config.json"))
 FLAGS = build.processor().split()
 TARGETS = [name for name in build.TARGETS if name != "avx2" or {"avx2", "fma", "f16c"} <= set(FLAGS)]
+if "avx_vnni" in FLAGS:  # what smaller processors have, beside no AVX-512
+    build.TARGETS["avx2-vnni"] = [*build.TARGETS["avx2"], "-mavxvnni"]
+    TARGETS.append("avx2-vnni")
 # Widths of V2 and V2-Lite, fewer rows; and odd ones.
 SHAPES = [(48, 2048), (33, 1408), (64, 5120), (40, 1536), (576, 512), (19, 50), (1, 7), (130, 96)]
 

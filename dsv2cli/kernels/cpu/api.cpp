@@ -22,6 +22,8 @@ const char* dsv2_path() {
   return "AVX-512 (VNNI, BF16)";
 #elif defined(__AVX512VNNI__)
   return "AVX-512 (VNNI)";
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+  return "AVX2 (VNNI)";
 #elif defined(__AVX2__)
   return "AVX2";
 #else

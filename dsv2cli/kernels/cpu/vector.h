@@ -1,5 +1,5 @@
 // Numbers and vectors: bf16 and fp32, and vectors of 64 bytes with the few operations that the kernels need,
-// for AVX-512 (VNNI, BF16), for AVX2, or for whatever the compiler makes of them.
+// for AVX-512 (VNNI, BF16), for AVX2 (VNNI), or for whatever the compiler makes of them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -196,6 +196,11 @@ template <class V> INLINE Pair<V> exp_of(Pair<V> x) { return {exp_of(x.low), exp
 constexpr bool SIGNED = false;
 INLINE void dot4(NI& acc, NB w, int32_t a) {
   acc = (NI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
+}
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+constexpr bool SIGNED = false;
+INLINE void dot4(NI& acc, NB w, int32_t a) {
+  acc = (NI)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(a));
 }
 #elif defined(__AVX2__)
 constexpr bool SIGNED = true;

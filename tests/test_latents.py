@@ -29,6 +29,12 @@ from training.train import held_out_rows
 FORMATS = tuple(CACHE_BITS)
 
 
+@pytest.fixture
+def kernels():
+    library, why = native.load()
+    return library or pytest.skip(why)
+
+
 @pytest.mark.parametrize("size", [1, 2, 16, 512])
 def test_sums_and_differences_are_the_hadamard_matrix_and_its_own_inverse(size):
     torch.manual_seed(0)
@@ -139,11 +145,8 @@ def test_what_a_smaller_cache_costs_on_text(embedded_tokenizer, fast):
 
 @pytest.mark.parametrize("cache", FORMATS)
 @pytest.mark.parametrize("folder", [EMBEDDED, DATA / "golden" / "v2"], ids=["embedded", "v2"])
-def test_the_kernels_hold_and_read_the_same_codes(folder, cache):
+def test_the_kernels_hold_and_read_the_same_codes(kernels, folder, cache):
     """Codes that C++ wrote, read by torch, and the other way round."""
-    kernels, why = native.load()
-    if kernels is None:
-        pytest.skip(why)
     model = load_model(folder, CPU, torch.bfloat16)
     ids = [*range(2, 102)]
     plain = Rows(PlainRunner(model, cache=cache))

@@ -115,6 +115,14 @@ def test_codes_of_other_programs_mean_the_same_in_a_matrix_and_multiply_as_it(ke
             close(kernels.linear(packed)(x), taken @ weights.T, 4e-3)
 
 
+def test_a_token_gets_the_same_bits_alone_and_among_others(kernels):
+    torch.manual_seed(0)
+    weights = {str(coding): random_codes((33, 1408), coding)[1] for coding in CODINGS}
+    for name, weight in {"bf16": (torch.randn(33, 1410) * 0.02).bfloat16(), **weights}.items():
+        product, x = kernels.linear(weight), torch.randn(13, weight.shape[1]).bfloat16()
+        assert torch.equal(product(x), torch.cat([product(row) for row in x.split(1)])), name
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packing_in_c_equals_packing_in_torch(kernels, shape, bits):
@@ -219,3 +227,24 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library, why = build.library.__wrapped__("portable")
     assert library is None and "compiler" in why
+
+
+@pytest.mark.parametrize("name", ["clang++", "one without OpenMP"])
+def test_other_compilers_do_as_well(name, monkeypatch, tmp_path):
+    """Apple's is clang, and has no OpenMP."""
+    program = shutil.which(name) or str(tmp_path / "without")
+    if name == "clang++" and shutil.which(name) is None:
+        pytest.skip(f"there is no {name}")
+    if name != "clang++":
+        refuse = f'#!/bin/sh\ncase "$*" in *"-fopenmp "*) exit 1;; esac\nexec {build.compiler()} "$@"\n'
+        Path(program).write_text(refuse)
+        Path(program).chmod(0o700)
+    monkeypatch.setenv("CXX", program)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library, why = build.library.__wrapped__("native")
+    assert library is not None, why
+    kernels = native.Kernels(library)
+    for shape in SHAPES[-2:]:
+        test_a_product_equals_the_plain_one(kernels, shape, 32)
+    test_a_token_gets_the_same_bits_alone_and_among_others(kernels)
+    test_a_whole_model_is_as_near_to_fp32_as_the_plain_path(kernels, GOLDEN[-1], "int4-all")

@@ -70,7 +70,8 @@ TOPICS = {
         "more loss. Packed files are safetensors; config.json names the format and the SHA-256 of what "
         "they were made from.",
         "On a CPU, layers run through C++ kernels, compiled on first use for the very processor (AVX-512 "
-        "with VNNI and BF16, AVX2, or whatever the compiler makes of it) and kept in the cache folder. "
+        "with VNNI and BF16, AVX2 with or without VNNI, ARM's NEON, or whatever the compiler makes of it) "
+        "and kept in the cache folder. "
         "Without a compiler, or with --kernels off, plain torch computes the same. They take bf16 "
         "activations: --dtype bfloat16 where a checkpoint is in fp32.",
         "On a GPU, Triton kernels do the same from bf16, fp16 or fp32 weights and from codes as they "

@@ -26,6 +26,12 @@ const char* dsv2_path() {
   return "AVX2 (VNNI)";
 #elif defined(__AVX2__)
   return "AVX2";
+#elif defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return "NEON (dot products, BF16)";
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return "NEON (dot products)";
+#elif defined(__aarch64__)
+  return "NEON";
 #else
   return "portable C++";
 #endif

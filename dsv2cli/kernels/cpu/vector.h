@@ -1,5 +1,6 @@
 // Numbers and vectors: bf16 and fp32, and vectors of 64 bytes with the few operations that the kernels need,
-// for AVX-512 (VNNI, BF16), for AVX2 (VNNI), or for whatever the compiler makes of them.
+// for AVX-512 (VNNI, BF16), for AVX2 (VNNI), for NEON (dot products, BF16), or for whatever the compiler makes of
+// them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -8,6 +9,8 @@
 #include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -124,7 +127,11 @@ template <class T> INLINE T widen_as(const uint16_t* p) {
     typedef typename T::Half V;
     return {widen_as<V>(p), widen_as<V>(p + sizeof(V) / 4)};
   } else {
+#if defined(__aarch64__)  // GCC would take the numbers one by one
+    return (NF)vshll_n_u16((uint16x4_t)load_as<NH>(p), 16);
+#else
     return (NF)(__builtin_convertvector(load_as<NH>(p), NU) << 16);
+#endif
   }
 }
 INLINE F widen16(const uint16_t* p) { return widen_as<F>(p); }
@@ -138,6 +145,8 @@ template <class T> INLINE T halves_as(const uint16_t* p) {
     return (NF)_mm512_cvtph_ps((__m256i)load_as<NH>(p));
 #elif defined(__AVX2__) && defined(__F16C__)
     return (NF)_mm256_cvtph_ps((__m128i)load_as<NH>(p));
+#elif defined(__aarch64__)
+    return (NF)vcvt_f32_f16((float16x4_t)load_as<NH>(p));
 #else
     const NU half = __builtin_convertvector(load_as<NH>(p), NU);
     const NF size = (NF)((half & 0x7fff) << 13) * 0x1p112f;  // the exponent counts from another zero
@@ -150,7 +159,12 @@ template <class T> INLINE T bytes_as(const int8_t* p) {
     typedef typename T::Half V;
     return {bytes_as<V>(p), bytes_as<V>(p + sizeof(V) / 4)};
   } else {
+#if defined(__aarch64__)
+    const int8x8_t four = vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)));
+    return as_floats((NI)vmovl_s16(vget_low_s16(vmovl_s8(four))));
+#else
     return as_floats(__builtin_convertvector(load_as<NQ>(p), NI));
+#endif
   }
 }
 INLINE F halves16(const uint16_t* p) { return halves_as<F>(p); }
@@ -168,6 +182,8 @@ INLINE float sum(NF x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#elif defined(__aarch64__)
+  return vaddvq_f32((float32x4_t)x);
 #else
   return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
@@ -209,6 +225,17 @@ INLINE void dot4(NI& acc, NB w, int32_t a) {  // |w| times a with w's sign: no s
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(_mm256_set1_epi32(a), v));
   acc += (NI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+#elif defined(__aarch64__)
+constexpr bool SIGNED = true;
+INLINE void dot4(NI& acc, NB w, int32_t a) {
+  const int8x16_t v = (int8x16_t)w, four = (int8x16_t)vdupq_n_s32(a);
+#if defined(__ARM_FEATURE_DOTPROD)
+  acc = (NI)vdotq_s32((int32x4_t)acc, v, four);
+#else  // no sum of two leaves 16 bits: no number of a is -128
+  const int16x8_t low = vmull_s8(vget_low_s8(v), vget_low_s8(four)), high = vmull_high_s8(v, four);
+  acc = (NI)vpadalq_s16((int32x4_t)acc, vpaddq_s16(low, high));
+#endif
+}
 #else
 constexpr bool SIGNED = false;
 INLINE void dot4(NI& acc, NB w, int32_t a) {
@@ -234,6 +261,11 @@ constexpr bool FLOATS = false;
 INLINE void dot_bf16(NF& acc, NB w, NB x) {
   acc = (NF)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
 }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool FLOATS = false;
+INLINE void dot_bf16(NF& acc, NB w, NB x) {  // rounds each sum of two to odd, which no sum notices
+  acc = (NF)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)w, (bfloat16x8_t)x);
+}
 #else
 constexpr bool FLOATS = true;
 INLINE void dot_bf16(NF& acc, NB w, NB x) {
@@ -256,6 +288,8 @@ INLINE NB look_up(NB table, NB index) {
   return (NB)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
 #elif defined(__AVX2__)
   return (NB)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+#elif defined(__aarch64__)
+  return (NB)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
 #else
   NB out;
   for (int i = 0; i < NATIVE; i++) out[i] = table[index[i]];

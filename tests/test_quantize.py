@@ -157,7 +157,8 @@ def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
 @pytest.mark.parametrize("name", ["embedded", "dense_only", "v2"])
 def test_a_model_loses_little(name):
     """int8 within 0.1% of the loss, int4, attention too or not, within 2%: with the weights alone rounded,
-    and through the kernels; and token by token what it is whole.
+    and through the kernels (int8 0.2% there: the whole model in bf16 is rounded, too, and by AMX otherwise);
+    and token by token what it is whole.
 
     The golden models' weights are random, so their loss moves either way: enough tokens tell an effect from
     that.
@@ -191,6 +192,8 @@ def test_a_model_loses_little(name):
         full = loss(model(dtype, None), rows, rows.shape[1])
         for format, most in (("int8", 0.001), ("int4", 0.02), ("int4-all", 0.02)):
             packed = model(dtype, format)
+            if dtype == torch.bfloat16:
+                most = max(most, 0.002)
             assert abs(loss(packed, rows, rows.shape[1]) / full - 1) < most, (dtype, format)
             few = rows[:16, :96]
             assert abs(loss(packed, few, 1) / loss(packed, few, few.shape[1]) - 1) < 0.003, (dtype, format)

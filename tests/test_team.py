@@ -31,7 +31,7 @@ from dsv2cli.engine.request import Request, SamplingParams
 from dsv2cli.engine.scheduler import Job, Scheduler
 from dsv2cli.errors import UsageError
 from dsv2cli.formats import PAGE
-from dsv2cli.kernels import native
+from dsv2cli.kernels import linear, native
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import share_of, split
 from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
@@ -651,3 +651,10 @@ def test_torchrun_with_nothing_to_load_ends(start):
     meet = ("--nproc-per-node", "2", "--master-port", str(free_port()))
     process = start("--version", by=(*TORCHRUN, *meet))
     assert process.communicate(timeout=120)[0].startswith("dsv2 0.") and process.returncode == 0
+
+
+def test_a_rank_that_holds_no_column_adds_nothing(monkeypatch):
+    """Also where a single row goes through matrix-vector, as with AMX."""
+    monkeypatch.setattr(linear, "one_row_by_mv", lambda: True)
+    assert linear.linear(torch.zeros(48, 0), torch.zeros(64, 0)).tolist() == torch.zeros(48, 64).tolist()
+    assert linear.linear(torch.ones(1, 3), torch.ones(2, 3)).tolist() == [[3.0, 3.0]]

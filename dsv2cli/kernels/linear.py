@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) ->
     if isinstance(weight, Quantized):
         weight = weight.dequantize(x.dtype)  # slow, and right: the fast road is native.py
     on_cpu, size = x.device.type == "cpu", x.shape[-1]
-    if one_row_by_mv() and on_cpu and x.numel() == size and not torch.is_grad_enabled():
+    if one_row_by_mv() and on_cpu and x.numel() == size > 0 and not torch.is_grad_enabled():
         out = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
     many = x.numel() >= WIDENED_ROWS * size

@@ -159,7 +159,7 @@ template <class T> INLINE T bytes_as(const int8_t* p) {
     typedef typename T::Half V;
     return {bytes_as<V>(p), bytes_as<V>(p + sizeof(V) / 4)};
   } else {
-#if defined(__aarch64__)
+#if defined(__aarch64__)  // likewise
     const int8x8_t four = vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)));
     return as_floats((NI)vmovl_s16(vget_low_s16(vmovl_s8(four))));
 #else
@@ -263,7 +263,7 @@ INLINE void dot_bf16(NF& acc, NB w, NB x) {
 }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 constexpr bool FLOATS = false;
-INLINE void dot_bf16(NF& acc, NB w, NB x) {  // rounds each sum of two to odd, which no sum notices
+INLINE void dot_bf16(NF& acc, NB w, NB x) {  // each sum is rounded to odd
   acc = (NF)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)w, (bfloat16x8_t)x);
 }
 #else

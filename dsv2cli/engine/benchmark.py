@@ -323,6 +323,12 @@ def refuse_longer(runner: Runner, prompt: int, generate: int, fix: str) -> None:
         raise Dsv2Error(f"{prompt} + {generate} tokens do not fit", why=why, fix=fix)
 
 
+def refuse_long_work(runner: Runner, work: Work) -> None:
+    """The same for what is measured."""
+    fix = "dsv2 bench --prompt N --generate M --depth D with a smaller sum"
+    refuse_longer(runner, work.depth + work.prompt, work.generate, fix)
+
+
 def measure_in_turn(
     runner: Runner,
     work: Work,
@@ -337,8 +343,7 @@ def measure_in_turn(
 
     Raises Dsv2Error where the work does not fit into the context.
     """
-    fix = "dsv2 bench --prompt N --generate M --depth D with a smaller sum"
-    refuse_longer(runner, work.depth + work.prompt, work.generate, fix)
+    refuse_long_work(runner, work)
     engines: list[Ours | Theirs] = [Ours(runner), *([Theirs(twin)] if twin is not None else [])]
     timings = [Timing(engine.name, work) for engine in engines]
     for engine in engines:

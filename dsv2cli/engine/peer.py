@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dsv2cli.engine.benchmark import Machine, Ours, Timing, Work, random_prompts, refuse_longer
+from dsv2cli.engine.benchmark import Machine, Ours, Timing, Work, random_prompts, refuse_long_work
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.kernels.native import Kernels
 from dsv2cli.outside import Number, one_line, parse_json, path_of, read_within, reason
@@ -177,8 +177,7 @@ def measure_beside(
     Raises Dsv2Error where the work does not fit into the context, or the other program fails.
     """
     work = replace(work, separate=True)
-    fix = "dsv2 bench --prompt N --generate M --depth D with a smaller sum"
-    refuse_longer(runner, work.depth + work.prompt, work.generate, fix)
+    refuse_long_work(runner, work)
     ours, theirs, told = Timing(Ours.name, work), Timing(NAME, work), Row()
     engine, machine = Ours(runner), Machine(runner.device, runner.dtype, kernels)
     room = work.depth + work.prompt + work.generate + 1

@@ -146,20 +146,21 @@ def processor() -> str:
     if platform.system() == "Darwin":
         asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True).stdout + platform.machine()
+    return cpuinfo("flags", "Features") or platform.processor() + platform.machine()
+
+
+def cpuinfo(*names: str) -> str:
+    """The first line of what Linux says of the processor that begins with one of the names, or nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor() + platform.machine()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(names)), "")
 
 
 def about_processor() -> dict[str, Any]:
     """Its name, and which of the instruction sets that matter here it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+    name = cpuinfo("model name").partition(":")[2].strip() or platform.processor() or platform.machine()
     there = processor().split()
     return {"processor": name, "instructions": [each for each in INSTRUCTIONS if each in there]}
 

@@ -16,6 +16,7 @@ from dsv2cli.formats import GROUP, own_coding
 from dsv2cli.kernels import build, native
 from dsv2cli.kernels.quantized import (
     SCALES,
+    TABLES,
     Codes,
     Quantized,
     decode,
@@ -71,6 +72,14 @@ def test_a_product_equals_the_plain_one(kernels, shape, group):
             packed = quantize(weight, bits, group=group)
             wanted = round_activations(x, group) @ packed.dequantize(torch.float32).T
             close(kernels.linear(packed)(x), wanted, 4e-3)
+
+
+def test_numbers_of_seven_bits_are_found_and_our_own_are_such():
+    """What AVX2 multiplies by the shorter product: a table's numbers as base + n * 2^shift."""
+    found = {name: native.seven_bits(tuple(map(int, values))) for name, values in TABLES.items()}
+    assert found == {"codebook": (1, -111), "iq4_nl": (-1, 0), "signed": (0, -8), "plain": (0, 0)}
+    assert native.seven_bits((-64, 63)) == (0, -64) and native.seven_bits((-64, 64)) == (1, -64)
+    assert native.seven_bits((-127, 127)) == (1, -127) and native.seven_bits((-128, 127)) == (-1, 0)
 
 
 def random_codes(shape, coding, device=CPU):
@@ -199,8 +208,9 @@ def test_loading_quantises_every_large_weight():
         if isinstance(module, Quantized)
     }
     assert kinds["gate_up_proj"] == kinds["down_proj"] == 4 and kinds["weight"] == 8
+    assert model.model.layers[0].self_attn.o_proj.weight.bits == 4
     small = load_model(GOLDEN[0], CPU, torch.bfloat16, format="int4-all")
-    assert small.lm_head.weight.bits == 8 and small.model.layers[0].self_attn.o_proj.weight.bits == 4
+    assert small.lm_head.weight.bits == small.model.layers[0].self_attn.o_proj.weight.bits == 4
     twin = load_model(GOLDEN[0], CPU, torch.bfloat16)
     make_quantized(twin, "int8")
     assert not any(name.endswith(("gate_up_proj", "o_proj.weight")) for name, _ in twin.named_parameters())

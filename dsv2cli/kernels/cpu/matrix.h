@@ -8,6 +8,7 @@ constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved: a
 // How a matrix holds its weights; native.py's Kind is its twin. INT4: codes that stand for numbers of a table.
 // FLOAT8: floats of 8 bits, E4M3.
 enum Kind : int32_t { NONE = 0, INT4 = 4, INT8 = 8, FLOAT8 = 9, BF16 = 16 };
+constexpr int INT4_SEVEN = 5;  // INT4 whose numbers dot4_seven multiplies
 enum Number : int32_t { OF_BF16, OF_F16, OF_F32, OF_I8 };  // type of the scales and offsets
 enum Offset : int32_t { WITHOUT, ADDED, ZERO };            // see formats.Coding
 
@@ -21,8 +22,9 @@ struct Matrix {
   const uint16_t* supers;
   int64_t codes_stride, scales_stride, supers_stride;  // from one matrix of the stack to the next, in bytes
   int32_t kind, rows, cols, group, number, offset;
-  int32_t bias;      // what is added to each value; of int8 codes that are no less than 0 it is 128
-  int8_t table[16];  // of INT4
+  int32_t bias;         // what is added to each value; of int8 codes that are no less than 0 it is 128
+  int32_t shift, base;  // numbers of the table are base + 2^shift times 7 bits; or shift is below 0
+  int8_t table[16];     // of INT4
 
   Matrix of_stack(int index) const {
     Matrix out = *this;
@@ -38,6 +40,32 @@ struct Matrix {
 };
 
 namespace {
+
+constexpr bool is_int4(int kind) { return kind == INT4 || kind == INT4_SEVEN; }
+// f with the kind of w, which is not BF16, as a constant.
+template <class F> INLINE void with_kind(const Matrix& w, F f) {
+  if (w.kind == INT8) f(std::integral_constant<int, INT8>());
+  else if (w.kind == FLOAT8) f(std::integral_constant<int, FLOAT8>());
+  else if (SEVEN && w.shift >= 0) f(std::integral_constant<int, SEVEN ? INT4_SEVEN : INT4>());
+  else f(std::integral_constant<int, INT4>());
+}
+// The numbers of 4-bit codes as they are multiplied.
+template <int KIND> INLINE NB table_for(const Matrix& w) {
+  if (KIND == INT4_SEVEN) return table_of(w.table, w.base, w.shift);
+  return is_int4(KIND) ? table_of(w.table, SIGNED ? 0 : -128, 0) : (NB){};
+}
+// acc += products, as dot4.
+template <int KIND, class V, class W> INLINE void dot_codes(V& acc, W w, int32_t a) {
+  if constexpr (KIND == INT4_SEVEN) dot4_seven(acc, w, a);
+  else dot4(acc, w, a);
+}
+// What a group's products began with and came to -> their sum, where `sum` is that of the tokens' numbers.
+// Where codes are unsigned they are 128 more than the numbers meant.
+INLINE int32_t begin_at(int32_t sum) { return SIGNED ? 0 : -128 * sum; }
+template <int KIND> INLINE I summed(const Matrix& w, const I& acc, int32_t sum) {
+  if constexpr (KIND == INT4_SEVEN) return (acc << w.shift) + w.base * sum;
+  else return acc;
+}
 
 INLINE int blocks_of(int rows) { return (rows + LANES - 1) / LANES; }
 
@@ -102,13 +130,19 @@ struct Row {
   const float* scale;
   const int32_t* sum;
   int group, groups;
-  // What a sum of codes begins with: where they are unsigned, they are 128 more than the numbers meant.
-  int32_t shift(int g) const { return SIGNED ? 0 : -128 * sum[g]; }
 };
 
+// Where the floats of columns from k on begin, in vectors of bf16: every fourth vector goes into one sum, and
+// those of one sum lie together.
+INLINE int place_of(int k, int cols) {
+  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
+  const int whole = cols / four * four;
+  return k < whole ? k / lanes % 4 * (whole / 4) + k / four * lanes : k;
+}
+
 // Activations ready to be multiplied with a kind of weights. For bf16: bf16, and where products are of floats the
-// same as floats, of each vector of bf16 first the even numbers and then the odd ones. For 8-bit floats: floats.
-// For int8 and int4: int8, and for each group a scale and the sum of its numbers.
+// same as floats, of each vector of bf16 first the even numbers and then the odd ones, at its place_of. For
+// 8-bit floats: floats. For int8 and int4: int8, and for each group a scale and the sum of its numbers.
 struct Rows {
   int kind, cols, padded, group, groups;
   uint16_t* bf16;
@@ -129,7 +163,7 @@ struct Rows {
     padded = groups * group;
     bf16 = nullptr, floats = nullptr, int8 = nullptr, scale = nullptr, sum = nullptr;
     if (kind == BF16) bf16 = scratch.take<uint16_t>((size_t)count * padded);
-    if (kind == FLOAT8 || (kind == BF16 && FLOATS)) floats = scratch.take<float>((size_t)count * padded);
+    if (kind == FLOAT8 || (kind == BF16 && FLOATS)) floats = scratch.take<float>(floats_at_row(count));
     if (kind == INT8) {
       int8 = scratch.take<int8_t>((size_t)count * padded);
       scale = scratch.take<float>((size_t)count * groups);
@@ -139,7 +173,8 @@ struct Rows {
   Row row(int number) const {
     const size_t at = (size_t)number * padded, group_at = (size_t)number * groups;
     if (kind == INT8) return {nullptr, nullptr, int8 + at, scale + group_at, sum + group_at, group, groups};
-    return {bf16 ? bf16 + at : nullptr, floats ? floats + at : nullptr, nullptr, nullptr, nullptr, group, groups};
+    const float* const wide = floats ? floats + floats_at_row(number) : nullptr;
+    return {bf16 ? bf16 + at : nullptr, wide, nullptr, nullptr, nullptr, group, groups};
   }
   // Columns [from, from + count) of one row; `from` begins a group and only the last call may end within one.
   NOINLINE void put(int row, int from, int count, const float* x) {
@@ -150,8 +185,10 @@ struct Rows {
   }
 
  private:
+  // A quarter of a row lies between two: else the same columns of all would share places in the L1 cache.
+  INLINE size_t floats_at_row(int row) const { return (size_t)row * (padded / 4 * 5); }
   INLINE void put_floats(int row, int from, int count, const float* x) {
-    float* const to = floats + (size_t)row * padded + from;
+    float* const to = floats + floats_at_row(row) + from;
     std::copy_n(x, count, to);
     std::fill(to + count, to + (count + group - 1) / group * group, 0.0f);
   }
@@ -163,7 +200,7 @@ struct Rows {
     if (!FLOATS) return;
     for (int i = from; i < end; i += NATIVE / 2) {
       const NB both = load_as<NB>(to + i);
-      float* const wide = floats + (size_t)row * padded + i;
+      float* const wide = floats + floats_at_row(row) + place_of(i, cols);
       store(wide, evens(both)), store(wide + NATIVE / 4, odds(both));
     }
   }

@@ -53,7 +53,7 @@ template <int KIND, int R> struct Reading {
 
   INLINE Reading(const Matrix& w, const Address* from, int all)
       : w(w),
-        table(KIND == INT4 ? table_of(w.table) : (NB){}),
+        table(table_for<KIND>(w)),
         group(w.group),
         record(w.scale_bytes()),
         codes_left(std::min(all, AHEAD / (group * LANES * w.bits() / 8))),
@@ -83,12 +83,13 @@ template <int KIND, int R> struct Reading {
           codes[r] += 64, codes_ahead[r] += 64;
         }
     } else {
-      for (int r = 0; r < R; r++) acc[r] = (I){} + x.shift(g);
+      for (int r = 0; r < R; r++) acc[r] = (I){} + begin_at(x.sum[g]);
       add_group(acc, x.int8 + (size_t)g * group);
+      for (int r = 0; r < R; r++) acc[r] = summed<KIND>(w, acc[r], x.sum[g]);
     }
   }
   INLINE void add_group(I (&acc)[R], const int8_t* x) {
-    constexpr int BITS = KIND == INT4 ? 4 : 8;
+    constexpr int BITS = is_int4(KIND) ? 4 : 8;
     const B low = (B)((U){} + 0x0f0f0f0fu);
 #pragma GCC unroll 4
     for (int k = 0; k < group; k += 32 / BITS) {
@@ -97,11 +98,14 @@ template <int KIND, int R> struct Reading {
         w[r] = load_as<B>(codes[r]);
         __builtin_prefetch(codes_ahead[r]);
         codes[r] += 64, codes_ahead[r] += 64;
-        dot4(acc[r], BITS == 8 ? from_code(w[r]) : look_up(table, w[r] & low), load_as<int32_t>(x + k));
+        const B first = BITS == 8 ? from_code(w[r]) : look_up(table, w[r] & low);
+        dot_codes<KIND>(acc[r], first, load_as<int32_t>(x + k));
       }
       if (BITS == 4)
-        for (int r = 0; r < R; r++)
-          dot4(acc[r], look_up(table, (B)((U)w[r] >> 4) & low), load_as<int32_t>(x + k + 4));
+        for (int r = 0; r < R; r++) {
+          const B second = look_up(table, (B)((U)w[r] >> 4) & low);
+          dot_codes<KIND>(acc[r], second, load_as<int32_t>(x + k + 4));
+        }
     }
   }
   // total[r] += acc[r] times the group's scales, of the weights and of x.
@@ -138,10 +142,8 @@ NOINLINE void stream(const Matrix& w, const int* firsts, int count, const Row& x
                      const Address* next) {
   Address from[R];
   for (int r = 0; r < R; r++) from[r] = address_of(w, firsts[r]);
-  if (w.kind == INT8) stream_codes<INT8, R>(w, from, blocks_of(count), x, out, next);
-  else if (w.kind == INT4) stream_codes<INT4, R>(w, from, blocks_of(count), x, out, next);
-  else if (w.kind == FLOAT8) stream_codes<FLOAT8, R>(w, from, blocks_of(count), x, out, next);
-  else stream_bf16<R>(from, std::min(count, w.rows - firsts[R - 1]), x, w.cols, out, next);
+  if (w.kind == BF16) return stream_bf16<R>(from, std::min(count, w.rows - firsts[R - 1]), x, w.cols, out, next);
+  with_kind(w, [&](auto kind) { stream_codes<kind, R>(w, from, blocks_of(count), x, out, next); });
 }
 INLINE void stream_one(const Matrix& w, Span rows, const Row& x, float* out, Address next) {
   stream<1>(w, &rows.begin, rows.count, x, &out, &next);

@@ -53,7 +53,7 @@ INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRo
     }
   }
 }
-template <int R, int M>
+template <int KIND, int R, int M>
 INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], NB table, const TileRows<M>& x, int g) {
   const int group = x.group, begin = g * group;
   const B low = (B)((U){} + 0x0f0f0f0fu);
@@ -70,8 +70,8 @@ INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], NB table, co
     for (int m = 0; m < M; m++) {
       const int8_t* four = x.int8[m] + begin + k;
       const int32_t a = load_as<int32_t>(four), b = load_as<int32_t>(four + 4);
-      for (int r = 0; r < R; r++) dot4(acc[r][m], w[r], a);
-      for (int r = 0; r < R; r++) dot4(acc[r][m], v[r], b);
+      for (int r = 0; r < R; r++) dot_codes<KIND>(acc[r][m], w[r], a);
+      for (int r = 0; r < R; r++) dot_codes<KIND>(acc[r][m], v[r], b);
     }
   }
 }
@@ -91,7 +91,7 @@ INLINE void add_float8_group(F (&acc)[R][M], const uint8_t* (&at)[R], const Tile
 template <int KIND, int R, int M>
 INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>& x, float* out) {
   typedef std::conditional_t<KIND == FLOAT8, F, I> Sum;
-  const NB table = KIND == INT4 ? table_of(w.table) : (NB){};
+  const NB table = table_for<KIND>(w);
   const int record = w.scale_bytes(), numbers = w.numbers();
   F total[R][M];
   const uint8_t* at[R];
@@ -104,16 +104,19 @@ INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>&
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) {
         acc[r][m] = (Sum){};
-        if constexpr (KIND != FLOAT8) acc[r][m] += SIGNED ? 0 : -128 * x.sum[m][g];
+        if constexpr (KIND != FLOAT8) acc[r][m] += begin_at(x.sum[m][g]);
       }
     if constexpr (KIND == FLOAT8) add_float8_group(acc, at, x, g);
     else if constexpr (KIND == INT8) add_int8_group(acc, at, x, g);
-    else add_int4_group(acc, at, table, x, g);
+    else add_int4_group<KIND>(acc, at, table, x, g);
     for (int r = 0; r < R; r++) {
       Scales super = {};
       if (w.number == OF_I8) super = supers_at(w, from[r].supers + (size_t)(g * w.group / SUPER) * numbers);
       const Scales s = scales_at(w, from[r].scales + (size_t)g * record, super);
-      for (int m = 0; m < M; m++) add_scaled(w, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
+      for (int m = 0; m < M; m++) {
+        if constexpr (KIND != FLOAT8) acc[r][m] = summed<KIND>(w, acc[r][m], x.sum[m][g]);
+        add_scaled(w, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
+      }
     }
   }
   for (int m = 0; m < M; m++)
@@ -193,28 +196,25 @@ NOINLINE void tiles_bf16(const uint16_t* const* w, const Row* x, int count, int 
   }
 }
 
-// A block row after row, where products are of floats: the tokens' numbers are floats already, and a weight
-// becomes one once for all of them. There are registers for all four sums of three tokens, and so a block is read
-// in several turns: in the first what comes next in a row is asked for, in the others the block behind this one,
-// each time other rows of it.
-constexpr int IN_A_TURN = 3;
-template <int M>
-NOINLINE void rows_bf16(const uint16_t* const* rows, const Row* x, int cols, int turn, int turns, float* out) {
+// A block where products are of floats: the tokens' numbers are floats already (see place_of), and a weight
+// becomes one once for several of them.
+
+// For up to 3 tokens there are registers for all four sums, row after row.
+template <int M> NOINLINE void rows_bf16(const uint16_t* const* rows, const Row* x, int cols, float* out) {
   constexpr int lanes = NATIVE / 2, four = 4 * lanes;
   const int whole = cols / four * four, end = cols / lanes * lanes;
   for (int r = 0; r < LANES; r++) {
     const uint16_t* w = rows[r];
-    const bool asks = turn == 0 || r % (turns - 1) == turn - 1;
-    const uint16_t* soon = turn == 0 ? w + AHEAD / 2 : w + (size_t)LANES * cols;
     NF acc[4][M] = {};
     const auto add = [&](int part, int k) {
       const NB both = load_as<NB>(w + k);
       const NF even = evens(both), odd = odds(both);
-      for (int m = 0; m < M; m++) acc[part][m] += even * load_as<NF>(x[m].floats + k);
-      for (int m = 0; m < M; m++) acc[part][m] += odd * load_as<NF>(x[m].floats + k + lanes / 2);
+      const int at = place_of(k, cols);
+      for (int m = 0; m < M; m++) acc[part][m] += even * load_as<NF>(x[m].floats + at);
+      for (int m = 0; m < M; m++) acc[part][m] += odd * load_as<NF>(x[m].floats + at + lanes / 2);
     };
     for (int k = 0; k < whole; k += four) {
-      for (int i = 0; asks && i < four; i += 32) __builtin_prefetch(soon + k + i);
+      for (int i = 0; i < four; i += 32) __builtin_prefetch(w + k + AHEAD / 2 + i);
 #pragma GCC unroll 4
       for (int part = 0; part < 4; part++) add(part, k + part * lanes);
     }
@@ -227,21 +227,65 @@ NOINLINE void rows_bf16(const uint16_t* const* rows, const Row* x, int cols, int
   }
 }
 
+// For more, one sum after the other: of two rows and 3 to 6 tokens, so that a token's numbers are read once for
+// both rows. What lies at `soon` is asked for, half a row.
+constexpr int PART_TOKENS = 6;
+template <int M>
+NOINLINE void pair_bf16(const uint16_t* const* rows, const Row* x, int cols, int part, const uint16_t* soon,
+                        NF* sums) {
+  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
+  const int whole = cols / four * four, end = cols / lanes * lanes;
+  const uint16_t* const w[2] = {rows[0], rows[1]};
+  NF acc[2][M] = {};
+  const auto add = [&](int k, int at) {
+    for (int half = 0; half < 2; half++) {
+      NF both[2];
+      for (int i = 0; i < 2; i++) both[i] = half ? odds(load_as<NB>(w[i] + k)) : evens(load_as<NB>(w[i] + k));
+      for (int m = 0; m < M; m++) {
+        const NF v = load_as<NF>(x[m].floats + at + half * lanes / 2);
+        for (int i = 0; i < 2; i++) acc[i][m] += both[i] * v;
+      }
+    }
+  };
+  for (int k = 0, at = part * (whole / 4); k < whole; k += four, at += lanes) {
+    if (soon) __builtin_prefetch(soon + k / 2);
+    add(k + part * lanes, at);
+  }
+  for (int k = whole; part == 0 && k < end; k += lanes) add(k, k);
+  for (int i = 0; i < 2; i++)
+    for (int m = 0; m < M; m++) sums[i * TILE_TOKENS + m] = acc[i][m];
+}
+NOINLINE void block_floats(const uint16_t* const* rows, const Row* x, int count, int cols, float* out) {
+  if (count == 1) return rows_bf16<1>(rows, x, cols, out);
+  if (count == 2) return rows_bf16<2>(rows, x, cols, out);
+  if (count == 3) return rows_bf16<3>(rows, x, cols, out);
+  const int end = cols / (NATIVE / 2) * (NATIVE / 2), turns = (count + PART_TOKENS - 1) / PART_TOKENS;
+  NF sums[4][LANES][TILE_TOKENS];
+  for (int part = 0; part < 4; part++)
+    for (int r = 0; r < LANES; r += 2) {
+      const uint16_t* soon = rows[0] + (size_t)LANES * cols + (size_t)(part * LANES + r) / 2 * cols / 2;
+      for (int t = 0, left = turns; left > 0; left--, soon = nullptr) {
+        const int some = (count - t + left - 1) / left;
+        const auto add = some == 6   ? pair_bf16<6>
+                         : some == 5 ? pair_bf16<5>
+                         : some == 4 ? pair_bf16<4>
+                                     : pair_bf16<3>;
+        add(rows + r, x + t, cols, part, soon, &sums[part][r][t]);
+        t += some;
+      }
+    }
+  for (int r = 0; r < LANES; r++)
+    for (int m = 0; m < count; m++) {
+      float total = sum((sums[0][r][m] + sums[1][r][m]) + (sums[2][r][m] + sums[3][r][m]));
+      for (int i = end; i < cols; i++) total += widen(rows[r][i]) * widen(x[m].bf16[i]);
+      out[m * TILE_ROWS + r] = total;
+    }
+}
+
 // A block of rows, whichever way is the faster.
 NOINLINE void block_bf16(const uint16_t* const* rows, const Row* x, int count, int cols, float* out) {
-  if constexpr (!FLOATS) {
-    for (int r = 0; r < LANES; r += 4) tiles_bf16<4>(rows + r, x, count, cols, out + r);
-  } else {
-    const int turns = (count + IN_A_TURN - 1) / IN_A_TURN;
-    for (int turn = 0; turn < turns; turn++) {
-      const int left = count - turn * IN_A_TURN;
-      const Row* const some = x + turn * IN_A_TURN;
-      float* const to = out + turn * IN_A_TURN * TILE_ROWS;
-      if (left >= 3) rows_bf16<3>(rows, some, cols, turn, turns, to);
-      else if (left == 2) rows_bf16<2>(rows, some, cols, turn, turns, to);
-      else rows_bf16<1>(rows, some, cols, turn, turns, to);
-    }
-  }
+  if constexpr (FLOATS) return block_floats(rows, x, count, cols, out);
+  for (int r = 0; r < LANES; r += 4) tiles_bf16<4>(rows + r, x, count, cols, out + r);
 }
 
 // ---- both -------------------------------------------------------------------------------------------------
@@ -259,9 +303,7 @@ NOINLINE void multiply(const Matrix& w, const int* firsts, int blocks, const Row
     return;
   }
   const Address from[2] = {address_of(w, firsts[0]), address_of(w, firsts[blocks - 1])};
-  if (w.kind == INT8) tiles_codes<INT8>(w, from, x, count, out);
-  else if (w.kind == INT4) tiles_codes<INT4>(w, from, x, count, out);
-  else tiles_codes<FLOAT8>(w, from, x, count, out);
+  with_kind(w, [&](auto kind) { tiles_codes<kind>(w, from, x, count, out); });
 }
 
 }  // namespace

@@ -25,9 +25,11 @@ GROUP = 64  # numbers of a row that share a scale
 GROUPS = (32, 64)  # sizes of a group that `dsv2 quantize` makes
 SUPER = 256  # numbers of a row over which scales in 8 bits share another
 
-PACKED_BITS = {"int8": (8, 8), "int4": (4, 8), "int4-all": (4, 4)}  # of the MLPs, and of attention
-HEAD_BITS = 8
-PACKED_BY, PACKED_FORMAT = "dsv2", 1  # quant_method and format in config.json's quantization_config
+# Bits of the MLPs, of attention, of kv_a_proj_with_mqa (through which all that follows sees a token) and of
+# the head. Each of the last two costs more loss in 4 bits than the rest of attention: see the manual's WEIGHTS.
+PACKED_BITS = {"int8": (8, 8, 8, 8), "int4": (4, 4, 8, 8), "int4-all": (4, 4, 4, 4)}
+PACKED_BY, PACKED_FORMAT = "dsv2", 3  # quant_method and format in config.json's quantization_config
+PACKED_SIZES = ("bits", "attention_bits", "latent_bits", "head_bits")  # likewise, of PACKED_BITS
 KEPT_FORMAT = 2  # the same of codes that another program has made
 
 
@@ -55,6 +57,11 @@ class Coding:
         rounding.
         """
         return replace(self, scale="F16") if self.scale == "I8" else self
+
+    @property
+    def widened(self) -> Coding:
+        """The same in 8 bits, which hold any number that a code of 4 stands for."""
+        return replace(self, bits=8, table="signed")
 
     @property
     def columns(self) -> int:

@@ -584,6 +584,16 @@ def test_a_whole_model_over_latents_in_codes_gives_the_plain_paths_logits(cache)
 
 
 @torch.inference_mode()
+def test_queries_in_4_bits_and_latents_in_8_are_read_in_one_launch():
+    model = random_smallest("int4")
+    plain = scores_of(PlainRunner(model), [1, 2, 3])
+    assert {each.self_attn.o_proj.weight.bits for each in model.layers} == {4}
+    runner = TritonRunner(model)
+    assert all(gpu_linear.alike(layer.first_q, layer.kv_a) for layer in runner.layers)
+    close(scores_of(runner, [1, 2, 3]), plain, 0.02)
+
+
+@torch.inference_mode()
 def test_layers_run_product_by_product_where_ranks_have_sequences_of_their_own():
     model = random_smallest("int4")
     plain = scores_of(PlainRunner(model), [1, 2, 3])

@@ -253,8 +253,8 @@ H200 = "4800"  # GB/s
     [
         (LITE, "bfloat16", 570, 630),
         (LITE, "int8", 880, 1000),
-        (LITE, "int4", 1050, 1250),
-        (CHAT, "int4", 150, 190),
+        (LITE, "int4", 1090, 1300),  # the review's figures were of attention in 8 bits: 1050-1250
+        (CHAT, "int4", 160, 200),  # and 150-190
     ],
     ids=lambda each: each.name if hasattr(each, "name") else str(each),
 )
@@ -279,8 +279,7 @@ def test_a_predicted_step_is_reading_arithmetic_on_packed_weights_and_launches()
     """Without bandwidth's limit there is arithmetic and launches, and in bf16 launches alone."""
     config = DeepseekV2Config.load(LITE)
     dense, int8, int4 = (
-        predicted.step_seconds(config, format, "bfloat16", 1e30)
-        for format in ("bfloat16", "int8", "int4-all")
+        predicted.step_seconds(config, format, "bfloat16", 1e30) for format in ("bfloat16", "int8", "int4")
     )
     starting = (27 * 8 + predicted.STEP_LAUNCHES) * predicted.LAUNCH_SECONDS
     assert dense == pytest.approx(starting)

@@ -74,6 +74,14 @@ def test_a_product_equals_the_plain_one(kernels, shape, group):
             close(kernels.linear(packed)(x), wanted, 4e-3)
 
 
+@pytest.mark.parametrize("coding", [each for each in CODINGS if each.bits == 4], ids=str)
+def test_codes_of_8_bits_hold_what_those_of_4_stand_for(coding):
+    torch.manual_seed(0)
+    _, packed = random_codes((33, 1408), coding)
+    wide = packed.widened()
+    assert wide.bits == 8 and torch.equal(wide.dequantize(torch.float32), packed.dequantize(torch.float32))
+
+
 def test_numbers_of_seven_bits_are_found_and_our_own_are_such():
     """What AVX2 multiplies by the shorter product: a table's numbers as base + n * 2^shift."""
     found = {name: native.seven_bits(tuple(map(int, values))) for name, values in TABLES.items()}
@@ -208,9 +216,11 @@ def test_loading_quantises_every_large_weight():
         if isinstance(module, Quantized)
     }
     assert kinds["gate_up_proj"] == kinds["down_proj"] == 4 and kinds["weight"] == 8
-    assert model.model.layers[0].self_attn.o_proj.weight.bits == 4
+    attention = model.model.layers[0].self_attn
+    assert attention.o_proj.weight.bits == 4 and attention.kv_a_proj_with_mqa.weight.bits == 8
     small = load_model(GOLDEN[0], CPU, torch.bfloat16, format="int4-all")
-    assert small.lm_head.weight.bits == small.model.layers[0].self_attn.o_proj.weight.bits == 4
+    attention = small.model.layers[0].self_attn
+    assert small.lm_head.weight.bits == attention.kv_a_proj_with_mqa.weight.bits == 4
     twin = load_model(GOLDEN[0], CPU, torch.bfloat16)
     make_quantized(twin, "int8")
     assert not any(name.endswith(("gate_up_proj", "o_proj.weight")) for name, _ in twin.named_parameters())

@@ -84,13 +84,8 @@ def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
 
 def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(packed):
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
-    assert [config[key] for key in ("quant_method", "format", "bits", "attention_bits", "group")] == [
-        "dsv2",
-        1,
-        4,
-        8,
-        64,
-    ]
+    keys = ("quant_method", "format", "bits", "attention_bits", "latent_bits", "head_bits", "group")
+    assert [config[key] for key in keys] == ["dsv2", 3, 4, 4, 8, 8, 64]
     assert config["source_sha256"] == {
         f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in V2.glob("model-*.safetensors")
     }
@@ -98,9 +93,11 @@ def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(pack
     for file in packed.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {
-                "format": "dsv2 1",
+                "format": "dsv2 3",
                 "bits": "4",
-                "attention_bits": "8",
+                "attention_bits": "4",
+                "latent_bits": "8",
+                "head_bits": "8",
                 "group": "64",
             }
             assert set(opened.keys()) == {name for name, where in names.items() if where == file.name}
@@ -133,11 +130,13 @@ def test_what_can_not_be_packed_is_refused_and_leaves_nothing(packed, tmp_path, 
 def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
     config = json.loads((packed / "config.json").read_text())
     for change, words in (
-        ({"format": 3}, "formats 1 and 2"),
+        ({"format": 1}, "formats 3 and 2; pack the original again"),
         ({"format": 2, "label": "x", "codings": {"lm_head.weight": "4 33 plain F16 -"}}, "it is no coding"),
         ({"format": 2, "label": "x", "codings": []}, "it names no codings"),
         ({"bits": 3}, "bits"),
         ({"bits": 8, "attention_bits": 4}, "bits"),
+        ({"head_bits": None}, "bits"),
+        ({"latent_bits": 4}, "bits"),
         ({"quant_method": "hqq"}, "dsv2 quantize"),
     ):
         (tmp_path / "config.json").write_text(
@@ -156,9 +155,9 @@ def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
 
 @pytest.mark.parametrize("name", ["embedded", "dense_only", "v2"])
 def test_a_model_loses_little(name):
-    """int8 within 0.1% of the loss, int4, attention too or not, within 2%: with the weights alone rounded,
-    and through the kernels (int8 0.2% there: the whole model in bf16 is rounded, too, and by AMX otherwise);
-    and token by token what it is whole.
+    """int8 within 0.1% of the loss, int4 within 1%, or 2% where weights are random: with the weights alone
+    rounded, and through the kernels (int8 0.2% there: the whole model in bf16 is rounded, too, and by AMX
+    otherwise); and token by token what it is whole.
 
     The golden models' weights are random, so their loss moves either way: enough tokens tell an effect from
     that.
@@ -190,7 +189,11 @@ def test_a_model_loses_little(name):
 
     for dtype in (torch.float32, torch.bfloat16):
         full = loss(model(dtype, None), rows, rows.shape[1])
-        for format, most in (("int8", 0.001), ("int4", 0.02), ("int4-all", 0.02)):
+        for format, most in (
+            ("int8", 0.001),
+            ("int4", 0.01 if name == "embedded" else 0.02),
+            ("int4-all", 0.02),
+        ):
             packed = model(dtype, format)
             if dtype == torch.bfloat16:
                 most = max(most, 0.002)

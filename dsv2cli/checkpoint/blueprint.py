@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.formats import GROUP, HEAD_BITS, ITEM_BYTES, PACKED_BITS, Coding, own_coding
+from dsv2cli.formats import GROUP, ITEM_BYTES, PACKED_BITS, Coding, own_coding
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.layers import MLP, Embedding, Experts, Linear, hold_codes
 from dsv2cli.model.share import shares_of
@@ -131,12 +131,18 @@ def bits_by_part(config: DeepseekV2Config, codings: Codings) -> dict[str, float]
 
 
 def own_codings(model: DeepseekV2, format: str, group: int = GROUP, only_experts: bool = False) -> Codings:
-    """What each weight is packed in by `dsv2 quantize` and --quantize: the head in 8 bits always."""
-    mlp, attention, head = (own_coding(bits, group) for bits in (*PACKED_BITS[format], HEAD_BITS))
+    """What each weight is packed in by `dsv2 quantize` and --quantize."""
+    mlp, attention, latent, head = (own_coding(bits, group) for bits in PACKED_BITS[format])
     out: Codings = {}
     for name, box in weights_to_pack(model):
-        if isinstance(box, Experts) or not only_experts:
-            out[name] = mlp if isinstance(box, MLP | Experts) else head if box is model.lm_head else attention
+        if only_experts and not isinstance(box, Experts):
+            continue
+        if isinstance(box, MLP | Experts):
+            out[name] = mlp
+        elif box is model.lm_head:
+            out[name] = head
+        else:
+            out[name] = latent if "kv_a_proj" in name else attention
     return out
 
 

@@ -21,7 +21,7 @@ from dsv2cli.checkpoint.load import Progress, of_total, read_piece
 from dsv2cli.checkpoint.names import kept_codings, match, tensors_of
 from dsv2cli.checkpoint.safetensors import INDEX, Stored, write_safetensors
 from dsv2cli.errors import Dsv2Error, UsageError
-from dsv2cli.formats import KEPT_FORMAT, PACKED_BITS, PACKED_BY, PACKED_FORMAT
+from dsv2cli.formats import KEPT_FORMAT, PACKED_BITS, PACKED_BY, PACKED_FORMAT, PACKED_SIZES
 from dsv2cli.hubs.hashes import sha256, write_sums
 from dsv2cli.hubs.remote import WANTED
 from dsv2cli.kernels.native import Kernels
@@ -80,8 +80,8 @@ def quantize_checkpoint(
 
 def sizes_of(format: str, group: int) -> dict[str, Any]:
     """What config.json says of a format."""
-    mlp, attention = PACKED_BITS[format]
-    return {"format": PACKED_FORMAT, "bits": mlp, "attention_bits": attention, "group": group}
+    bits = zip(PACKED_SIZES, PACKED_BITS[format], strict=True)
+    return {"format": PACKED_FORMAT, **dict(bits), "group": group}
 
 
 def kept_sizes(config: DeepseekV2Config, codings: Codings) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Packing:
         Literal["int8", "int4", "int4-all", "as-is"] | None,
         typer.Option(
             show_default=False,
-            help="Bits of experts and dense layers; attention gets 8, or with int4-all 4, the head always 8. "
+            help="Bits of experts, dense layers and attention; head and latents have 8, but 4 in int4-all. "
             "as-is keeps the codes of another program, and loses nothing. Default: int4, or as-is where "
             "there are such codes.",
         ),

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsv2cli import places
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.formats import PACKED_BITS, PACKED_BY
+from dsv2cli.formats import PACKED_BITS, PACKED_BY, PACKED_SIZES
 from dsv2cli.hubs.gguf import FILE_TYPES, SPLIT, architecture, glance
 from dsv2cli.hubs.hashes import OURS, SUMS, manifest_of
 from dsv2cli.hubs.reference import LATEST, Reference
@@ -99,7 +99,7 @@ class Copy:
             return str(self.config.get("torch_dtype") or self.config.get("dtype") or "?")
         if packing.get("quant_method") != PACKED_BY:
             return str(packing.get("quant_method") or "mlx")
-        bits = packing.get("bits"), packing.get("attention_bits")
+        bits = tuple(map(packing.get, PACKED_SIZES))
         label = str(packing.get("label") or "packed")  # of another program's codes
         return next((name for name, known in PACKED_BITS.items() if known == bits), label)
 

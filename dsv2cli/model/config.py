@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dsv2cli.errors import Dsv2Error
-from dsv2cli.formats import GROUPS, ITEM_BYTES, KEPT_FORMAT, PACKED_BITS, PACKED_BY, PACKED_FORMAT, Coding
+from dsv2cli.formats import (
+    GROUPS,
+    ITEM_BYTES,
+    KEPT_FORMAT,
+    PACKED_BITS,
+    PACKED_BY,
+    PACKED_FORMAT,
+    PACKED_SIZES,
+    Coding,
+)
 from dsv2cli.outside import Number, read_json
 
 SIZE, COUNT, FACTOR = Number(1, 2**24, whole=True), Number(1, 2**14, whole=True), Number(0, 1e6)
@@ -326,12 +335,12 @@ def parse_packed(quantization: dict[str, Any], source: str) -> Packed:
     if number == KEPT_FORMAT:
         return parse_kept(quantization, source)
     if number != PACKED_FORMAT:
-        why = f"this version reads formats {PACKED_FORMAT} and {KEPT_FORMAT}"
+        why = f"this version reads formats {PACKED_FORMAT} and {KEPT_FORMAT}; pack the original again"
         raise not_implemented(source, "quantization_config.format", number, why)
-    bits, group = (quantization.get("bits"), quantization.get("attention_bits", 8)), quantization.get("group")
+    bits, group = tuple(map(quantization.get, PACKED_SIZES)), quantization.get("group")
     format = next((name for name, each in PACKED_BITS.items() if each == bits), None)
     if format is None or type(group) is not int or group not in GROUPS:
-        why = "bits are 8, 4, or 4 with attention in 8, groups 32 or 64"
+        why = "bits are 8, or 4 with head and kv_a_proj_with_mqa in 8 or 4, groups 32 or 64"
         raise not_implemented(source, "quantization_config", quantization, why)
     return Packed(format, group)
 

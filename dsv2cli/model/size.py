@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsv2cli.formats import CACHE_BITS, GROUP, HEAD_BITS, ITEM_BYTES, LANES, PACKED_BITS, SUPER, latent_widths
+from dsv2cli.formats import CACHE_BITS, GROUP, ITEM_BYTES, LANES, PACKED_BITS, SUPER, latent_widths
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import Share, share_of
 
@@ -27,12 +27,16 @@ class Part:
     read_bytes: int
 
 
+STORED = ("mlp", "attention", "latent", "head")  # in the order of PACKED_BITS
+
+
 @dataclass(frozen=True)
 class Matrix:
     """`count` weights [rows, cols] of one part, of which a token reads `read`.
 
-    `stored` is `mlp`, `attention` or `head` (which differ in bits where packed), `plain`, or `router` (always
-    fp32).
+    `stored` is one of STORED (which differ in bits where packed), `query`, `plain`, or `router` (always
+    fp32). `query`, the first projection of queries, is attention's, but a GPU reads it together with the
+    latents', and so in as many bits.
     """
 
     part: str
@@ -43,7 +47,7 @@ class Matrix:
     stored: str = "plain"
     halves: int = 1  # gate and up in one matrix are padded to whole blocks each
 
-    def bytes_each(self, format: str, dtype: str, group: int, held: dict[str, float]) -> int:
+    def bytes_each(self, format: str, dtype: str, group: int, held: dict[str, float], gpu: bool) -> int:
         """`held`: bits of a weight by part, where another program has packed them."""
         if self.stored == "router":
             return 4 * self.rows * self.cols
@@ -51,8 +55,8 @@ class Matrix:
             return math.ceil(self.rows * self.cols * held[self.part] / 8)
         if self.stored == "plain" or format not in PACKED_BITS:
             return ITEM_BYTES[dtype] * self.rows * self.cols
-        mlp, attention = PACKED_BITS[format]
-        bits = {"mlp": mlp, "attention": attention, "head": HEAD_BITS}[self.stored]
+        stored = self.stored if self.stored != "query" else "latent" if gpu else "attention"
+        bits = PACKED_BITS[format][STORED.index(stored)]
         blocks, groups = self.halves * -(-self.rows // self.halves // LANES), -(-self.cols // group)
         return blocks * groups * LANES * (group * bits // 8 + 2)  # a bf16 scale a group
 
@@ -76,12 +80,12 @@ def matrices(config: DeepseekV2Config, share: Share | None = None) -> Iterator[M
 
     yield Matrix("embedding", 1, hidden, len(share.vocab), 1)
     if low is None:
-        yield every("attention", heads * config.qk_head_dim, hidden, "attention")
+        yield every("attention", heads * config.qk_head_dim, hidden, "query")
     else:
-        yield every("attention", low, hidden, "attention")
+        yield every("attention", low, hidden, "query")
         yield every("attention", 1, low)
         yield every("attention", heads * config.qk_head_dim, low, "attention")
-    yield every("attention", config.cached_dim, hidden, "attention")
+    yield every("attention", config.cached_dim, hidden, "latent")
     yield every("attention", 1, rank)
     yield every("attention", heads * (config.qk_nope_head_dim + config.v_head_dim), rank)
     yield every("attention", hidden, heads * config.v_head_dim, "attention")
@@ -114,7 +118,7 @@ def stored(
     group = config.packed.group if config.packed is not None else group
     held = config.held_bits(gpu) if format == own_format(config) else {}
     for matrix in matrices(config, share):
-        yield matrix, matrix.bytes_each(format, dtype, group, held)
+        yield matrix, matrix.bytes_each(format, dtype, group, held, gpu)
 
 
 def parts(

@@ -19,7 +19,7 @@ from dsv2cli.kernels.triton import attention as gpu_attention
 from dsv2cli.kernels.triton import experts as gpu_experts
 from dsv2cli.kernels.triton import linear as gpu_linear
 from dsv2cli.kernels.triton.linear import Table, table
-from dsv2cli.model.layers import MLP, ExpertProduct, Experts, OneProduct, Weight
+from dsv2cli.model.layers import MLP, ExpertProduct, Experts, Linear, OneProduct, Weight
 from dsv2cli.model.pool import LatentPool, pages_for
 from dsv2cli.model.step import Span, Step
 from dsv2cli.model.transformer import DeepseekV2, Layer, MoE
@@ -260,7 +260,9 @@ class GpuLayer:
             attention.scale,
         )
         low = config.q_lora_rank is not None
-        self.first_q = table((attention.q_a_proj if low else attention.q_proj).weight)
+        first_q = attention.q_a_proj if low else attention.q_proj
+        read_alike(first_q, attention.kv_a_proj_with_mqa)
+        self.first_q = table(first_q.weight)
         self.q_b = table(attention.q_b_proj.weight) if low else None
         self.kv_a, self.o = table(attention.kv_a_proj_with_mqa.weight), table(attention.o_proj.weight)
         moe = layer.mlp if isinstance(layer.mlp, MoE) else None
@@ -315,6 +317,15 @@ class GpuLayer:
         here = wait()
         back = self.copies.to_gpu(experts(here["tokens"], here["index"].long(), here["weight"]))
         return x + (shared + back)
+
+
+def read_alike(one: Linear, other: Linear) -> None:
+    """Widen the codes of `one` to those of `other`, where that can be, so that one launch reads both."""
+    mine, others = one.weight, other.weight
+    if not isinstance(mine, Quantized) or not isinstance(others, Quantized):
+        return
+    if mine.coding != others.coding and mine.bits == 4 and mine.coding.widened == others.coding:
+        one.weight = mine.widened()
 
 
 def feed_of(layer: Layer, in_ram: bool = False) -> gpu_experts.Feed:

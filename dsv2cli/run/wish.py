@@ -21,7 +21,7 @@ TRITON = ("triton", "triton-eager", "triton-exact")
 
 DtypeOption = Annotated[Dtype, Option(help="Number format of the weights; auto is the checkpoint's own.")]
 QuantizeOption = Annotated[
-    Packing, Option(help="Weights in 8 or 4 bits, made while loading; int4-all: attention in 4 bits too.")
+    Packing, Option(help="Weights in 8 or 4 bits, made while loading; int4-all: head and latents in 4, too.")
 ]
 CacheOption = Annotated[
     Cache,

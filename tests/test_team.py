@@ -35,6 +35,7 @@ from dsv2cli.kernels import linear, native
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.model.share import share_of, split
 from dsv2cli.model.size import bytes_by_rank, kv_bytes_per_token
+from dsv2cli.run import numa
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.launch import first_cause
 from dsv2cli.run.leader import Leader, follow
@@ -188,39 +189,108 @@ def test_ranks_share_a_packed_checkpoint(size, format, group, tmp_path):
     assert len(worst) == len(golden_folders()) and max(worst.values()) < 1e-3, worst
 
 
-def compare_fast(rank, size, port, format, folder, out):
-    """As compare, in bf16 through the C++ kernels, against fp32."""
+def prompt_and_steps(runner):
+    """Scores of two prompts, one of them read as a whole, and of what is decoded after both."""
+    rows = Rows(runner, 2, 128)
+    first = [rows.scores([*range(1, 30)], [], whole=True), rows.scores([], [*range(40, 60)])]
+    return torch.cat([*first, *(rows.decode([i], [i + 1]).flatten(0, 1) for i in range(3))]).float()
+
+
+def compare_fast(rank, size, port, format, folder, cache, sequences, out):
+    """As compare, in bf16 through the C++ kernels, against fp32; and whether one rank's kernels attend."""
     join(rank, size, port)
     kernels, _ = native.load()
     options = {"format": format, "kernels": kernels}
-    own = CppRunner(load_model(Path(folder), CPU, torch.bfloat16, team=Team(rank, size), **options), kernels)
+    team = Team(rank, size, sequences=sequences)
+    part = load_model(Path(folder), CPU, torch.bfloat16, team=team, **options)
+    own = CppRunner(part, kernels, cache=cache)
     if rank > 0:
         follow(own)
     else:
         model = Leader(own)
-        alone = CppRunner(load_model(Path(folder), CPU, torch.bfloat16, **options), kernels)
+        whole = load_model(Path(folder), CPU, torch.bfloat16, **options)
         exact = load(Path(folder), CPU, torch.float32, **options)
-        logits = [scores_of(one, [*range(1, 30)]).float() for one in (model, alone, exact)]
+        runners = (model, CppRunner(whole, kernels, cache=cache), exact)
+        together, alone, wanted = (prompt_and_steps(one) for one in runners)
+        for layer in own.fused.attention:
+            layer.scale = 1e4
+        changed = prompt_and_steps(model)
         model.stop()
-        Path(out).write_text(
-            json.dumps([float((found - logits[2]).norm() / logits[2].norm()) for found in logits[:2]])
-        )
+        errors = [float((found - wanted).norm() / wanted.norm()) for found in (together, alone)]
+        same = [
+            torch.equal(*both) for both in zip(changed.split([29, 26]), together.split([29, 26]), strict=True)
+        ]
+        Path(out).write_text(json.dumps([errors, same, own.fused.heads]))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("format", [None, "int8", "int4"])
-def test_ranks_on_a_cpu_use_its_kernels(format, tmp_path):
-    """As near to fp32 as one process with its kernels; the shapes are the real ones, and
-    nothing is routed.
-    """
+@pytest.mark.parametrize(
+    ("size", "format", "cache", "sequences"),
+    [
+        (2, None, "auto", False),
+        (2, "int8", "auto", False),
+        (2, "int4", "int6", False),
+        (3, "int4-all", "int8", False),
+        (5, None, "auto", False),  # more than there are heads
+        (2, "int4", "auto", True),
+    ],
+)
+def test_ranks_on_a_cpu_use_its_kernels(size, format, cache, sequences, tmp_path):
+    """As near to fp32 as one process with its kernels, which attend for all but whole prompts."""
     if native.load()[0] is None:
         pytest.skip(native.load()[1])
-    folder = next(
-        (folder for folder in golden_folders() if folder.name == "real_dims"), DATA / "golden" / "v2"
-    )
-    in_ranks(compare_fast, 2, format, str(folder), str(tmp_path / "out"))
-    together, alone = json.loads((tmp_path / "out").read_text())
+    in_ranks(compare_fast, size, format, str(V2), cache, sequences, str(tmp_path / "out"))
+    (together, alone), same, heads = json.loads((tmp_path / "out").read_text())
     assert together < 1.5 * alone + 0.01
+    assert same == [True, heads == 0], "a rank without heads, which packed ones' first is, keeps latents only"
+
+
+NODES = {"node0": "0-3,8\n", "node1": "4-7,9\n", "node2": "\n", "node10": "10,11"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "allowed", "share"),
+    [
+        (0, 2, range(12), {0, 1, 2, 3, 8}),  # of three nodes with processors, one, and two
+        (1, 2, range(12), {4, 5, 6, 7, 9, 10, 11}),
+        (2, 3, range(12), {10, 11}),
+        (3, 6, range(12), {4, 5, 6, 7, 9}),  # two ranks a node
+        (0, 2, range(8), None),  # somebody has chosen
+        (0, 1, range(12), None),
+    ],
+)
+def test_a_rank_stays_near_one_memory(rank, size, allowed, share, tmp_path):
+    for name, text in NODES.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpulist").write_text(text)
+    found = numa.processors_by_node(tmp_path)
+    assert numa.share_of_processors(rank, size, found, set(allowed)) == share
+    (tmp_path / "node1" / "cpulist").write_text("4-x")
+    assert numa.processors_by_node(tmp_path) == numa.processors_by_node(tmp_path / "none") == []
+
+
+BOUND = """
+import os, sys, threading
+from pathlib import Path
+from dsv2cli.run import numa
+other = threading.Thread(target=threading.Event().wait, daemon=True)
+other.start()
+share = numa.bind(1, 2, Path(sys.argv[1]))
+print(share == {max(os.sched_getaffinity(0))} == os.sched_getaffinity(other.native_id), len(share))
+"""
+
+
+def test_binding_moves_the_threads_that_are_there(tmp_path):
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(allowed) < 2:
+        pytest.skip("there is one processor")
+    for i, some in enumerate((allowed[:-1], allowed[-1:])):
+        (tmp_path / f"node{i}").mkdir()
+        (tmp_path / f"node{i}" / "cpulist").write_text(",".join(map(str, some)))
+    done = subprocess.run(
+        [sys.executable, "-c", BOUND, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["True", "1"], done.stderr
 
 
 def compare_triton(rank, size, port, format, folder, out):

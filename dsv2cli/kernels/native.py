@@ -125,28 +125,30 @@ class Kernels:
         return product
 
     def layers(
-        self,
-        parts: ctypes.Array[LayerParts],
-        x: Tensor,
-        rotary: Tensor,
-        lengths: Tensor,
-        tables: PageTables,
-        mlp: bool = True,
+        self, parts: ctypes.Array[LayerParts], x: Tensor, rotary: Tensor, lengths: Tensor, tables: PageTables
     ) -> None:
-        """x [tokens, hidden] through all the layers of `parts`, or through their attention alone.
+        """x [tokens, hidden] through all the layers of `parts`; it changes in place.
 
-        x changes in place. rotary [tokens, 2, rope / 2]; lengths [tokens] in int32: token i is the last of
-        the first lengths[i] in its pages.
+        rotary [tokens, 2, rope / 2]; lengths [tokens] in int32: token i is the last of the first lengths[i]
+        in its pages.
         """
         assert len(tables.layers) == len(parts) and len(tables.rows) == len(x)
         given = (pointer(rotary), pointer(lengths), ctypes.byref(tables.as_c))
-        threads = torch.get_num_threads()
-        self.library.dsv2_layers(parts, len(parts), 1, int(mlp), pointer(x), len(x), *given, threads)
+        self.library.dsv2_layers(parts, len(parts), 1, pointer(x), len(x), *given, torch.get_num_threads())
+
+    def attention(
+        self, part: AttentionPart, x: Tensor, to: Tensor, rotary: Tensor, lengths: Tensor, tables: PageTables
+    ) -> None:
+        """to [tokens, hidden] += attention of x, which it may be. The rest as for `layers`, of one layer."""
+        assert len(tables.layers) == 1 and len(tables.rows) == len(x) == len(to)
+        given = (pointer(rotary), pointer(lengths), ctypes.byref(tables.as_c))
+        both = (pointer(x), pointer(to))
+        self.library.dsv2_attention(ctypes.byref(part), *both, len(x), *given, torch.get_num_threads())
 
     def mlp(self, parts: ctypes.Array[LayerParts], x: Tensor) -> None:
         """x [tokens, hidden] += MLP or MoE, for each of `parts`, in place."""
         self.library.dsv2_layers(
-            parts, len(parts), 0, 1, pointer(x), len(x), None, None, None, torch.get_num_threads()
+            parts, len(parts), 0, pointer(x), len(x), None, None, None, torch.get_num_threads()
         )
 
     def feed(

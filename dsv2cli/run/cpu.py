@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from functools import partial
 
@@ -23,8 +22,8 @@ FUSED_TOKENS = 64  # that look at the latents in one call
 
 
 class CppRunner(PlainRunner):
-    """A Runner whose layers are the kernels': whole ones where the model lies here alone, else their
-    products.
+    """A Runner whose layers are the kernels': whole ones where the model lies here alone; in a team each
+    rank's attention, and otherwise products.
     """
 
     def __init__(
@@ -37,10 +36,10 @@ class CppRunner(PlainRunner):
     ) -> None:
         """`apart`: only the routed experts lie where the kernels run, or are to run as if they did."""
         super().__init__(model, attention, cache=cache)
-        whole = not apart and model.team.size == 1
+        alone = not apart and model.team.size == 1
         assert apart or self.dtype == torch.bfloat16, "activations are bf16"
-        self.use(CppProducts(kernels, model.config, mlps=not whole))
-        self.fused = FusedLayers(kernels, model, self.turned) if whole else None
+        self.use(CppProducts(kernels, model.config, mlps=not alone))
+        self.fused = None if apart else FusedLayers(kernels, model, self.turned)
 
     @property
     def saved_bytes(self) -> int:
@@ -48,7 +47,7 @@ class CppRunner(PlainRunner):
 
     @property
     def alike(self) -> bool:
-        return self.fused is not None and self.attention == "auto"
+        return self.fused is not None and self.fused.whole and self.attention == "auto"
 
     def run_layers(self, x: Tensor, step: Step) -> Tensor:
         return super().run_layers(x, step) if self.fused is None else self.fused(x, step)
@@ -86,12 +85,15 @@ class FusedLayers:
 
     def __init__(self, kernels: Kernels, model: DeepseekV2, turned: bool) -> None:
         """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them."""
-        self.kernels, self.layers = kernels, model.layers
-        self.up = [up_projections(kernels, layer.self_attn, turned) for layer in self.layers]
-        parts = [
-            LayerParts(attention_part(layer, *up), mlp_part(layer))
-            for layer, up in zip(self.layers, self.up, strict=True)
+        self.kernels, self.layers, self.whole = kernels, model.layers, model.team.size == 1
+        self.team = model.layers[0].self_attn.o_proj.team  # over which heads are shared out
+        self.heads = model.layers[0].self_attn.heads
+        self.up = [up_projections(kernels, layer.self_attn, turned) for layer in self.layers if self.heads]
+        self.attention = [
+            attention_part(layer, *up) for layer, up in zip(self.layers, self.up, strict=self.heads > 0)
         ]
+        mlps = [mlp_part(layer) for layer in self.layers if self.whole]
+        parts = [LayerParts(*both) for both in zip(self.attention, mlps, strict=self.whole)]
         self.parts = (LayerParts * len(parts))(*parts)
         self.each = [(LayerParts * 1)(part) for part in parts]
 
@@ -111,15 +113,17 @@ class FusedLayers:
         x = x.contiguous()
         absorbs = step.path in ("auto", "absorbed")
         few = [i for i, span in enumerate(step.spans) if absorbs and not (span.whole and step.path == "auto")]
-        if len(few) == len(step.spans) and len(x) <= FUSED_TOKENS and step.watch is unwatched:
-            self.call(self.parts, x, step)
+        all_few = len(few) == len(step.spans) and len(x) <= FUSED_TOKENS
+        if self.whole and all_few and step.watch is unwatched:
+            assert step.pool is not None
+            self.kernels.layers(self.parts, x, *seen_by(step, step.pool.layers))
             return x
         many = [i for i in range(len(step.spans)) if i not in set(few)]
         pieces = [step.part(each) for each in slices(few, step.spans)]
         rest = step.part(many) if many else None
         for i, layer in enumerate(self.layers):
             x = step.watch("attention", partial(self.attend, i, x, rest, pieces))
-            x = step.watch(layer.mlp_name, partial(self.feed, i, x))
+            x = step.watch(layer.mlp_name, partial(self.feed, i, x, step))
         return x
 
     def attend(
@@ -133,26 +137,32 @@ class FusedLayers:
             step, index = rest
             x[index] = self.layers[i].attend(x[index], step, i)
         for step, index in pieces:
-            some = x[index]
-            self.call(self.each[i], some, step, i, mlp=False)
-            x[index] = some
+            x[index] = self.attend_few(i, x[index], step)
         return x
 
-    def call(
-        self, parts: ctypes.Array[LayerParts], x: Tensor, step: Step, first: int = 0, mlp: bool = True
-    ) -> None:
-        """Layer `first` and those after it, or their attention alone. x [tokens, hidden] changes in place."""
+    def attend_few(self, i: int, x: Tensor, step: Step) -> Tensor:
+        """The same of a few tokens, through the kernel. In a team each rank adds what its heads give."""
+        if not self.heads:  # it keeps the latents like all others
+            return self.layers[i].attend(x, step, i)
         assert step.pool is not None
-        lengths = (step.positions + 1).int()
-        layers = step.pool.layers[first : first + len(parts)]
-        spans = [(span.pages, span.count) for span in step.spans]
-        tables = PageTables(layers, step.pool.bits, spans)
-        self.kernels.layers(parts, x, step.rotary.contiguous(), lengths, tables, mlp)
+        to = x if self.team.size == 1 else torch.zeros_like(x)
+        self.kernels.attention(self.attention[i], x, to, *seen_by(step, step.pool.layers[i : i + 1]))
+        return to if self.team.size == 1 else x + self.team.sum(to)
 
-    def feed(self, i: int, x: Tensor) -> Tensor:
-        """The second half of layer i. x [tokens, hidden], which changes in place"""
+    def feed(self, i: int, x: Tensor, step: Step) -> Tensor:
+        """The second half of layer i. x [tokens, hidden], which may change in place"""
+        if not self.whole:
+            return self.layers[i].feed(x, step)
         self.kernels.mlp(self.each[i], x)
         return x
+
+
+def seen_by(step: Step, layers: list[Tensor]) -> tuple[Tensor, Tensor, PageTables]:
+    """Rotations, lengths and pages of a step's tokens in some layers of its pool, as kernels take them."""
+    assert step.pool is not None
+    spans = [(span.pages, span.count) for span in step.spans]
+    tables = PageTables(layers, step.pool.bits, spans)
+    return step.rotary.contiguous(), (step.positions + 1).int(), tables
 
 
 def slices(chosen: list[int], spans: list[Span]) -> list[list[int]]:
@@ -207,7 +217,7 @@ def attention_part(layer: Layer, k_up: Weight, v_up: Weight) -> AttentionPart:
         v_up=matrix(v_up),
         o=matrix(attention.o_proj.weight),
         hidden=config.hidden_size,
-        heads=config.num_attention_heads,
+        heads=attention.heads,
         nope=config.qk_nope_head_dim,
         rope=config.qk_rope_head_dim,
         value=config.v_head_dim,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv2cli.errors import Dsv2Error, UsageError
 from dsv2cli.places import temporary_folder
+from dsv2cli.run import numa
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -74,12 +75,13 @@ def rank_and_size() -> tuple[int, int]:
     if LAUNCHED not in os.environ and not all(name in os.environ for name in TORCHRUN):
         return 0, 1
     numbers = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in known[:3] if LAUNCHED in os.environ else known:
         value = os.environ.get(name, "")
         if not value.isdecimal() or len(value) > 6:
             raise UsageError(f"{name}={value[:80]!r} is no number", fix=f"unset {name}, or use torchrun")
         numbers.append(int(value))
-    rank, size, _ = numbers
+    rank, size = numbers[:2]
     if not rank < size:
         raise UsageError(f"RANK={rank} and WORLD_SIZE={size} make no team", fix="unset RANK WORLD_SIZE")
     return rank, size
@@ -106,15 +108,20 @@ BUSY = Busy()
 def connect(store: Store, rank: int, size: int, plan: Plan) -> Team:
     """Make this process one rank of the team.
 
-    Sums go through memory that all GPUs see, where kernels may use it.
+    Sums go through memory that all GPUs see, where kernels may use it. On CPUs it stays near one memory.
     """
     import torch
     import torch.distributed as dist
 
     from dsv2cli.team import Team, shared_memory
 
-    if LAUNCHED in os.environ or torchrun_size() == 1:  # all are on this machine
+    beside = rank, size  # which this one is among those on this machine
+    if LAUNCHED in os.environ or torchrun_size() == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    else:
+        beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if not plan.on_gpu:
+        numa.bind(*beside)
     backend = "cpu:gloo,cuda:nccl" if plan.on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAITING)
     if torchrun_size() > 1 or not plan.on_gpu:  # NCCL wants all to leave, and a Crew's others are ended

@@ -68,22 +68,32 @@ void dsv2_mlp(const Mlp* mlp, const uint16_t* x, const int32_t* index, const flo
   parallel(threads, [&](Thread& thread) { run_mlp(*mlp, x, out, {index, weight}, n, scratch, thread); });
 }
 
-// x [n, hidden] through `count` layers, or through their attention or their MLP alone.
-void dsv2_layers(const Layer* layers, int count, int attention, int mlp, uint16_t* x, int n,
-                 const float* rotary, const int32_t* lengths, const Pages* pages, int threads) {
+// to += the attention of x, both [n, hidden], which may be the same.
+void dsv2_attention(const Attention* attention, const uint16_t* x, uint16_t* to, int n, const float* rotary,
+                    const int32_t* lengths, const Pages* pages, int threads) {
+  const Context context(rotary, lengths, pages, n, threads);
+  Scratch measure{0};
+  AttentionScratch(*attention, context, threads, measure);
+  const Scratch scratch{arena.hold(measure.at)};
+  parallel(threads, [&](Thread& thread) { run_attention(*attention, x, to, context, 0, scratch, thread); });
+}
+
+// x [n, hidden] through `count` layers, or through their MLP alone.
+void dsv2_layers(const Layer* layers, int count, int attention, uint16_t* x, int n, const float* rotary,
+                 const int32_t* lengths, const Pages* pages, int threads) {
   const Context context(rotary, lengths, pages, n, threads);
   size_t wanted = 0;
   for (int i = 0; i < count; i++) {
     Scratch one{0}, other{0};
     if (attention) AttentionScratch(layers[i].attention, context, threads, one);
-    if (mlp) MlpScratch(layers[i].mlp, n, threads, other);
+    MlpScratch(layers[i].mlp, n, threads, other);
     wanted = std::max({wanted, (size_t)one.at, (size_t)other.at});
   }
   const Scratch scratch{arena.hold(wanted)};
   parallel(threads, [&](Thread& thread) {
     for (int i = 0; i < count; i++) {
-      if (attention) run_attention(layers[i].attention, x, context, i, scratch, thread), thread.meet();
-      if (mlp) run_mlp(layers[i].mlp, x, x, {}, n, scratch, thread), thread.meet();
+      if (attention) run_attention(layers[i].attention, x, x, context, i, scratch, thread), thread.meet();
+      run_mlp(layers[i].mlp, x, x, {}, n, scratch, thread), thread.meet();
     }
   });
 }

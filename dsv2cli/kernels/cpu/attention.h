@@ -394,16 +394,17 @@ struct AttentionPass {
     const int all = heads * p.value;
     thread.each(n, [&](int t) { s.last.put(t, 0, all, s.out + (size_t)t * all); });
   }
-  void output(uint16_t* x) {
-    const Target residual = {Target::ADDED, x, (size_t)p.hidden};
+  void output(uint16_t* to) {
+    const Target sum = {Target::ADDED, to, (size_t)p.hidden};
     thread.each_ahead(jobs_of(p.o),
-                      [&](int job, int after) { product_job(p.o, job, after, s.last, n, residual); });
+                      [&](int job, int after) { product_job(p.o, job, after, s.last, n, sum); });
   }
 };
 
-// x += Attention(norm(x)) for tokens x [n, hidden] in bf16. Each token's row of its cache is written here.
-void run_attention(const Attention& p, uint16_t* x, const Context& context, int layer, Scratch scratch,
-                   Thread& thread) {
+// to += Attention(norm(x)) for x and to [n, hidden] in bf16, which may be the same. Each token's row of its
+// cache is written here.
+void run_attention(const Attention& p, const uint16_t* x, uint16_t* to, const Context& context, int layer,
+                   Scratch scratch, Thread& thread) {
   AttentionPass pass(p, context, layer, scratch, thread);
   pass.normalise(x);
   thread.meet();
@@ -423,7 +424,7 @@ void run_attention(const Attention& p, uint16_t* x, const Context& context, int 
   thread.meet();
   pass.join_heads();
   thread.meet();
-  pass.output(x);
+  pass.output(to);
 }
 
 }  // namespace

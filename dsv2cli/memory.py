@@ -7,6 +7,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +84,30 @@ def ram_bytes() -> int:
 
     total = int(psutil.virtual_memory().total)
     try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
+        groups = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        groups = "0::/"
+    return min(total, *group_limits(groups, Path("/sys/fs/cgroup")), total)
+
+
+def group_limits(groups: str, root: Path) -> Iterator[int]:
+    """Bytes that control groups under `root` allow a process and its parents, in both versions of them.
+
+    `groups` is what Linux lists of the process: lines of number, controllers and path.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        folder, name = root, "memory.max"
+        if controllers:
+            folder, name = root / "memory", "memory.limit_in_bytes"
+        if controllers not in ("", "memory"):
+            continue
+        group = folder / path.strip("/")
+        for place in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                yield int((place / name).read_text())
+            if place == folder:
+                break
 
 
 def give_back() -> None:

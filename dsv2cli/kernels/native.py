@@ -63,6 +63,7 @@ class MlpPart(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("hidden", "width", "shared_width", "experts", "top_k")),
         *((name, ctypes.c_int32) for name in ("groups", "top_groups", "normalise")),
         *((name, ctypes.c_float) for name in ("eps", "factor")),
+        ("ahead", ctypes.c_int32),
     ]
 
 
@@ -188,6 +189,12 @@ class Kernels:
         values = values.contiguous()
         shape = (*values.shape, coding.bits, coding.group)
         self.library.dsv2_interleave(pointer(values), *shape, pointer(codes))
+
+    def guesses(self) -> tuple[int, int]:
+        """How many experts of a next layer were guessed since the library was loaded, and of these chosen."""
+        counts = (ctypes.c_int64 * 2)()
+        self.library.dsv2_guesses(counts)
+        return counts[0], counts[1]
 
     def read(self, data: Tensor) -> None:
         """Read every byte of a tensor of any shape once, with all threads: what the memory can give."""

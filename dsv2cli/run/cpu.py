@@ -18,6 +18,7 @@ from dsv2cli.model.step import Span, Step, unwatched
 from dsv2cli.model.transformer import Attention, DeepseekV2, Layer, MoE
 from dsv2cli.run.runner import PlainRunner
 
+AHEAD = (None, "chosen", "guess")  # as cpu/mlp.h numbers them
 FUSED_TOKENS = 64  # that look at the latents in one call
 
 
@@ -33,13 +34,18 @@ class CppRunner(PlainRunner):
         attention: str = "auto",
         apart: bool = False,
         cache: str = "auto",
+        ahead: str | None = None,
     ) -> None:
-        """`apart`: only the routed experts lie where the kernels run, or are to run as if they did."""
+        """`apart`: only the routed experts lie where the kernels run, or are to run as if they did.
+
+        `ahead`: they are mapped, and the system is to be asked for those chosen, or by guess for those of the
+        next layer, too.
+        """
         super().__init__(model, attention, cache=cache)
         alone = not apart and model.team.size == 1
         assert apart or self.dtype == torch.bfloat16, "activations are bf16"
         self.use(CppProducts(kernels, model.config, mlps=not alone))
-        self.fused = None if apart else FusedLayers(kernels, model, self.turned)
+        self.fused = None if apart else FusedLayers(kernels, model, self.turned, ahead)
 
     @property
     def saved_bytes(self) -> int:
@@ -83,8 +89,11 @@ def lies_here(weight: Weight) -> bool:
 class FusedLayers:
     """Layers through the kernels. The structures hold addresses: the weights must stay where they are."""
 
-    def __init__(self, kernels: Kernels, model: DeepseekV2, turned: bool) -> None:
-        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them."""
+    def __init__(self, kernels: Kernels, model: DeepseekV2, turned: bool, ahead: str | None = None) -> None:
+        """`turned`: latents lie in the pool rotated, and so must be what is multiplied with them.
+
+        `ahead` as for CppRunner.
+        """
         self.kernels, self.layers, self.whole = kernels, model.layers, model.team.size == 1
         self.team = model.layers[0].self_attn.o_proj.team  # over which heads are shared out
         self.heads = model.layers[0].self_attn.heads
@@ -92,7 +101,7 @@ class FusedLayers:
         self.attention = [
             attention_part(layer, *up) for layer, up in zip(self.layers, self.up, strict=self.heads > 0)
         ]
-        mlps = [mlp_part(layer) for layer in self.layers if self.whole]
+        mlps = [mlp_part(layer, ahead) for layer in self.layers if self.whole]
         parts = [LayerParts(*both) for both in zip(self.attention, mlps, strict=self.whole)]
         self.parts = (LayerParts * len(parts))(*parts)
         self.each = [(LayerParts * 1)(part) for part in parts]
@@ -228,7 +237,7 @@ def attention_part(layer: Layer, k_up: Weight, v_up: Weight) -> AttentionPart:
     )
 
 
-def mlp_part(layer: Layer) -> MlpPart:
+def mlp_part(layer: Layer, ahead: str | None = None) -> MlpPart:
     """Where the weights of a layer's MLP, or router and experts, lie, and their sizes."""
     mlp, norm, config = layer.mlp, layer.post_attention_layernorm, layer.self_attn.config
     part = MlpPart(norm=norm.weight.data_ptr(), eps=norm.eps, hidden=config.hidden_size, factor=1.0)
@@ -237,7 +246,7 @@ def mlp_part(layer: Layer) -> MlpPart:
         part.shared_gate_up, part.shared_down = matrix(mlp.gate_up_proj), matrix(mlp.down_proj)
         part.shared_width = config.intermediate_size
         return part
-    part.gate = mlp.gate.weight.data_ptr()
+    part.gate, part.ahead = mlp.gate.weight.data_ptr(), AHEAD.index(ahead)
     part.gate_up, part.down = matrix(mlp.experts.gate_up_proj), matrix(mlp.experts.down_proj)
     part.width, part.experts = config.moe_intermediate_size, config.n_routed_experts or 0
     if mlp.shared_experts is not None:

@@ -82,21 +82,33 @@ void dsv2_attention(const Attention* attention, const uint16_t* x, uint16_t* to,
 void dsv2_layers(const Layer* layers, int count, int attention, uint16_t* x, int n, const float* rotary,
                  const int32_t* lengths, const Pages* pages, int threads) {
   const Context context(rotary, lengths, pages, n, threads);
+  // The MLP after the i-th, where its choice is to be guessed: one of few tokens, that leaves some out.
+  const auto next_of = [&](int i) -> const Mlp* {
+    if (i + 1 == count || !layers[i].mlp.experts) return nullptr;
+    const Mlp& next = layers[i + 1].mlp;
+    return next.ahead == GUESS && n * next.top_k <= next.experts ? &next : nullptr;
+  };
+  const int slots = n * layers[count - 1].mlp.top_k;
+  std::vector<int32_t> guesses((size_t)(count + 1) * slots, -1);
   size_t wanted = 0;
   for (int i = 0; i < count; i++) {
     Scratch one{0}, other{0};
     if (attention) AttentionScratch(layers[i].attention, context, threads, one);
-    MlpScratch(layers[i].mlp, n, threads, other);
+    MlpScratch(layers[i].mlp, n, threads, other, next_of(i));
     wanted = std::max({wanted, (size_t)one.at, (size_t)other.at});
   }
   const Scratch scratch{arena.hold(wanted)};
   parallel(threads, [&](Thread& thread) {
     for (int i = 0; i < count; i++) {
       if (attention) run_attention(layers[i].attention, x, x, context, i, scratch, thread), thread.meet();
-      run_mlp(layers[i].mlp, x, x, {}, n, scratch, thread), thread.meet();
+      const Ahead ahead = {next_of(i), guesses.data() + i * slots, guesses.data() + (i + 1) * slots};
+      run_mlp(layers[i].mlp, x, x, {}, n, scratch, thread, ahead), thread.meet();
     }
   });
 }
+
+// How many experts were guessed, and how many of these were then chosen, since the library was loaded.
+void dsv2_guesses(int64_t* to) { to[0] = all_guesses, to[1] = right_guesses; }
 
 // weights [rows, cols] in fp32 -> codes and scales. shrinks [candidates], codebook [16]: see Packing.
 void dsv2_pack(const float* weights, int rows, int cols, int bits, int group, const float* shrinks,

@@ -1,7 +1,11 @@
 // The MLP of a layer: RMSNorm, the router, routed experts, shared experts; or the one dense MLP in the place
 // of the shared ones. experts.py and linear.py say in plain torch what is computed here.
 #pragma once
+#include "ahead.h"
 #include "streams.h"
+
+// Which experts the system is asked for before they are needed; cpu.py's AHEAD is its twin.
+enum Asked : int32_t { NOTHING, CHOSEN, GUESS };
 
 // A layer's MLP as Python hands it over; native.py's MlpPart is its twin.
 struct Mlp {
@@ -10,6 +14,7 @@ struct Mlp {
   Matrix gate_up, down, shared_gate_up, shared_down;
   int32_t hidden, width, shared_width, experts, top_k, groups, top_groups, normalise;
   float eps, factor;
+  int32_t ahead;  // of experts in a file that does not fit, an Asked
 };
 
 namespace {
@@ -71,6 +76,17 @@ constexpr int LEAST_UNIT = 64, MOST_UNIT = 128;
 constexpr int DOWN_JOBS = 8;   // jobs a thread of the down projections of one token: long streams
 constexpr int LOGITS = 8;      // of the router, in one job
 
+// Of more experts than these a phase asks only for those whose turn comes soon: a layer of them may be larger
+// than memory.
+constexpr int ASKED_AHEAD = 8;
+// What layers that run one after the other tell each other of experts that lie in a file.
+struct Ahead {
+  const Mlp* next = nullptr;         // the MLP after this one, if its choice is to be guessed
+  const int32_t* guessed = nullptr;  // [n, top_k]: this one's choice as the one before guessed it, or below 0
+  int32_t* guess = nullptr;          // the same of the next one
+};
+std::atomic<int64_t> all_guesses{0}, right_guesses{0};  // of experts, since the library was loaded
+
 // A slot is one expert of one token; there are n * top_k. In `sums` each thread has its sums of a down job
 // [n, rows of the job], and behind them room for products.
 struct MlpScratch {
@@ -78,10 +94,11 @@ struct MlpScratch {
   Rows routed, shared;  // silu(gate) * up of each slot, and of each token
   bool alike;           // whether all take the same norm(x)
   float *normed, *logits, *weight, *sums;
+  float *next_normed, *next_logits, *next_weight;  // of the guess
   int32_t *index, *order, *tokens, *starts, *active, *actives, *all;
   size_t sums_length, thread_length;
 
-  MlpScratch(const Mlp& p, int n, int threads, Scratch& scratch) {
+  MlpScratch(const Mlp& p, int n, int threads, Scratch& scratch, const Mlp* next = nullptr) {
     const size_t slots = (size_t)n * p.top_k;
     const size_t down_rows = n > 1 ? JOB_ROWS : (blocks_of(p.hidden) / (DOWN_JOBS * threads) + 1) * LANES;
     in.claim(scratch, p.experts ? p.gate_up : p.shared_gate_up, n);
@@ -102,6 +119,10 @@ struct MlpScratch {
     sums_length = n * down_rows;
     thread_length = sums_length + std::max<size_t>(TILE_TOKENS * TILE_ROWS, down_rows);
     sums = scratch.take<float>(threads * thread_length);
+    if (!next) return;
+    next_normed = scratch.take<float>((size_t)n * next->hidden);
+    next_logits = scratch.take<float>((size_t)n * next->experts);
+    next_weight = scratch.take<float>((size_t)n * next->top_k);
   }
 };
 
@@ -133,16 +154,18 @@ struct MlpPass {
   const Mlp& p;
   const int n;
   Thread& thread;
+  const Ahead ahead;
   MlpScratch s;
   const bool has_routed, has_shared;
   const int slots, unit, units, shared_units;  // units: jobs of gate and up for one expert
   float *const sums, *const products;          // this thread's
 
-  MlpPass(const Mlp& p, int n, Scratch scratch, Thread& thread)
+  MlpPass(const Mlp& p, int n, Scratch scratch, Thread& thread, const Ahead& ahead)
       : p(p),
         n(n),
         thread(thread),
-        s(p, n, thread.asked, scratch),
+        ahead(ahead),
+        s(p, n, thread.asked, scratch, ahead.next),
         has_routed(p.experts > 0),
         has_shared(p.shared_width > 0),
         slots(has_routed ? n * p.top_k : 0),
@@ -160,29 +183,75 @@ struct MlpPass {
       s.in.put(t, 0, p.hidden, row);
       if (!s.alike) s.shared_in.put(t, 0, p.hidden, row);
       s.all[t] = t;
+      if (!ahead.next) return;
+      float* other = s.next_normed + (size_t)t * p.hidden;
+      widen_row(x + (size_t)t * p.hidden, p.hidden, other);
+      norm_row(other, ahead.next->norm, p.hidden, ahead.next->eps, other);
     });
     if (thread.number == 0) *s.actives = s.active[0] = 0;
   }
 
   void router_logits() {
     const int chunks = (p.experts + LOGITS - 1) / LOGITS;
-    thread.each(n * chunks, [&](int job) {
-      const int t = job / chunks, begin = job % chunks * LOGITS;
-      for (int e = begin; e < std::min(p.experts, begin + LOGITS); e++) router_logit(t, e);
+    const int after = ahead.next ? (ahead.next->experts + LOGITS - 1) / LOGITS : 0;
+    thread.each(n * (chunks + after), [&](int job) {
+      const int t = job / (chunks + after), chunk = job % (chunks + after);
+      if (chunk < chunks) some_logits(p, t, chunk, s.normed, s.logits);
+      else some_logits(*ahead.next, t, chunk - chunks, s.next_normed, s.next_logits);
     });
   }
-  INLINE void router_logit(int t, int e) {
-    const float *row = s.normed + (size_t)t * p.hidden, *w = p.gate + (size_t)e * p.hidden;
-    float total = 0;
+  INLINE void some_logits(const Mlp& of, int t, int chunk, const float* normed, float* logits) {
+    const int begin = chunk * LOGITS, end = std::min(of.experts, begin + LOGITS);
+    for (int e = begin; e < end; e++) {
+      const float *row = normed + (size_t)t * of.hidden, *w = of.gate + (size_t)e * of.hidden;
+      float total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int i = 0; i < p.hidden; i++) total += row[i] * w[i];
-    s.logits[(size_t)t * p.experts + e] = total;
+      for (int i = 0; i < of.hidden; i++) total += row[i] * w[i];
+      logits[(size_t)t * of.experts + e] = total;
+    }
   }
 
   void choose_experts() {
-    thread.each(n, [&](int t) {
-      choose(p, s.logits + (size_t)t * p.experts, s.index + t * p.top_k, s.weight + t * p.top_k);
+    thread.each(n * (ahead.next ? 2 : 1), [&](int job) {
+      const int t = job % n;
+      const Mlp& of = job < n ? p : *ahead.next;
+      float* logits = (job < n ? s.logits : s.next_logits) + (size_t)t * of.experts;
+      const size_t first = (size_t)t * of.top_k;
+      choose(of, logits, (job < n ? s.index : ahead.guess) + first, (job < n ? s.weight : s.next_weight) + first);
     });
+  }
+
+  // Asks for what the products of this layer will read, and then for what the next one's are likely to. Of many
+  // experts those whose turn is soon: each thread begins at its own share of them.
+  void ask() {
+    const int here = *s.actives, after = ahead.next ? n * ahead.next->top_k : 0;
+    const int first = few() ? 2 * here : thread.threads * ASKED_AHEAD;
+    thread.each(first + 2 * after, [&](int job) {
+      if (job >= first) {
+        const int guess = job - first;
+        return ask_for(guess < after ? ahead.next->gate_up : ahead.next->down, ahead.guess[guess % after]);
+      }
+      if (few()) return ask_for(job < here ? p.gate_up : p.down, s.active[job % here]);
+      const int a = here * (job % thread.threads) / thread.threads + job / thread.threads;
+      if (a < here) ask_for(p.gate_up, s.active[a]);
+    });
+  }
+  bool few() const { return *s.actives <= ASKED_AHEAD; }
+  // Of many experts, as a job of gate and up begins: the first of an expert asks for its down projection, and
+  // for a later expert.
+  void ask_later(int job) {
+    if (!p.ahead || !has_routed || few() || job % units || job / units >= *s.actives) return;
+    const int a = job / units;
+    if (a + ASKED_AHEAD < *s.actives) ask_for(p.gate_up, s.active[a + ASKED_AHEAD]);
+    ask_for(p.down, s.active[a]);
+  }
+  void count_right_guesses() {
+    if (!ahead.guessed || !slots || ahead.guessed[0] < 0) return;
+    for (int i = 0; i < slots; i++) {
+      const int32_t* own = s.index + i / p.top_k * p.top_k;
+      all_guesses++;
+      right_guesses += std::find(own, own + p.top_k, ahead.guessed[i]) != own + p.top_k;
+    }
   }
 
   // By the first thread alone: slots by expert, and which experts have any.
@@ -192,6 +261,7 @@ struct MlpPass {
       memcpy(s.index, choice.index, slots * sizeof(int32_t));
       memcpy(s.weight, choice.weight, slots * sizeof(float));
     }
+    count_right_guesses();
     memset(s.starts, 0, (p.experts + 1) * sizeof(int32_t));
     for (int i = 0; i < slots; i++)
       if (s.index[i] >= 0) s.starts[s.index[i] + 1]++;
@@ -211,6 +281,7 @@ struct MlpPass {
   void gate_and_up() {
     const int jobs = *s.actives * units + shared_units;
     thread.each_ahead(jobs, [&](int job, int after) {
+      ask_later(job);
       const Halves next = after < jobs ? up_job(after).addresses() : Halves{};
       const UpJob here = up_job(job);
       if (here.count == 1) gate_and_up_one(here, next);
@@ -328,8 +399,8 @@ struct MlpPass {
 
 // to += MLP(norm(x)) for x and to [n, hidden] in bf16, which may be the same. A choice replaces the router.
 void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, Choice choice, int n, Scratch scratch,
-             Thread& thread) {
-  MlpPass pass(p, n, scratch, thread);
+             Thread& thread, const Ahead& ahead = {}) {
+  MlpPass pass(p, n, scratch, thread, ahead);
   pass.normalise(x);
   thread.meet();
   if (pass.has_routed && !choice.index) {
@@ -341,6 +412,7 @@ void run_mlp(const Mlp& p, const uint16_t* x, uint16_t* to, Choice choice, int n
   if (pass.has_routed) {
     pass.sort_slots(choice);
     thread.meet();
+    if (p.ahead) pass.ask(), thread.meet();
   }
   pass.gate_and_up();
   thread.meet();

@@ -20,7 +20,7 @@ from dsv2cli.cli.completion import completion_script
 
 # A file imports only from files named before it.
 ORDER = """
-errors outside formats memory places device team
+errors outside formats memory disk places device team
 kernels.build kernels.quantized kernels.native kernels.linear kernels.latents kernels.attention
 kernels.experts
 kernels.triton.linear kernels.triton.attention kernels.triton.experts

@@ -27,6 +27,7 @@ from dsv2cli.checkpoint.names import (
     packed_tensors,
     packings,
     paired,
+    seldom_read,
     tensors_of,
     whole_columns,
 )
@@ -63,6 +64,7 @@ def load_model(
     kernels: Kernels | None = None,
     team: Team = ALONE,
     experts_on_gpu: int | None = None,
+    held: bool = False,
 ) -> DeepseekV2:
     """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own.
 
@@ -71,6 +73,8 @@ def load_model(
     - `format`, one of PACKED_BITS, quantises while reading, tensor by tensor (by `kernels` where given): no
       full copy is ever held.
     - `experts_on_gpu` puts the routed experts into RAM from that MoE layer on; `format` is then theirs alone.
+    - `held` reads of a mapped checkpoint what every token needs, for it is larger than memory: the system
+      would give that up for experts.
 
     Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
     """
@@ -78,7 +82,7 @@ def load_model(
     if config.packed is not None:
         refuse_other_packing(folder, config.packed.format, format, experts_on_gpu)
         if device.type == "cpu" or team.size > 1:
-            return map_packed(folder, config, device, dtype, team)
+            return map_packed(folder, config, device, dtype, team, held)
         return read_packed(folder, config, device, dtype, progress)
     stored = tensors_of(folder, config)
     codings = None
@@ -159,12 +163,13 @@ def map_packed(
     device: torch.device,
     dtype: torch.dtype | None,
     team: Team = ALONE,
+    held: bool = False,
 ) -> DeepseekV2:
     """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a
     CPU.
 
-    Nothing is read before it is used. Changes stay private. `dtype` converts what is not packed. Raises as
-    load_model.
+    Nothing is read before it is used, but for what is `held`. Changes stay private. `dtype` converts what is
+    not packed. Raises as load_model.
     """
     model, state, files = blueprint(config, dtype, team), {}, {}
     for tensor in packed_tensors(config, folder):
@@ -176,7 +181,8 @@ def map_packed(
             data = own_codes(tensor.name, data, model)
         data = data.contiguous()
         keeps_type = tensor.name.endswith((".codes", ".scales", ".supers", "gate.weight")) or dtype is None
-        state[tensor.name] = data if keeps_type else data.to(dtype)
+        data = data if keeps_type else data.to(dtype)
+        state[tensor.name] = data.clone() if held and not seldom_read(tensor.name, config) else data
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     if device.type != "cpu":

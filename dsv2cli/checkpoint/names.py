@@ -356,3 +356,9 @@ def check(tensor: Stored | Coded, place: Tensor | Packing, dtypes: dict[str, tor
             why=f"its shape {list(tensor.shape)} and type {tensor.dtype} call for another number",
             fix="download the file again",
         )
+
+
+def seldom_read(name: str, config: DeepseekV2Config) -> bool:
+    """Whether a token needs only a part of a tensor: of experts, and of an embedding that is no head."""
+    embedding = name.startswith("model.embed_tokens.") and not config.tie_word_embeddings
+    return embedding or ".mlp.experts." in name

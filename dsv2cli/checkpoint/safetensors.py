@@ -232,7 +232,9 @@ def map_file(file: Path) -> Tensor:
     process. [size] uint8
     """
     with file.open("rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        # Not reserved, or Linux refuses files that are larger than memory.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        mapped = mmap.mmap(opened.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(mapped, dtype=torch.uint8)
 
 

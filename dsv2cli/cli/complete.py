@@ -340,12 +340,14 @@ def plan_facts(
 ) -> dict[str, Any]:
     """The --dry-run object."""
     from dsv2cli.model import size
-    from dsv2cli.run.machine import look_around
+    from dsv2cli.run.machine import from_disk, look_around
     from dsv2cli.run.plan import apart_line, make_plan
 
     config = checkpoint.config
     plan = make_plan(config, wish, look_around())
     length = min(len(asked.ids) + (request.max_new_tokens or 0), config.max_position_embeddings)
+    cache_bytes = length * size.kv_bytes_per_token(config, plan.dtype, plan.cache)
+    expected = from_disk(config, plan, checkpoint.folder, cache_bytes)
     return {
         "model": checkpoint.name,
         "prompt": None if tokenizer is None else tokenizer.fast.decode(asked.ids, skip_special_tokens=False),
@@ -366,7 +368,8 @@ def plan_facts(
             config, plan.format, plan.dtype, plan.ranks, plan.sequences
         ),
         "cache": plan.cache,
-        "cache_bytes": length * size.kv_bytes_per_token(config, plan.dtype, plan.cache),
+        "cache_bytes": cache_bytes,
+        "from_disk": None if expected is None else asdict(expected),
         "attention": plan.attention,
         "kernels": plan.kernels_name,
         "kernels_why": plan.why_slower,
@@ -375,7 +378,8 @@ def plan_facts(
 
 def plan_text(facts: dict[str, Any], context: int) -> str:
     """The --dry-run object for a person; `context` is the most tokens that the model holds."""
-    from dsv2cli.run.plan import places_line
+    from dsv2cli.model.size import FromDisk
+    from dsv2cli.run.plan import from_disk_line, places_line
 
     sampling = ", ".join(f"{name} {value:g}" for name, value in facts["sampling"].items())
     weights = " + ".join(f"{size / 1e9:.2f}" for size in facts["weights_bytes_by_rank"])
@@ -394,6 +398,8 @@ def plan_text(facts: dict[str, Any], context: int) -> str:
         f"model: {facts['model']}, {facts['weights']}, weights {weights} GB, {cache}",
         f"runs on: {ranks}{facts['device']}, {facts['kernels']}{why}, attention {facts['attention']}",
     ]
+    if facts["from_disk"] is not None:
+        lines.append(f"from disk: {from_disk_line(FromDisk(**facts['from_disk']), facts['weights'])}")
     if facts["experts"] is not None:
         lines.append(f"experts: {facts['experts']}")
     if facts["places"] is not None:

@@ -66,6 +66,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "weights_bytes_by_rank": "bytes of weights of each rank",
         "cache": "its number format: auto, bf16, int8, int6 or int4",
         "cache_bytes": "bytes of the cache at its fullest",
+        "from_disk": "what to expect where a packed checkpoint is larger than memory; else null: "
+        "memory_bytes, kept_share (of the experts' bytes, that find room), hit_rate (share of those a token "
+        "reads that are found there), missed_bytes_per_token, and disk_bytes_per_second and "
+        "tokens_per_second (null where nothing could be measured)",
         "attention": "auto, absorbed, expanded or reference",
         "kernels": "which would run",
         "kernels_why": "why no faster ones; empty where none are to be expected",
@@ -132,6 +136,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "parts": "for each part parameters, read_per_token, and bytes by format",
         "kept": "of codes of another program, for each part stored_as, bits_stored and bits_held of a weight",
         "fits": "for each memory and format: label, count, format, fits, needs and free in bytes, and more",
+        "from_disk": "the same as of complete --dry-run, for this machine's memory or that of --memory",
         "command": "what to type to run it here",
         "ceiling_context": "with --bandwidth: tokens in the cache that the ceilings are for",
         "decode_ceiling_tokens_per_second": "with --bandwidth: by format, the most that the memory allows",

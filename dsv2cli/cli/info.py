@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,8 @@ from dsv2cli.memory import Memory, detected, parse_gpus
 from dsv2cli.model import predicted, size
 from dsv2cli.model.config import DeepseekV2Config
 from dsv2cli.outside import Number
-from dsv2cli.run.plan import refuse_cache
+from dsv2cli.run.machine import expected_from
+from dsv2cli.run.plan import from_disk_line, refuse_cache
 from dsv2cli.run.wish import CacheOption, DtypeOption, QuantizeOption, Wish
 
 if TYPE_CHECKING:
@@ -109,12 +111,14 @@ def info(subject: Subject, output: Output, room: Room) -> None:
     from dsv2cli.hubs.find import EMBEDDED
 
     model = subject.model
-    config = DeepseekV2Config.load(offer.config_of(model))
+    path = offer.config_of(model)
+    config = DeepseekV2Config.load(path)
     dtype = config.torch_dtype if room.dtype == "auto" else room.dtype
     refuse_cache(config, room.cache)
     facts = describe(config, model or "embedded", dtype, subject.context, room.cache)
     formats = [format for format in facts["formats"] if room.quantize in ("none", format)]
     facts["fits"] = [fit(config, facts, place, format) for place in room.memories() for format in formats]
+    facts["from_disk"] = from_disk(config, facts, room, path)
     facts["command"] = command(facts, model, bool(config.packed))
     facts["kept"] = kept(config)
     if room.bandwidth is not None:
@@ -125,6 +129,21 @@ def info(subject: Subject, output: Output, room: Room) -> None:
     show(facts, here=room.gpus is None and room.memory is None)
     if model is None:
         show_card((EMBEDDED.parent / "MODEL_CARD.md").read_text(encoding="utf-8"))
+
+
+def from_disk(
+    config: DeepseekV2Config, facts: dict[str, Any], room: Room, path: Path
+) -> dict[str, Any] | None:
+    """What to expect of a packed checkpoint that is here and larger than this machine's memory, or the one
+    of --memory; else None.
+    """
+    places = [place for place in room.memories() if room.memory is not None or place.kind == "cpu"]
+    if config.packed is None or not places or not path.is_dir():
+        return None
+    (format,), speed = facts["formats"], None if room.bandwidth is None else room.bandwidth * GB
+    cached = facts["context"] * facts["kv_bytes_per_token"]
+    expected = expected_from(config, format, facts["dtype"], places[0].bytes, path, cached, speed)
+    return None if expected is None else asdict(expected)
 
 
 def kept(config: DeepseekV2Config) -> dict[str, Any]:
@@ -291,9 +310,12 @@ def show(facts: dict[str, Any], here: bool) -> None:
     )
     if any(place["count"] > 1 for place in facts["fits"]):
         console.print("several GPUs: the largest rank's part of the weights, and the whole cache on each")
+    if facts["from_disk"] is not None:
+        (format,) = formats
+        console.print(f"on a CPU: {from_disk_line(size.FromDisk(**facts['from_disk']), format)}")
     if facts["command"]:
         console.print(f"to type: {ui.harmless(facts['command'])}")
-    elif here:
+    elif here and facts["from_disk"] is None:
         least = min(formats, key=lambda format: formats[format]["weights_bytes"])
         needed = readable(formats[least]["weights_bytes"])
         console.print(f"nothing fits here: {least} needs {needed} and some room")

@@ -224,6 +224,74 @@ def decode_ceiling(
     return bytes_per_second / (weights + context * kv_bytes_per_token(config, dtype, cache))
 
 
+# Beside weights and cache: torch, the kernels' own copies, and a forward pass.
+PROCESS_BYTES = 300 * 10**6
+
+
+@dataclass(frozen=True)
+class FromDisk:
+    """What to expect of weights that lie in a mapped file, of which memory holds a part.
+
+    What every token needs is read from memory if it finds room there. Experts are taken to be chosen equally
+    often, and those that were read last to stay.
+    """
+
+    memory_bytes: int
+    kept_share: float  # of the routed experts' bytes there is room for
+    hit_rate: float  # share of the routed experts' bytes read by a token that is found in memory
+    missed_bytes_per_token: float
+    disk_bytes_per_second: float | None
+    tokens_per_second: float | None  # at batch 1
+
+    @property
+    def fits(self) -> bool:
+        return self.kept_share == 1
+
+    @property
+    def holds_rest(self) -> bool:
+        """Whether there is room for all that every token needs."""
+        return self.kept_share > 0
+
+
+def from_disk(
+    config: DeepseekV2Config,
+    format: str,
+    dtype: str,
+    memory_bytes: int,
+    cache_bytes: int = 0,
+    disk: float | None = None,
+    memory: float | None = None,
+) -> FromDisk:
+    """`disk` and `memory` are bytes a second, where they are known."""
+    listed = parts(config, format, dtype)
+    always = sum(part.read_bytes for part in listed if part.name != "routed experts")
+    routed, read = (
+        sum(getattr(part, name) for part in listed if part.name == "routed experts")
+        for name in ("bytes", "read_bytes")
+    )
+    room = memory_bytes - PROCESS_BYTES - cache_bytes - always
+    kept = float(room >= 0) if not routed else min(1.0, max(0.0, room / routed))
+    hit = hits_of_last_read(kept, read / routed) if routed else 1.0
+    missed = read * (1 - hit) + (always if room < 0 else 0)
+    rate = None
+    if disk is not None and missed:
+        rate = 1 / (missed / disk + (0 if memory is None else (read + always) / memory))
+    return FromDisk(memory_bytes, kept, hit, missed, disk, rate)
+
+
+def hits_of_last_read(kept: float, chosen: float) -> float:
+    """Share of experts found in memory that holds a share `kept` of them, those of the last tokens, where
+    each token reads a share `chosen` at random.
+
+    The last d tokens have read 1 - (1 - chosen)^d of all experts; what was read longer ago is gone. Where
+    even one token reads more than there is room for, nothing is found.
+    """
+    if kept == 1 or chosen == 1:
+        return float(kept == 1)
+    tokens = int(math.log(1 - kept) / math.log(1 - chosen))
+    return 1 - (1 - chosen) ** tokens
+
+
 # What a step on GPUs is made of beside reading. From what others have published, not measured by us: the part
 # of the memory's
 # bandwidth that a good kernel reaches, starting one within a CUDA graph, and a small sum over the GPUs of one

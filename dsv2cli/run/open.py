@@ -25,9 +25,9 @@ from dsv2cli.model.transformer import DeepseekV2
 from dsv2cli.run import launch
 from dsv2cli.run.cpu import CppRunner
 from dsv2cli.run.leader import Leader, whole
-from dsv2cli.run.machine import look_around
+from dsv2cli.run.machine import from_disk, look_around
 from dsv2cli.run.page_store import PageStore, identity, require_room
-from dsv2cli.run.plan import Plan, apart_line, make_plan
+from dsv2cli.run.plan import Plan, apart_line, from_disk_line, make_plan
 from dsv2cli.run.runner import PlainRunner, Runner
 from dsv2cli.run.wish import Wish
 from dsv2cli.team import ALONE, Team
@@ -81,6 +81,8 @@ def open_model(
         screen.note(f"plain torch instead of the {kernels} kernels, because {plan.why_slower}")
     if plan.apart:
         screen.note(apart_line(found.config, plan))
+    if random_weights is None and (expected := from_disk(found.config, plan, found.folder)) is not None:
+        screen.note(from_disk_line(expected, plan.format))
     began = time.perf_counter()
     settle(plan)
     team = ALONE
@@ -147,7 +149,15 @@ def load_runner(found: Checkpoint, plan: Plan, team: Team, screen: Screen, rando
     else:
         with screen.loading(found.name) as progress:
             model = load_model(
-                found.folder, device, dtype, progress, plan.packing, kernels, team, plan.experts_on_gpu
+                found.folder,
+                device,
+                dtype,
+                progress,
+                plan.packing,
+                kernels,
+                team,
+                plan.experts_on_gpu,
+                plan.held,
             )
         runner = runner_of(model, plan, kernels)
     if team.size > 1:
@@ -182,5 +192,5 @@ def runner_of(model: DeepseekV2, plan: Plan, kernels: native.Kernels | None) -> 
         how = (plan.cache, plan.rounds, plan.early)
         return TritonRunner(model, plan.attention, plan.graphs, plan.apart, kernels, *how)
     if kernels is not None:
-        return CppRunner(model, kernels, plan.attention, plan.apart, plan.cache)
+        return CppRunner(model, kernels, plan.attention, plan.apart, plan.cache, plan.ahead)
     return PlainRunner(model, plan.attention, cache=plan.cache)

@@ -38,6 +38,7 @@ class Here:
     cpu_kernels: Callable[[str], tuple[str, str]]  # for a target their name, or none and why
     places: Callable[[DeepseekV2Config, str, Wish], dict[str, Any]]  # for a number format: module -> device
     rocm: bool = False  # whether the GPUs are AMD's
+    ram: int | None = None  # bytes that this process may use; None where that is not known
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Plan:
     graphs: bool = False  # and whole decode steps as CUDA graphs
     early: bool = False  # and a kernel may be brought up while the one before runs
     rounds: bool = False  # and what goes into packed experts is rounded to 8 bits
+    ahead: str | None = None  # which experts in a mapped file the system is asked for: chosen, or guess
+    held: bool = False  # and whether what every token reads is read into memory, not mapped
     kernels_name: str = "plain torch"
     why_slower: str = ""  # completes "because ...", where other kernels might have been expected
 
@@ -116,7 +119,7 @@ def make_plan(config: DeepseekV2Config, wish: Wish, here: Here) -> Plan:
     )
     if wish.placed:
         return spread(config, wish, here, plan)
-    plan = with_kernels(config, wish, here, plan)
+    plan = with_read_ahead(config, wish, here, with_kernels(config, wish, here, plan))
     if plan.on_gpu and not plan.apart:
         refuse_what_does_not_fit(config, plan, here.gpu_memories)
     return plan
@@ -274,6 +277,37 @@ def with_kernels(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan) -
     early = triton and wish.kernels != "triton-eager"
     plan = replace(plan, kernels=target, triton=triton, graphs=graphs, early=early, rounds=rounds)
     return replace(plan, kernels_name=kernels_name, why_slower=why)
+
+
+def with_read_ahead(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan) -> Plan:
+    """The same with what is to be done about a mapped checkpoint that is larger than memory.
+
+    Raises UsageError where that is asked for, and nothing is mapped.
+    """
+    mapped = config.packed is not None and not plan.on_gpu and plan.ranks == 1 and not plan.apart
+    named = wish.read_ahead not in ("auto", "off")
+    if named and not (mapped and config.moe_layers and plan.kernels):
+        why = "only there experts lie in a mapped file, and are run by kernels that know it"
+        fix = "leave --read-ahead out"
+        raise UsageError("--read-ahead is for packed checkpoints and C++ kernels", why=why, fix=fix)
+    if not mapped or wish.read_ahead == "off" or here.ram is None:
+        return plan
+    expected = size.from_disk(config, plan.format, plan.dtype, here.ram)
+    if expected.fits and not named:
+        return plan
+    which = wish.read_ahead if named else "chosen"
+    return replace(plan, ahead=which if plan.kernels else None, held=expected.holds_rest)
+
+
+def from_disk_line(expected: size.FromDisk, format: str) -> str:
+    """What a person should know of a model that is read from disk while it runs."""
+    there, missed = expected.memory_bytes / 1e9, expected.missed_bytes_per_token / 1e9
+    said = f"{format} does not fit into {there:.2f} GB of memory: a token reads {missed:.2f} GB from disk"
+    hits = f"{expected.hit_rate:.0%} of its experts are in memory already, if all are chosen equally often"
+    if expected.disk_bytes_per_second is None or expected.tokens_per_second is None:
+        return f"{said}; {hits}"
+    speed = f"{expected.disk_bytes_per_second / 1e6:,.0f} MB a second, as measured just now"
+    return f"{said} at {speed}: at most {expected.tokens_per_second:.2g} tokens a second; {hits}"
 
 
 def pick_cpp(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan) -> tuple[str | None, str, str]:

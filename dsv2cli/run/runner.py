@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv2cli.checkpoint.blueprint import state_of
+from dsv2cli.checkpoint.names import seldom_read
 from dsv2cli.errors import Dsv2Error
 from dsv2cli.formats import CACHE_BITS, PAGE
 from dsv2cli.memory import ram_bytes
@@ -226,9 +227,15 @@ class PlainRunner:
         return max(most, 2)
 
     def free_ram(self) -> int:
-        """Bytes of RAM that the weights leave."""
-        tensors = state_of(self.model).values()
-        return ram_bytes() - sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
+        """Bytes of RAM that the weights leave; where they do not fit and are mapped, half of what all but the
+        experts leave.
+        """
+        tensors = {name: each for name, each in state_of(self.model).items() if each.device.type == "cpu"}
+        free = ram_bytes() - sum(tensor.nbytes for tensor in tensors.values())
+        if self.config.packed is None:
+            return free
+        mapped = sum(tensor.nbytes for name, tensor in tensors.items() if seldom_read(name, self.config))
+        return max(free, (free + mapped) // 2)
 
     def __call__(self, ids: Tensor, spans: list[Span], pool: LatentPool, watch: Watch = unwatched) -> Tensor:
         assert self.model.products is self.products, "the model has another runner"

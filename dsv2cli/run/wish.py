@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Packing = Literal["none", "int8", "int4", "int4-all"]
 Cache = Literal["auto", "bf16", "int8", "int6", "int4"]
 KernelsChoice = Literal["auto", "triton", "triton-eager", "triton-exact", "native", "avx2", "portable", "off"]
+ReadAhead = Literal["auto", "chosen", "guess", "off"]
 TRITON = ("triton", "triton-eager", "triton-exact")
 
 DtypeOption = Annotated[Dtype, Option(help="Number format of the weights; auto is the checkpoint's own.")]
@@ -77,6 +78,14 @@ class Wish:
     offload_folder: Annotated[
         Path | None, Option(help="Folder for layers on disk. Default: the system's temporary one.")
     ] = None
+    read_ahead: Annotated[
+        ReadAhead,
+        Option(
+            help="Which experts of a packed checkpoint the system is asked for before they are needed: those "
+            "chosen, or those too that the next layer is likely to choose (guess); auto: those chosen, where "
+            "it is larger than memory."
+        ),
+    ] = "auto"
     kernels: KernelsOption = "auto"
     attention: Annotated[
         Literal["auto", "absorbed", "expanded", "reference"],

@@ -158,6 +158,8 @@ def test_experts_are_asked_for_where_a_packed_checkpoint_does_not_fit(small):
     assert plan(4 * GB, unpacked) == (None, False)
     with pytest.raises(UsageError, match="packed checkpoints"):
         plan(4 * GB, unpacked, read_ahead="chosen")
+    done = run_dsv2("complete", "--prompt-ids", "1", "--read-ahead", "chosen", "--kernels", "native")
+    assert done.returncode == 2 and "packed checkpoints" in done.stderr
 
 
 def test_the_cache_finds_room_beside_experts_that_do_not(small, monkeypatch):

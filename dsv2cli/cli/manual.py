@@ -77,12 +77,12 @@ TOPICS = {
         "Without a compiler, or with --kernels off, plain torch computes the same. They take bf16 "
         "activations: --dtype bfloat16 where a checkpoint is in fp32.",
         "On a CPU a packed checkpoint may be larger than memory, or than the limit of a control group: "
-        "experts stay in the file, what every token reads is held in memory, and the system is asked for "
-        "the chosen experts of a layer all at once, before their products. What was read last stays as long "
-        "as there is room. --read-ahead guess also asks for those that the next layer would choose from "
-        "what this one was given; off leaves all to the system; chosen asks where all fits, too. info, "
-        "--dry-run and a line at the beginning say what speed to expect, from reading the files for a fifth "
-        "of a second.",
+        "experts stay in the file, what every token reads is held in memory if it finds room there, and the "
+        "system is asked for the chosen experts of a layer all at once, before their products. What was "
+        "read last stays as long as there is room. --read-ahead guess also asks for those that the next "
+        "layer would choose from what this one was given; off leaves all to the system; chosen asks where "
+        "all fits, too. info, --dry-run and a line at the beginning say what speed to expect, from reading "
+        "the files for a fifth of a second.",
         "On a GPU, Triton kernels do the same from bf16, fp16 or fp32 weights and from codes as they "
         "lie, and a decode step is one CUDA graph. --kernels triton-eager leaves the graphs out, "
         "--kernels off all of it.",

@@ -34,8 +34,8 @@ checkpoint.formats.awq checkpoint.formats.gptq checkpoint.formats.fp8 checkpoint
 checkpoint.formats.mlx checkpoint.formats.gguf checkpoint.formats.read
 checkpoint.blueprint checkpoint.names checkpoint.load checkpoint.pack
 checkpoint.streamed checkpoint.verify checkpoint.placement
-run.wish run.plan run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader run.open
-run.worker
+run.wish run.plan run.numa run.launch run.machine run.runner run.page_store run.cpu run.gpu run.leader
+run.open run.worker
 engine.grammar engine.fill engine.request engine.sampling engine.text engine.pages engine.scheduler
 engine.session engine.store engine.latents engine.journal engine.benchmark engine.peer engine.traffic
 engine.needle engine.likelihood engine.lm_eval

@@ -4,7 +4,7 @@
 
 extern "C" {
 const char* dsv2_path();
-void dsv2_linear(), dsv2_mlp(), dsv2_layers(), dsv2_pack(), dsv2_read();
+void dsv2_linear(), dsv2_mlp(), dsv2_attention(), dsv2_layers(), dsv2_pack(), dsv2_read();
 }
 typedef int64_t Any;  // a number, or an address in `room`
 typedef void Function(Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any);
@@ -12,7 +12,7 @@ typedef void Function(Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any
 alignas(64) static char room[1 << 28];
 
 int main() {
-  void (*const functions[])() = {dsv2_linear, dsv2_mlp, dsv2_layers, dsv2_pack, dsv2_read};
+  void (*const functions[])() = {dsv2_linear, dsv2_mlp, dsv2_attention, dsv2_layers, dsv2_pack, dsv2_read};
   printf("%s\n%lld\n", dsv2_path(), (long long)room);
   fflush(stdout);
   Any size, function, a[12];

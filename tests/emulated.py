@@ -21,7 +21,7 @@ import numpy
 import torch
 
 # In the order of emulated.cpp.
-NAMES = "dsv2_linear dsv2_mlp dsv2_layers dsv2_pack dsv2_read".split()
+NAMES = "dsv2_linear dsv2_mlp dsv2_attention dsv2_layers dsv2_pack dsv2_read".split()
 ARGUMENTS = 12
 STRUCTURES = (ctypes.Structure, ctypes.Array)
 

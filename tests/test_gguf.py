@@ -280,7 +280,9 @@ def test_it_can_be_packed_as_it_is_or_anew(tmp_path):
     assert complete(out) == complete(V2)
     said = json.loads(run_dsv2("info", str(out), "--json").stdout)
     assert list(said["formats"]) == ["gguf Q8_0"] and said["kept"]["routed experts"]["bits_held"] > 8
-    assert run_dsv2("quantize", str(V2), str(tmp_path / "int4"), "--to", "int4").returncode == 0
+    # Of two scales that are as good, plain torch and C++ may take either, and here both pack in torch.
+    packing = ("quantize", str(V2), str(tmp_path / "int4"), "--to", "int4", "--kernels", "off")
+    assert run_dsv2(*packing).returncode == 0
     assert load_model(tmp_path / "int4", CPU).layers[1].mlp.experts.down_proj.bits == 4
     assert complete(V2, "--quantize", "int4") == complete(tmp_path / "int4")
     for words, model, more in (

@@ -183,47 +183,86 @@ struct Partial {
   float *sums, *most, *divisor;
 };
 
-// One query of all heads, side by side, over some tokens of a sequence; room [CACHED_AT_A_TIME, width].
-NOINLINE void attend(const Attention& p, const Side* query, const Latents& latents, Span tokens,
-                     Cell* room, Partial out) {
-  const int width = p.rank + p.rope, groups = blocks_of(p.heads), end = tokens.begin + tokens.count;
-  std::vector<float> most((size_t)groups * LANES, -INFINITY), divisor((size_t)groups * LANES, 0.0f);
-  memset(out.sums, 0, (size_t)p.heads * p.rank * sizeof(float));
-  for (int at = tokens.begin; at < end; at += CACHED_AT_A_TIME) {
-    const int count = std::min(CACHED_AT_A_TIME, end - at);
-    const Cached cached = {latents.rows(at, count, room), width, p.rank, count};
-    for (int g = 0; g < groups; g++) {
-      const int first = g * LANES, heads = std::min(LANES, p.heads - first);
+// A query of all heads, side by side, that looks at the tokens of its sequence before `end`.
+struct Looking {
+  const Side* query;
+  int end;
+  Partial out;
+  std::vector<float> most, divisor;  // of all heads, and of those that fill the last group up
+
+  Looking(const Side* query, int end, Partial out, const Attention& p)
+      : query(query), end(end), out(out), most(blocks_of(p.heads) * LANES, -INFINITY), divisor(most.size()) {
+    memset(out.sums, 0, (size_t)p.heads * p.rank * sizeof(float));
+  }
+  void look_at(const Attention& p, const Cached& cached) {
+    for (int first = 0; first < p.heads; first += LANES) {
+      const int heads = std::min(LANES, p.heads - first);
       float* sums = out.sums + (size_t)first * p.rank;
       F scores[CACHED_AT_A_TIME];
       Side weights[CACHED_AT_A_TIME / SIDE * LANES];
-      score_each(query + (size_t)first * width / SIDE, cached, scores);
-      const F shrink =
-          weigh(scores, cached.count, p.scale, most.data() + first, divisor.data() + first, weights);
+      score_each(query + (size_t)first * cached.width / SIDE, cached, scores);
+      const F shrink = weigh(scores, cached.count, p.scale, &most[first], &divisor[first], weights);
       shrink_sums(shrink, heads, p.rank, sums);
       mix_heads(weights, cached, heads, sums);
     }
   }
-  memcpy(out.most, most.data(), p.heads * sizeof(float));
-  memcpy(out.divisor, divisor.data(), p.heads * sizeof(float));
+  void finish(const Attention& p) const {
+    std::copy_n(most.begin(), p.heads, out.most), std::copy_n(divisor.begin(), p.heads, out.divisor);
+  }
+};
+
+// Some queries over the tokens of their sequence from `begin` on, which are read once for all of them; room
+// [CACHED_AT_A_TIME, width].
+NOINLINE void attend(const Attention& p, std::vector<Looking>& queries, const Latents& latents, int begin,
+                     Cell* room) {
+  int end = begin;
+  for (const Looking& each : queries) end = std::max(end, each.end);
+  for (int at = begin; at < end; at += CACHED_AT_A_TIME) {
+    Cached cached = {nullptr, latents.width(), p.rank, std::min(CACHED_AT_A_TIME, end - at)};
+    cached.rows = latents.rows(at, cached.count, room);
+    for (Looking& each : queries) {
+      cached.count = std::min(CACHED_AT_A_TIME, each.end - at);
+      if (cached.count > 0) each.look_at(p, cached);
+    }
+  }
+  for (const Looking& each : queries) each.finish(p);
 }
 
 // ---- what lies between the phases -------------------------------------------------------------------------
 
-// What each of n new tokens sees, in chunks that are jobs. Into how many a token's latents are cut follows
-// from their number alone, so that its sums do not depend on the other tokens.
+constexpr int TOGETHER = 8;  // tokens of a sequence that look at its latents in one job, at most
+
+// What each of n new tokens sees, in chunks. Into how many a token's latents are cut follows from their number
+// alone, so that its sums do not depend on the other tokens. A job is a chunk of a group: of tokens of one
+// sequence that are cut alike, fewer where there would not be jobs enough for all threads.
 struct Context {
   const float* rotary;     // [n, 2, rope / 2]
   const int32_t* lengths;  // [n]: a token is the last of the first so many in its pages
   const Pages* pages;
   int n, most_chunks;
   std::vector<int> firsts;  // [n + 1]: the first chunk of each token among those of all
+  std::vector<Span> groups;
+  std::vector<int> jobs;  // [groups + 1]: the first job of each
+  int together = 1;       // tokens of a group, at most
   Context(const float* rotary, const int32_t* lengths, const Pages* pages, int n, int threads)
       : rotary(rotary), lengths(lengths), pages(pages), n(n), most_chunks(std::min(4 * threads, 64)) {
     if (!lengths) return;
     firsts.push_back(0);
-    for (int t = 0; t < n; t++) firsts.push_back(firsts[t] + (lengths[t] + chunk(t) - 1) / chunk(t));
+    for (int t = 0; t < n; t++) firsts.push_back(firsts[t] + chunks(t));
+    together = std::min(TOGETHER, std::max(1, all_chunks() / (4 * threads)));
+    for (int t = 0; t < n; t++) {
+      const bool same = t > 0 && pages->rows[t] == pages->rows[t - 1] && chunk(t) == chunk(t - 1);
+      if (same && groups.back().count < together) groups.back().count++;
+      else groups.push_back({t, 1});
+    }
+    jobs.push_back(0);
+    for (const Span& group : groups) {
+      int most = 0;
+      for (int i = 0; i < group.count; i++) most = std::max(most, chunks(group.begin + i));
+      jobs.push_back(jobs.back() + most);
+    }
   }
+  int chunks(int t) const { return (lengths[t] + chunk(t) - 1) / chunk(t); }
   int chunk(int t) const {  // latents in each of its chunks but the last
     const int tile = CACHED_AT_A_TIME;
     return std::max(tile, (lengths[t] / most_chunks + tile - 1) / tile * tile);
@@ -237,9 +276,9 @@ struct AttentionScratch {
   Rows low, nope, mixed, last;
   float *q_a, *q, *kv_a, *out, *sums, *most, *divisor, *rows;
   uint16_t* query;          // [n, heads, rank + rope]: absorbed, and rotated
-  Side* laid;               // a thread's query, side by side
+  Side* laid;               // a thread's queries, side by side
   Cell* unpacked;           // a thread's latents, where they do not lie as they are taken
-  size_t row, laid_length;  // numbers of a thread's `rows` and `laid`
+  size_t row, laid_length;  // numbers of a thread's `rows` and of a query in `laid`
 
   AttentionScratch(const Attention& p, const Context& context, int threads, Scratch& scratch) {
     const size_t n = context.n, heads = p.heads, width = p.rank + p.rope;
@@ -256,7 +295,7 @@ struct AttentionScratch {
     kv_a = scratch.take<float>(n * width);
     query = scratch.take<uint16_t>(n * heads * width);
     laid_length = blocks_of(heads) * LANES * width / SIDE;
-    laid = scratch.take<Side>(threads * laid_length);
+    laid = scratch.take<Side>(threads * context.together * laid_length);
     unpacked = scratch.take<Cell>(threads * CACHED_AT_A_TIME * width);
     sums = scratch.take<float>(partials * p.rank);
     most = scratch.take<float>(partials);
@@ -352,17 +391,22 @@ struct AttentionPass {
 
   // Softmax and sums of latents, chunk by chunk of what each token sees.
   void attend_chunks() {
-    thread.each(context.all_chunks(), [&](int job) {
-      const auto& firsts = context.firsts;
-      const int t = (int)(std::upper_bound(firsts.begin(), firsts.end(), job) - firsts.begin()) - 1;
-      const int chunk = context.chunk(t), begin = (job - firsts[t]) * chunk;
-      const int end = std::min(context.lengths[t], begin + chunk);
-      const size_t at = (size_t)job * heads;
-      Side* const query = s.laid + thread.number * s.laid_length;
-      side_by_side(s.query + (size_t)t * heads * width, heads, width, query);
-      const Partial out = {s.sums + at * p.rank, s.most + at, s.divisor + at};
+    const auto& jobs = context.jobs;
+    thread.each(jobs.empty() ? 0 : jobs.back(), [&](int job) {
+      const int g = (int)(std::upper_bound(jobs.begin(), jobs.end(), job) - jobs.begin()) - 1;
+      const Span group = context.groups[g];
+      const int number = job - jobs[g], chunk = context.chunk(group.begin), begin = number * chunk;
+      std::vector<Looking> queries;
+      for (int t = group.begin; t < group.begin + group.count; t++) {
+        if (number >= context.chunks(t)) continue;
+        const size_t at = (size_t)(context.firsts[t] + number) * heads;
+        Side* const query = s.laid + (thread.number * context.together + queries.size()) * s.laid_length;
+        side_by_side(s.query + (size_t)t * heads * width, heads, width, query);
+        const Partial out = {s.sums + at * p.rank, s.most + at, s.divisor + at};
+        queries.emplace_back(query, std::min(context.lengths[t], begin + chunk), out, p);
+      }
       Cell* const room = s.unpacked + (size_t)thread.number * CACHED_AT_A_TIME * width;
-      attend(p, query, latents_of(t), {begin, end - begin}, room, out);
+      attend(p, queries, latents_of(group.begin), begin, room);
     });
   }
 

@@ -7,6 +7,7 @@ bound before it loads its part has its weights beside it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -61,7 +62,8 @@ def bind(rank: int, size: int, folder: Path = NODES) -> set[int] | None:
         return None
     try:
         for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), share)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread.name), share)
     except OSError:
         return None
     return share

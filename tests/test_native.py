@@ -135,7 +135,9 @@ def test_codes_of_other_programs_mean_the_same_in_a_matrix_and_multiply_as_it(ke
 def test_a_token_gets_the_same_bits_alone_and_among_others(kernels):
     torch.manual_seed(0)
     weights = {str(coding): random_codes((33, 1408), coding)[1] for coding in CODINGS}
-    for name, weight in {"bf16": (torch.randn(33, 1410) * 0.02).bfloat16(), **weights}.items():
+    for cols in (20, 100, 1410, 5130):  # no round of sums, one, and more than a part of rounds
+        weights[f"bf16 {cols}"] = (torch.randn(33, cols) * 0.02).bfloat16()
+    for name, weight in weights.items():
         product, x = kernels.linear(weight), torch.randn(13, weight.shape[1]).bfloat16()
         assert torch.equal(product(x), torch.cat([product(row) for row in x.split(1)])), name
 

@@ -132,17 +132,24 @@ struct Row {
   int group, groups;
 };
 
-// Where the floats of columns from k on begin, in vectors of bf16: every fourth vector goes into one sum, and
-// those of one sum lie together.
+// How the products of a row in bf16 are added up, whoever does it, so that a token gets the same bits from all: a
+// run of columns into each of the sums in turn, which is a round; what is left after whole rounds into the first.
+constexpr int SUMS = FLOATS ? 2 : 4;
+constexpr int RUN = FLOATS ? 32 : NATIVE / 2, ROUND = SUMS * RUN;  // columns
+INLINE NF added(const NF (&sums)[2]) { return sums[0] + sums[1]; }
+INLINE NF added(const NF (&sums)[4]) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+
+// Where the floats of columns from k on lie: those of the first sum, then those of the second.
+INLINE int second_floats(int cols) { return cols / ROUND * RUN + (cols % ROUND + 31) / 32 * 32; }
 INLINE int place_of(int k, int cols) {
-  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
-  const int whole = cols / four * four;
-  return k < whole ? k / lanes % 4 * (whole / 4) + k / four * lanes : k;
+  const int half = cols / ROUND * RUN, place = k / ROUND * RUN + k % RUN;
+  if (k >= 2 * half) return k - half;
+  return k % ROUND < RUN ? place : second_floats(cols) + place;
 }
 
 // Activations ready to be multiplied with a kind of weights. For bf16: bf16, and where products are of floats the
-// same as floats, of each vector of bf16 first the even numbers and then the odd ones, at its place_of. For
-// 8-bit floats: floats. For int8 and int4: int8, and for each group a scale and the sum of its numbers.
+// same as floats, of each vector of bf16 one half and then the other, at its place_of. For 8-bit floats: floats.
+// For int8 and int4: int8, and for each group a scale and the sum of its numbers.
 struct Rows {
   int kind, cols, padded, group, groups;
   uint16_t* bf16;
@@ -201,7 +208,7 @@ struct Rows {
     for (int i = from; i < end; i += NATIVE / 2) {
       const NB both = load_as<NB>(to + i);
       float* const wide = floats + floats_at_row(row) + place_of(i, cols);
-      store(wide, evens(both)), store(wide + NATIVE / 4, odds(both));
+      store(wide, one_half(both)), store(wide + NATIVE / 4, other_half(both));
     }
   }
   INLINE void put_group(int row, int g, int count, const float* x) {

@@ -19,22 +19,22 @@ NOINLINE void stream_bf16(const Address* from, int count, const Row& x, int cols
   for (int row = 0; row < count; row++) {
     const size_t begin = (size_t)row * cols;
     const uint16_t* w[R];
-    NF acc[R][4] = {};
+    NF acc[R][SUMS] = {};
     for (int r = 0; r < R; r++) w[r] = (const uint16_t*)from[r].codes + begin;
     int k = 0;
-    for (; k + 4 * lanes <= cols; k += 4 * lanes)
+    for (; k + ROUND <= cols; k += ROUND)
       for (int r = 0; r < R; r++) {
         const bool ends = next[r].codes && begin + k >= last;
         const uint16_t* ahead = ends ? (const uint16_t*)next[r].codes + (begin + k - last) : w[r] + k + early;
-        for (int i = 0; i < 4; i++) {
-          if (lanes * i % 32 == 0) __builtin_prefetch(ahead + lanes * i);
-          dot_bf16(acc[r][i], load_as<NB>(w[r] + k + lanes * i), load_as<NB>(x.bf16 + k + lanes * i));
+        for (int i = 0; i < ROUND; i += lanes) {
+          if (i % 32 == 0) __builtin_prefetch(ahead + i);
+          dot_bf16(acc[r][i / RUN], load_as<NB>(w[r] + k + i), load_as<NB>(x.bf16 + k + i));
         }
       }
     for (; k + lanes <= cols; k += lanes)
       for (int r = 0; r < R; r++) dot_bf16(acc[r][0], load_as<NB>(w[r] + k), load_as<NB>(x.bf16 + k));
     for (int r = 0; r < R; r++) {
-      float total = sum((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
+      float total = sum(added(acc[r]));
       for (int i = k; i < cols; i++) total += widen(w[r][i]) * widen(x.bf16[i]);
       out[r][row] = total;
     }

@@ -148,15 +148,15 @@ NOINLINE void tiles_codes(const Matrix& w, const Address* from, const Row* x, in
 // ---- bf16 -------------------------------------------------------------------------------------------------
 //
 // out[token][TILE_ROWS] = some rows of w, `cols` long, times M tokens; what is beyond a token's end is not read.
-// Every fourth vector goes into one sum, as in stream_bf16, so that a token gets the same bits from both.
 
-// R rows at once, a quarter of the sums after the other.
+// R rows at once, one sum after the other.
 template <int R, int M>
 NOINLINE void tile_bf16(const uint16_t* const* w, const Row* x, int cols, float* out) {
-  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
-  const int whole = cols / four * four, end = cols / lanes * lanes;
-  NF sums[4][R][M];
-  for (int part = 0; part < 4; part++) {
+  constexpr int lanes = NATIVE / 2;
+  static_assert(FLOATS || RUN == lanes, "a run is a vector");
+  const int whole = cols / ROUND * ROUND, end = cols / lanes * lanes;
+  NF sums[R][M][SUMS];
+  for (int part = 0; part < SUMS; part++) {
     NF acc[R][M];
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) acc[r][m] = (NF){};
@@ -171,14 +171,14 @@ NOINLINE void tile_bf16(const uint16_t* const* w, const Row* x, int cols, float*
         for (int r = 0; r < R; r++) dot_bf16(acc[r][m], a[r], b);
       }
     };
-    for (int k = part * lanes; k < whole; k += four) add(k);
+    for (int k = part * lanes; k < whole; k += ROUND) add(k);
     for (int k = whole; part == 0 && k < end; k += lanes) add(k);
     for (int r = 0; r < R; r++)
-      for (int m = 0; m < M; m++) sums[part][r][m] = acc[r][m];
+      for (int m = 0; m < M; m++) sums[r][m][part] = acc[r][m];
   }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
-      float total = sum((sums[0][r][m] + sums[1][r][m]) + (sums[2][r][m] + sums[3][r][m]));
+      float total = sum(added(sums[r][m]));
       for (int i = end; i < cols; i++) total += widen(w[r][i]) * widen(x[m].bf16[i]);
       out[m * TILE_ROWS + r] = total;
     }
@@ -199,87 +199,109 @@ NOINLINE void tiles_bf16(const uint16_t* const* w, const Row* x, int count, int 
 // A block where products are of floats: the tokens' numbers are floats already (see place_of), and a weight
 // becomes one once for several of them.
 
-// For up to 3 tokens there are registers for all four sums, row after row.
+// For up to 3 tokens there are registers for all sums, row after row.
 template <int M> NOINLINE void rows_bf16(const uint16_t* const* rows, const Row* x, int cols, float* out) {
-  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
-  const int whole = cols / four * four, end = cols / lanes * lanes;
+  constexpr int lanes = NATIVE / 2;
+  const int whole = cols / ROUND * ROUND, end = cols / lanes * lanes, second = second_floats(cols);
   for (int r = 0; r < LANES; r++) {
     const uint16_t* w = rows[r];
-    NF acc[4][M] = {};
-    const auto add = [&](int part, int k) {
+    NF acc[M][SUMS] = {};
+    const auto add = [&](int part, int k, int at) {
       const NB both = load_as<NB>(w + k);
-      const NF even = evens(both), odd = odds(both);
-      const int at = place_of(k, cols);
-      for (int m = 0; m < M; m++) acc[part][m] += even * load_as<NF>(x[m].floats + at);
-      for (int m = 0; m < M; m++) acc[part][m] += odd * load_as<NF>(x[m].floats + at + lanes / 2);
+      const NF one = one_half(both), other = other_half(both);
+      for (int m = 0; m < M; m++) acc[m][part] += one * load_as<NF>(x[m].floats + at);
+      for (int m = 0; m < M; m++) acc[m][part] += other * load_as<NF>(x[m].floats + at + lanes / 2);
     };
-    for (int k = 0; k < whole; k += four) {
-      for (int i = 0; i < four; i += 32) __builtin_prefetch(w + k + AHEAD / 2 + i);
+    for (int k = 0, at = 0; k < whole; k += ROUND, at += RUN) {
+      for (int i = 0; i < ROUND; i += 32) __builtin_prefetch(w + k + AHEAD / 2 + i);
 #pragma GCC unroll 4
-      for (int part = 0; part < 4; part++) add(part, k + part * lanes);
+      for (int i = 0; i < RUN; i += lanes) add(0, k + i, at + i), add(1, k + RUN + i, second + at + i);
     }
-    for (int k = whole; k < end; k += lanes) add(0, k);
+    for (int k = whole; k < end; k += lanes) add(0, k, k - whole / 2);
     for (int m = 0; m < M; m++) {
-      float total = sum((acc[0][m] + acc[1][m]) + (acc[2][m] + acc[3][m]));
+      float total = sum(added(acc[m]));
       for (int i = end; i < cols; i++) total += widen(w[i]) * widen(x[m].bf16[i]);
       out[m * TILE_ROWS + r] = total;
     }
   }
 }
 
-// For more, one sum after the other: of two rows and 3 to 6 tokens, so that a token's numbers are read once for
-// both rows. What lies at `soon` is asked for, half a row.
-constexpr int PART_TOKENS = 6;
+// For more, one sum after the other, and of a long row some runs after the others, so that the tokens' floats
+// stay in the L1 cache for all rows: two rows times 3 to 6 tokens, whose numbers are read once for both.
+constexpr int PART_TOKENS = 6, PART_RUNS = 32;
+struct Part {
+  int column, place;  // where its first run begins, and the floats of that
+  int runs, rest;     // and columns that are left after the last round
+  bool begins;        // the sum
+};
+// What lies at `soon` is asked for, two lines of 64 bytes a run.
 template <int M>
-NOINLINE void pair_bf16(const uint16_t* const* rows, const Row* x, int cols, int part, const uint16_t* soon,
-                        NF* sums) {
-  constexpr int lanes = NATIVE / 2, four = 4 * lanes;
-  const int whole = cols / four * four, end = cols / lanes * lanes;
-  const uint16_t* const w[2] = {rows[0], rows[1]};
-  NF acc[2][M] = {};
-  const auto add = [&](int k, int at) {
+NOINLINE void pair_bf16(const uint16_t* const* rows, const Row* x, const Part& part, const uint16_t* soon,
+                        NF (*sums)[PART_TOKENS]) {
+  constexpr int lanes = NATIVE / 2;
+  const uint16_t *w = rows[0] + part.column, *v = rows[1] + part.column;
+  const ptrdiff_t next = 2 * (v - w);  // the pair after this one follows it
+  NF acc[2][M];
+  const float* from[M];
+  for (int m = 0; m < M; m++) from[m] = x[m].floats + part.place;
+  for (int i = 0; i < 2; i++)
+    for (int m = 0; m < M; m++) acc[i][m] = part.begins ? (NF){} : sums[i][m];
+  const auto add = [&](int i, int k) {
+#pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-      NF both[2];
-      for (int i = 0; i < 2; i++) both[i] = half ? odds(load_as<NB>(w[i] + k)) : evens(load_as<NB>(w[i] + k));
+      const NB a = load_as<NB>(w + i), b = load_as<NB>(v + i);
+      const NF first = half ? other_half(a) : one_half(a), second = half ? other_half(b) : one_half(b);
+#pragma GCC unroll 6
       for (int m = 0; m < M; m++) {
-        const NF v = load_as<NF>(x[m].floats + at + half * lanes / 2);
-        for (int i = 0; i < 2; i++) acc[i][m] += both[i] * v;
+        const NF number = in_register(load_as<NF>(from[m] + k + half * lanes / 2));
+        acc[0][m] += first * number, acc[1][m] += second * number;
       }
     }
   };
-  for (int k = 0, at = part * (whole / 4); k < whole; k += four, at += lanes) {
-    if (soon) __builtin_prefetch(soon + k / 2);
-    add(k + part * lanes, at);
+  int k = 0;
+  for (int run = 0; run < part.runs; run++, w += ROUND, v += ROUND, k += RUN) {
+    if (soon) __builtin_prefetch(soon + k * 2, 0, 2), __builtin_prefetch(soon + k * 2 + 32, 0, 2);
+    __builtin_prefetch(w + next), __builtin_prefetch(v + next);
+#pragma GCC unroll 4
+    for (int i = 0; i < RUN; i += lanes) add(i, k + i);
   }
-  for (int k = whole; part == 0 && k < end; k += lanes) add(k, k);
+  for (int i = 0; i < part.rest; i += lanes) add(i, k + i);
   for (int i = 0; i < 2; i++)
-    for (int m = 0; m < M; m++) sums[i * TILE_TOKENS + m] = acc[i][m];
+    for (int m = 0; m < M; m++) sums[i][m] = acc[i][m];
 }
 NOINLINE void block_floats(const uint16_t* const* rows, const Row* x, int count, int cols, float* out) {
   if (count == 1) return rows_bf16<1>(rows, x, cols, out);
   if (count == 2) return rows_bf16<2>(rows, x, cols, out);
   if (count == 3) return rows_bf16<3>(rows, x, cols, out);
-  const int end = cols / (NATIVE / 2) * (NATIVE / 2), turns = (count + PART_TOKENS - 1) / PART_TOKENS;
-  NF sums[4][LANES][TILE_TOKENS];
-  for (int part = 0; part < 4; part++)
-    for (int r = 0; r < LANES; r += 2) {
-      const uint16_t* soon = rows[0] + (size_t)LANES * cols + (size_t)(part * LANES + r) / 2 * cols / 2;
-      for (int t = 0, left = turns; left > 0; left--, soon = nullptr) {
-        const int some = (count - t + left - 1) / left;
-        const auto add = some == 6   ? pair_bf16<6>
-                         : some == 5 ? pair_bf16<5>
-                         : some == 4 ? pair_bf16<4>
-                                     : pair_bf16<3>;
-        add(rows + r, x + t, cols, part, soon, &sums[part][r][t]);
-        t += some;
+  constexpr int lanes = NATIVE / 2;
+  const int end = cols / lanes * lanes, rounds = cols / ROUND;
+  const int parts = std::max(1, (rounds + PART_RUNS - 1) / PART_RUNS);  // of one sum
+  const uint16_t* soon = rows[0] + (size_t)LANES * cols;
+  NF sums[SUMS][LANES][PART_TOKENS];
+  for (int t = 0, turns = (count + PART_TOKENS - 1) / PART_TOKENS; turns > 0; turns--) {
+    const int some = (count - t + turns - 1) / turns;
+    const auto add = some == 6   ? pair_bf16<6>
+                     : some == 5 ? pair_bf16<5>
+                     : some == 4 ? pair_bf16<4>
+                                 : pair_bf16<3>;
+    for (int job = 0; job < SUMS * parts; job++) {
+      const int i = job / parts, c = job % parts, begin = rounds * c / parts, after = rounds * (c + 1) / parts;
+      const int place = (i ? second_floats(cols) : 0) + begin * RUN;
+      const int rest = job == parts - 1 ? end - rounds * ROUND : 0;
+      const Part part = {begin * ROUND + i * RUN, place, after - begin, rest, c == 0};
+      for (int r = 0; r < LANES; r += 2) {
+        add(rows + r, x + t, part, t ? nullptr : soon, &sums[i][r]);
+        soon += 2 * RUN * part.runs;
       }
     }
-  for (int r = 0; r < LANES; r++)
-    for (int m = 0; m < count; m++) {
-      float total = sum((sums[0][r][m] + sums[1][r][m]) + (sums[2][r][m] + sums[3][r][m]));
-      for (int i = end; i < cols; i++) total += widen(rows[r][i]) * widen(x[m].bf16[i]);
-      out[m * TILE_ROWS + r] = total;
-    }
+    for (int r = 0; r < LANES; r++)
+      for (int m = 0; m < some; m++) {
+        float total = sum(sums[0][r][m] + sums[1][r][m]);
+        for (int i = end; i < cols; i++) total += widen(rows[r][i]) * widen(x[t + m].bf16[i]);
+        out[(t + m) * TILE_ROWS + r] = total;
+      }
+    t += some;
+  }
 }
 
 // A block of rows, whichever way is the faster.

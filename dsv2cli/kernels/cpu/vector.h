@@ -267,9 +267,14 @@ template <class V> INLINE Pair<V> from_code(Pair<V> code) {
 }
 
 // acc += products of bf16 with bf16, in any order of lanes. A processor that has no such products (FLOATS) takes
-// those of floats: of the even numbers of a vector, and of the odd ones.
-INLINE NF evens(NB x) { return (NF)((NU)x << 16); }
-INLINE NF odds(NB x) { return (NF)((NU)x & ((NU){} + 0xffff0000u)); }
+// those of floats: of one half of the numbers of a vector, and of the other.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)  // by shuffles: the multipliers stay free
+INLINE NF one_half(NB x) { return (NF)_mm256_unpacklo_epi16(__m256i(), (__m256i)x); }
+INLINE NF other_half(NB x) { return (NF)_mm256_unpackhi_epi16(__m256i(), (__m256i)x); }
+#else
+INLINE NF one_half(NB x) { return (NF)((NU)x << 16); }
+INLINE NF other_half(NB x) { return (NF)((NU)x & ((NU){} + 0xffff0000u)); }
+#endif
 #if defined(__AVX512BF16__)
 constexpr bool FLOATS = false;
 INLINE void dot_bf16(NF& acc, NB w, NB x) {
@@ -283,12 +288,19 @@ INLINE void dot_bf16(NF& acc, NB w, NB x) {  // each sum is rounded to odd
 #else
 constexpr bool FLOATS = true;
 INLINE void dot_bf16(NF& acc, NB w, NB x) {
-  acc += evens(w) * evens(x);
-  acc += odds(w) * odds(x);
+  acc += one_half(w) * one_half(x);
+  acc += other_half(w) * other_half(x);
 }
 #endif
 template <class V, class W> INLINE void dot_bf16(Pair<V>& acc, Pair<W> w, Pair<W> x) {
   dot_bf16(acc.low, w.low, x.low), dot_bf16(acc.high, w.high, x.high);
+}
+// x in a register, once: GCC would load it again for each product it is a factor of.
+INLINE NF in_register(NF x) {
+#if defined(__AVX2__)
+  asm("" : "+v"(x));
+#endif
+  return x;
 }
 
 // The 16 values of a 4-bit code, less `base` and halved `shift` times, over and over.

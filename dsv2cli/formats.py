@@ -28,7 +28,7 @@ SUPER = 256  # numbers of a row over which scales in 8 bits share another
 # Bits of the MLPs, of attention, of kv_a_proj_with_mqa (through which all that follows sees a token) and of
 # the head. Each of the last two costs more loss in 4 bits than the rest of attention (manual, WEIGHTS).
 PACKED_BITS = {"int8": (8, 8, 8, 8), "int4": (4, 4, 8, 8), "int4-all": (4, 4, 4, 4)}
-PACKED_BY, PACKED_FORMAT = "dsv2", 3  # quant_method and format in config.json's quantization_config
+PACKED_BY, PACKED_FORMAT = "dsv2", 4  # quant_method and format in config.json's quantization_config
 PACKED_SIZES = ("bits", "attention_bits", "latent_bits", "head_bits")  # likewise, of PACKED_BITS
 KEPT_FORMAT = 2  # the same of codes that another program has made
 

@@ -15,6 +15,7 @@ from dsv2cli.checkpoint.load import load_model
 from dsv2cli.formats import GROUP, own_coding
 from dsv2cli.kernels import build, native
 from dsv2cli.kernels.quantized import (
+    CODEBOOK,
     SCALES,
     TABLES,
     Codes,
@@ -82,12 +83,11 @@ def test_codes_of_8_bits_hold_what_those_of_4_stand_for(coding):
     assert wide.bits == 8 and torch.equal(wide.dequantize(torch.float32), packed.dequantize(torch.float32))
 
 
-def test_numbers_of_seven_bits_are_found_and_our_own_are_such():
-    """What AVX2 multiplies by the shorter product: a table's numbers as base + n * 2^shift."""
-    found = {name: native.seven_bits(tuple(map(int, values))) for name, values in TABLES.items()}
-    assert found == {"codebook": (1, -111), "iq4_nl": (-1, 0), "signed": (0, -8), "plain": (0, 0)}
-    assert native.seven_bits((-64, 63)) == (0, -64) and native.seven_bits((-64, 64)) == (1, -64)
-    assert native.seven_bits((-127, 127)) == (1, -127) and native.seven_bits((-128, 127)) == (-1, 0)
+def test_numbers_of_six_bits_are_our_own_and_those_of_most_programs():
+    """What AVX2 multiplies by the shorter product; sums of four such with numbers of x stay in 16 bits."""
+    spans = {name: native.span_of(tuple(map(int, values))) for name, values in TABLES.items()}
+    assert spans == {"codebook": (-27, 60), "iq4_nl": (-127, 240), "signed": (-8, 15), "plain": (0, 15)}
+    assert 4 * 63 * 127 < 1 << 15 and list(CODEBOOK) == sorted(set(CODEBOOK))
 
 
 def random_codes(shape, coding, device=CPU):

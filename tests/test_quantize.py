@@ -85,7 +85,7 @@ def test_a_matrix_packed_some_rows_at_a_time_is_the_same(monkeypatch):
 def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(packed):
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
     keys = ("quant_method", "format", "bits", "attention_bits", "latent_bits", "head_bits", "group")
-    assert [config[key] for key in keys] == ["dsv2", 3, 4, 4, 8, 8, 64]
+    assert [config[key] for key in keys] == ["dsv2", 4, 4, 4, 8, 8, 64]
     assert config["source_sha256"] == {
         f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in V2.glob("model-*.safetensors")
     }
@@ -93,7 +93,7 @@ def test_the_files_are_safetensors_and_say_what_they_are_and_what_they_were(pack
     for file in packed.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {
-                "format": "dsv2 3",
+                "format": "dsv2 4",
                 "bits": "4",
                 "attention_bits": "4",
                 "latent_bits": "8",
@@ -130,7 +130,7 @@ def test_what_can_not_be_packed_is_refused_and_leaves_nothing(packed, tmp_path, 
 def test_a_damaged_packed_checkpoint_is_named(packed, tmp_path):
     config = json.loads((packed / "config.json").read_text())
     for change, words in (
-        ({"format": 1}, "formats 3 and 2; pack the original again"),
+        ({"format": 3}, "formats 4 and 2; pack the original again"),
         ({"format": 2, "label": "x", "codings": {"lm_head.weight": "4 33 plain F16 -"}}, "it is no coding"),
         ({"format": 2, "label": "x", "codings": []}, "it names no codings"),
         ({"bits": 3}, "bits"),
@@ -160,13 +160,14 @@ def test_a_model_loses_little(name):
     otherwise); and token by token what it is whole.
 
     The golden models' weights are random, so their loss moves either way: enough tokens tell an effect from
-    that.
+    that. Of the few that are taken token by token, 0.2% is a standard deviation.
     """
     folder = EMBEDDED if name == "embedded" else DATA / "golden" / name
     torch.manual_seed(0)
     rows = torch.randint(128, (150, 128))
     if name == "embedded":  # the model card's figures are of all rows
         rows = torch.tensor(held_out_rows(Tokenizer(EMBEDDED).fast, unseen_wording=False))[::3]
+    moves = 0.003 if name == "embedded" else 0.008
     library, _ = load()
 
     def model(dtype, format):
@@ -199,7 +200,7 @@ def test_a_model_loses_little(name):
                 most = max(most, 0.002)
             assert abs(loss(packed, rows, rows.shape[1]) / full - 1) < most, (dtype, format)
             few = rows[:16, :96]
-            assert abs(loss(packed, few, 1) / loss(packed, few, few.shape[1]) - 1) < 0.003, (dtype, format)
+            assert abs(loss(packed, few, 1) / loss(packed, few, few.shape[1]) - 1) < moves, (dtype, format)
 
 
 def test_bench_needs_no_checkpoint():

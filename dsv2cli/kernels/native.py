@@ -30,11 +30,9 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers")),
         *((name, ctypes.c_int64) for name in ("codes_stride", "scales_stride", "supers_stride")),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("kind", "rows", "cols", "group", "number", "offset", "bias", "shift", "base")
-        ),
+        *((name, ctypes.c_int32) for name in ("kind", "rows", "cols", "group", "number", "offset", "bias")),
         ("table", ctypes.c_int8 * 16),
+        *((name, ctypes.c_int32) for name in ("least", "span")),
     ]
 
 
@@ -225,22 +223,17 @@ def matrix(weight: Tensor | Quantized | None) -> Matrix:
         bias = 128 if (coding.bits, coding.table) == (8, "plain") else 0
         values = tuple(map(int, TABLES[coding.table])) if coding.bits == 4 else ()
         sizes = (rows, cols, coding.group)
-        return Matrix(
-            *addresses, *strides, kind, *sizes, *numbers, bias, *seven_bits(values), table_of(values)
-        )
+        return Matrix(*addresses, *strides, kind, *sizes, *numbers, bias, table_of(values), *span_of(values))
     lies_as_read = weight.dtype == torch.bfloat16 and weight.stride()[-2:] == (cols, 1)
     assert lies_as_read, "kernels read bf16 as it lies"
     stride = weight.stride(0) * weight.element_size() if stacked else 0
     return Matrix(weight.data_ptr(), None, None, stride, 0, 0, Kind.BF16, rows, cols)
 
 
-def seven_bits(values: tuple[int, ...]) -> tuple[int, int]:
-    """(shift, base) with which each is base + n * 2^shift for an n of seven bits, or (-1, 0)."""
-    least, most = min(values, default=0), max(values, default=0)
-    for shift in (0, 1):
-        if most - least < 128 << shift and not any((value - least) % (1 << shift) for value in values):
-            return shift, least
-    return -1, 0
+def span_of(values: tuple[int, ...]) -> tuple[int, int]:
+    """The smallest, and how far the largest is from it."""
+    least = min(values, default=0)
+    return least, max(values, default=0) - least
 
 
 def table_of(values: Iterable[float]) -> ctypes.Array[ctypes.c_int8]:

@@ -17,26 +17,9 @@ from torch import Tensor, nn
 
 from dsv2cli.formats import LANES, SUPER, Coding, own_coding
 
-# Lloyd's algorithm on groups of 64 normal numbers, each divided by its largest with that one's sign. All are
-# odd, so that 7 bits hold them (see native.seven_bits), for which AVX2 has a shorter product.
-CODEBOOK = (
-    -111.0,
-    -87.0,
-    -69.0,
-    -53.0,
-    -39.0,
-    -27.0,
-    -15.0,
-    -3.0,
-    9.0,
-    21.0,
-    33.0,
-    47.0,
-    61.0,
-    79.0,
-    99.0,
-    127.0,
-)
+# Of numbers that 6 bits hold, for which AVX2 has a shorter product (vector.h's dot_six), those that leave the
+# least squared error on the embedded model's weights: 0.2% more than with 7 bits, 0.6% less than IQ4_NL.
+CODEBOOK = tuple(map(float, (-27, -21, -17, -13, -10, -7, -4, -1, 2, 5, 8, 11, 15, 19, 25, 33)))
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of llama.cpp
 TABLES: dict[str, tuple[float, ...]] = {
     "codebook": CODEBOOK,
@@ -46,7 +29,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 }  # of 4 bits
 SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 # What a group's largest number may become: the search takes the scale that leaves the least squared error.
-SHRINKS = tuple(sign * factor for factor in (127.0, 118.0, 137.0, 110.0, 148.0) for sign in (1.0, -1.0))
+SHRINKS = tuple(sign * factor for factor in (31.0, 28.8, 33.4, 26.9, 36.1) for sign in (1.0, -1.0))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved: a
 // How a matrix holds its weights; native.py's Kind is its twin. INT4: codes that stand for numbers of a table.
 // FLOAT8: floats of 8 bits, E4M3.
 enum Kind : int32_t { NONE = 0, INT4 = 4, INT8 = 8, FLOAT8 = 9, BF16 = 16 };
-constexpr int INT4_SEVEN = 5;  // INT4 whose numbers dot4_seven multiplies
+constexpr int INT4_SIX = 5;  // INT4 whose numbers dot_six multiplies
 enum Number : int32_t { OF_BF16, OF_F16, OF_F32, OF_I8 };  // type of the scales and offsets
 enum Offset : int32_t { WITHOUT, ADDED, ZERO };            // see formats.Coding
 
@@ -22,9 +22,9 @@ struct Matrix {
   const uint16_t* supers;
   int64_t codes_stride, scales_stride, supers_stride;  // from one matrix of the stack to the next, in bytes
   int32_t kind, rows, cols, group, number, offset;
-  int32_t bias;         // what is added to each value; of int8 codes that are no less than 0 it is 128
-  int32_t shift, base;  // numbers of the table are base + 2^shift times 7 bits; or shift is below 0
-  int8_t table[16];     // of INT4
+  int32_t bias;           // what is added to each value; of int8 codes that are no less than 0 it is 128
+  int8_t table[16];       // of INT4
+  int32_t least, span;    // the smallest of these, and how far the largest is from it
 
   Matrix of_stack(int index) const {
     Matrix out = *this;
@@ -41,30 +41,28 @@ struct Matrix {
 
 namespace {
 
-constexpr bool is_int4(int kind) { return kind == INT4 || kind == INT4_SEVEN; }
+constexpr bool is_int4(int kind) { return kind == INT4 || kind == INT4_SIX; }
 // f with the kind of w, which is not BF16, as a constant.
 template <class F> INLINE void with_kind(const Matrix& w, F f) {
   if (w.kind == INT8) f(std::integral_constant<int, INT8>());
   else if (w.kind == FLOAT8) f(std::integral_constant<int, FLOAT8>());
-  else if (SEVEN && w.shift >= 0) f(std::integral_constant<int, SEVEN ? INT4_SEVEN : INT4>());
+  else if (SIX && w.span < 64) f(std::integral_constant<int, SIX ? INT4_SIX : INT4>());
   else f(std::integral_constant<int, INT4>());
 }
 // The numbers of 4-bit codes as they are multiplied.
 template <int KIND> INLINE NB table_for(const Matrix& w) {
-  if (KIND == INT4_SEVEN) return table_of(w.table, w.base, w.shift);
-  return is_int4(KIND) ? table_of(w.table, SIGNED ? 0 : -128, 0) : (NB){};
+  if (KIND == INT4_SIX) return table_of(w.table, w.least);
+  return is_int4(KIND) ? table_of(w.table, SIGNED ? 0 : -128) : (NB){};
 }
-// acc += products, as dot4.
-template <int KIND, class V, class W> INLINE void dot_codes(V& acc, W w, int32_t a) {
-  if constexpr (KIND == INT4_SEVEN) dot4_seven(acc, w, a);
-  else dot4(acc, w, a);
+// acc += products of two vectors of codes with 4 numbers each.
+template <int KIND, class V, class W> INLINE void dot_codes(V& acc, W w, int32_t a, W v, int32_t b) {
+  if constexpr (KIND == INT4_SIX) dot_six(acc, w, a, v, b);
+  else dot4(acc, w, a), dot4(acc, v, b);
 }
-// What a group's products began with and came to -> their sum, where `sum` is that of the tokens' numbers.
-// Where codes are unsigned they are 128 more than the numbers meant.
-INLINE int32_t begin_at(int32_t sum) { return SIGNED ? 0 : -128 * sum; }
-template <int KIND> INLINE I summed(const Matrix& w, const I& acc, int32_t sum) {
-  if constexpr (KIND == INT4_SEVEN) return (acc << w.shift) + w.base * sum;
-  else return acc;
+// What a group's products begin with, where `sum` is that of the tokens' numbers: what is multiplied is less
+// than the numbers meant by the smallest of them, or, where codes are unsigned, more by 128.
+template <int KIND> INLINE int32_t begin_at(const Matrix& w, int32_t sum) {
+  return KIND == INT4_SIX ? w.least * sum : SIGNED ? 0 : -128 * sum;
 }
 
 INLINE int blocks_of(int rows) { return (rows + LANES - 1) / LANES; }

@@ -83,30 +83,26 @@ template <int KIND, int R> struct Reading {
           codes[r] += 64, codes_ahead[r] += 64;
         }
     } else {
-      for (int r = 0; r < R; r++) acc[r] = (I){} + begin_at(x.sum[g]);
+      for (int r = 0; r < R; r++) acc[r] = (I){} + begin_at<KIND>(w, x.sum[g]);
       add_group(acc, x.int8 + (size_t)g * group);
-      for (int r = 0; r < R; r++) acc[r] = summed<KIND>(w, acc[r], x.sum[g]);
     }
   }
   INLINE void add_group(I (&acc)[R], const int8_t* x) {
     constexpr int BITS = is_int4(KIND) ? 4 : 8;
     const B low = (B)((U){} + 0x0f0f0f0fu);
 #pragma GCC unroll 4
-    for (int k = 0; k < group; k += 32 / BITS) {
-      B w[R];
+    for (int k = 0; k < group; k += 32 / BITS)
       for (int r = 0; r < R; r++) {
-        w[r] = load_as<B>(codes[r]);
+        const B w = load_as<B>(codes[r]);
+        const int32_t four = load_as<int32_t>(x + k);
         __builtin_prefetch(codes_ahead[r]);
         codes[r] += 64, codes_ahead[r] += 64;
-        const B first = BITS == 8 ? from_code(w[r]) : look_up(table, w[r] & low);
-        dot_codes<KIND>(acc[r], first, load_as<int32_t>(x + k));
-      }
-      if (BITS == 4)
-        for (int r = 0; r < R; r++) {
-          const B second = look_up(table, (B)((U)w[r] >> 4) & low);
-          dot_codes<KIND>(acc[r], second, load_as<int32_t>(x + k + 4));
+        if constexpr (BITS == 8) dot4(acc[r], from_code(w), four);
+        else {
+          const B first = look_up(table, w & low), second = look_up(table, (B)((U)w >> 4) & low);
+          dot_codes<KIND>(acc[r], first, four, second, load_as<int32_t>(x + k + 4));
         }
-    }
+      }
   }
   // total[r] += acc[r] times the group's scales, of the weights and of x.
   INLINE void scale_group(F (&total)[R], const Sum (&acc)[R], const Row& x, int g) {

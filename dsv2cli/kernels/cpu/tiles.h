@@ -70,8 +70,7 @@ INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], NB table, co
     for (int m = 0; m < M; m++) {
       const int8_t* four = x.int8[m] + begin + k;
       const int32_t a = load_as<int32_t>(four), b = load_as<int32_t>(four + 4);
-      for (int r = 0; r < R; r++) dot_codes<KIND>(acc[r][m], w[r], a);
-      for (int r = 0; r < R; r++) dot_codes<KIND>(acc[r][m], v[r], b);
+      for (int r = 0; r < R; r++) dot_codes<KIND>(acc[r][m], w[r], a, v[r], b);
     }
   }
 }
@@ -104,7 +103,7 @@ INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>&
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) {
         acc[r][m] = (Sum){};
-        if constexpr (KIND != FLOAT8) acc[r][m] += begin_at(x.sum[m][g]);
+        if constexpr (KIND != FLOAT8) acc[r][m] += begin_at<KIND>(w, x.sum[m][g]);
       }
     if constexpr (KIND == FLOAT8) add_float8_group(acc, at, x, g);
     else if constexpr (KIND == INT8) add_int8_group(acc, at, x, g);
@@ -113,10 +112,7 @@ INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>&
       Scales super = {};
       if (w.number == OF_I8) super = supers_at(w, from[r].supers + (size_t)(g * w.group / SUPER) * numbers);
       const Scales s = scales_at(w, from[r].scales + (size_t)g * record, super);
-      for (int m = 0; m < M; m++) {
-        if constexpr (KIND != FLOAT8) acc[r][m] = summed<KIND>(w, acc[r][m], x.sum[m][g]);
-        add_scaled(w, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
-      }
+      for (int m = 0; m < M; m++) add_scaled(w, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
     }
   }
   for (int m = 0; m < M; m++)

@@ -216,7 +216,9 @@ def compare_fast(rank, size, port, format, folder, cache, sequences, out):
             layer.scale = 1e4
         changed = prompt_and_steps(model)
         model.stop()
-        errors = [float((found - wanted).norm() / wanted.norm()) for found in (together, alone)]
+        # The median over tokens, as in test_native: a near tie in a router may fall the other way.
+        size_of = wanted.norm(dim=-1)
+        errors = [float(((found - wanted).norm(dim=-1) / size_of).median()) for found in (together, alone)]
         same = [
             torch.equal(*both) for both in zip(changed.split([29, 26]), together.split([29, 26]), strict=True)
         ]

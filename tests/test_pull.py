@@ -595,7 +595,9 @@ def test_kill_9_at_any_moment_loses_nothing_and_shows_nothing_half(hub, home, re
         process.wait()
         hashes = {hashlib.sha256((repository / name).read_bytes()).hexdigest() for name in wanted(repository)}
         for path in finals():
-            ours = path.name in ("SHA256SUMS", ".dsv2") or path.suffix == ".lock"
+            ours = path.name in ("SHA256SUMS", ".dsv2") or (
+                path.suffix == ".lock" and not path.stat().st_size
+            )
             assert ours or path.is_dir() or sha256(path) in hashes
         for link in root(home).glob("snapshots/*/*"):
             assert sha256(link) == sha256(repository / link.name)

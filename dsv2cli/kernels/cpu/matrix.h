@@ -134,8 +134,14 @@ struct Row {
 // run of columns into each of the sums in turn, which is a round; what is left after whole rounds into the first.
 constexpr int SUMS = FLOATS ? 2 : 4;
 constexpr int RUN = FLOATS ? 32 : NATIVE / 2, ROUND = SUMS * RUN;  // columns
-INLINE NF added(const NF (&sums)[2]) { return sums[0] + sums[1]; }
-INLINE NF added(const NF (&sums)[4]) { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+// The sums of a row w times x, and what is left of them after whole vectors.
+INLINE float row_sum(const NF (&sums)[SUMS], const uint16_t* w, const uint16_t* x, int cols) {
+  NF all = sums[0] + sums[1];
+  if constexpr (SUMS == 4) all += sums[2] + sums[3];
+  float total = sum(all);
+  for (int i = cols / (NATIVE / 2) * (NATIVE / 2); i < cols; i++) total += widen(w[i]) * widen(x[i]);
+  return total;
+}
 
 // Where the floats of columns from k on lie: those of the first sum, then those of the second.
 INLINE int second_floats(int cols) { return cols / ROUND * RUN + (cols % ROUND + 31) / 32 * 32; }

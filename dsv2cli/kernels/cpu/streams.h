@@ -33,11 +33,7 @@ NOINLINE void stream_bf16(const Address* from, int count, const Row& x, int cols
       }
     for (; k + lanes <= cols; k += lanes)
       for (int r = 0; r < R; r++) dot_bf16(acc[r][0], load_as<NB>(w[r] + k), load_as<NB>(x.bf16 + k));
-    for (int r = 0; r < R; r++) {
-      float total = sum(added(acc[r]));
-      for (int i = k; i < cols; i++) total += widen(w[r][i]) * widen(x.bf16[i]);
-      out[r][row] = total;
-    }
+    for (int r = 0; r < R; r++) out[r][row] = row_sum(acc[r], w[r], x.bf16, cols);
   }
 }
 

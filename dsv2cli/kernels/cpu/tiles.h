@@ -173,11 +173,7 @@ NOINLINE void tile_bf16(const uint16_t* const* w, const Row* x, int cols, float*
       for (int m = 0; m < M; m++) sums[r][m][part] = acc[r][m];
   }
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      float total = sum(added(sums[r][m]));
-      for (int i = end; i < cols; i++) total += widen(w[r][i]) * widen(x[m].bf16[i]);
-      out[m * TILE_ROWS + r] = total;
-    }
+    for (int m = 0; m < M; m++) out[m * TILE_ROWS + r] = row_sum(sums[r][m], w[r], x[m].bf16, cols);
 }
 
 template <int R>
@@ -214,11 +210,7 @@ template <int M> NOINLINE void rows_bf16(const uint16_t* const* rows, const Row*
       for (int i = 0; i < RUN; i += lanes) add(0, k + i, at + i), add(1, k + RUN + i, second + at + i);
     }
     for (int k = whole; k < end; k += lanes) add(0, k, k - whole / 2);
-    for (int m = 0; m < M; m++) {
-      float total = sum(added(acc[m]));
-      for (int i = end; i < cols; i++) total += widen(w[i]) * widen(x[m].bf16[i]);
-      out[m * TILE_ROWS + r] = total;
-    }
+    for (int m = 0; m < M; m++) out[m * TILE_ROWS + r] = row_sum(acc[m], w, x[m].bf16, cols);
   }
 }
 
@@ -226,14 +218,14 @@ template <int M> NOINLINE void rows_bf16(const uint16_t* const* rows, const Row*
 // stay in the L1 cache for all rows: two rows times 3 to 6 tokens, whose numbers are read once for both.
 constexpr int PART_TOKENS = 6, PART_RUNS = 32;
 struct Part {
-  int column, place;  // where its first run begins, and the floats of that
-  int runs, rest;     // and columns that are left after the last round
-  bool begins;        // the sum
+  int sum, column, place;  // where its first run begins, and the floats of that
+  int runs, rest;          // and columns that are left after the last round
+  bool begins;             // the sum
 };
 // What lies at `soon` is asked for, two lines of 64 bytes a run.
 template <int M>
 NOINLINE void pair_bf16(const uint16_t* const* rows, const Row* x, const Part& part, const uint16_t* soon,
-                        NF (*sums)[PART_TOKENS]) {
+                        NF (*sums)[PART_TOKENS][SUMS]) {
   constexpr int lanes = NATIVE / 2;
   const uint16_t *w = rows[0] + part.column, *v = rows[1] + part.column;
   const ptrdiff_t next = 2 * (v - w);  // the pair after this one follows it
@@ -241,7 +233,7 @@ NOINLINE void pair_bf16(const uint16_t* const* rows, const Row* x, const Part& p
   const float* from[M];
   for (int m = 0; m < M; m++) from[m] = x[m].floats + part.place;
   for (int i = 0; i < 2; i++)
-    for (int m = 0; m < M; m++) acc[i][m] = part.begins ? (NF){} : sums[i][m];
+    for (int m = 0; m < M; m++) acc[i][m] = part.begins ? (NF){} : sums[i][m][part.sum];
   const auto add = [&](int i, int k) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
@@ -263,7 +255,7 @@ NOINLINE void pair_bf16(const uint16_t* const* rows, const Row* x, const Part& p
   }
   for (int i = 0; i < part.rest; i += lanes) add(i, k + i);
   for (int i = 0; i < 2; i++)
-    for (int m = 0; m < M; m++) sums[i][m] = acc[i][m];
+    for (int m = 0; m < M; m++) sums[i][m][part.sum] = acc[i][m];
 }
 NOINLINE void block_floats(const uint16_t* const* rows, const Row* x, int count, int cols, float* out) {
   if (count == 1) return rows_bf16<1>(rows, x, cols, out);
@@ -273,7 +265,7 @@ NOINLINE void block_floats(const uint16_t* const* rows, const Row* x, int count,
   const int end = cols / lanes * lanes, rounds = cols / ROUND;
   const int parts = std::max(1, (rounds + PART_RUNS - 1) / PART_RUNS);  // of one sum
   const uint16_t* soon = rows[0] + (size_t)LANES * cols;
-  NF sums[SUMS][LANES][PART_TOKENS];
+  NF sums[LANES][PART_TOKENS][SUMS];
   for (int t = 0, turns = (count + PART_TOKENS - 1) / PART_TOKENS; turns > 0; turns--) {
     const int some = (count - t + turns - 1) / turns;
     const auto add = some == 6   ? pair_bf16<6>
@@ -284,18 +276,15 @@ NOINLINE void block_floats(const uint16_t* const* rows, const Row* x, int count,
       const int i = job / parts, c = job % parts, begin = rounds * c / parts, after = rounds * (c + 1) / parts;
       const int place = (i ? second_floats(cols) : 0) + begin * RUN;
       const int rest = job == parts - 1 ? end - rounds * ROUND : 0;
-      const Part part = {begin * ROUND + i * RUN, place, after - begin, rest, c == 0};
+      const Part part = {i, begin * ROUND + i * RUN, place, after - begin, rest, c == 0};
       for (int r = 0; r < LANES; r += 2) {
-        add(rows + r, x + t, part, t ? nullptr : soon, &sums[i][r]);
+        add(rows + r, x + t, part, t ? nullptr : soon, &sums[r]);
         soon += 2 * RUN * part.runs;
       }
     }
     for (int r = 0; r < LANES; r++)
-      for (int m = 0; m < some; m++) {
-        float total = sum(sums[0][r][m] + sums[1][r][m]);
-        for (int i = end; i < cols; i++) total += widen(rows[r][i]) * widen(x[t + m].bf16[i]);
-        out[(t + m) * TILE_ROWS + r] = total;
-      }
+      for (int m = 0; m < some; m++)
+        out[(t + m) * TILE_ROWS + r] = row_sum(sums[r][m], rows[r], x[t + m].bf16, cols);
     t += some;
   }
 }

@@ -159,7 +159,11 @@ template <class T> INLINE T bytes_as(const int8_t* p) {
     typedef typename T::Half V;
     return {bytes_as<V>(p), bytes_as<V>(p + sizeof(V) / 4)};
   } else {
-#if defined(__aarch64__)  // likewise
+#if defined(__AVX512VNNI__)  // GCC would take the numbers one by one
+    return as_floats((NI)_mm512_cvtepi8_epi32((__m128i)load_as<NQ>(p)));
+#elif defined(__AVX2__)
+    return as_floats((NI)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(__aarch64__)
     const int8x8_t four = vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)));
     return as_floats((NI)vmovl_s16(vget_low_s16(vmovl_s8(four))));
 #else

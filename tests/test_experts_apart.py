@@ -100,9 +100,9 @@ def stack(count, rows, cols, bits):
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("n", [1, 3, 20])
+@pytest.mark.parametrize("n", [1, 3, 20, 150])
 def test_experts_of_another_rank_are_left_out(kernels, bits, n, v2):
-    """With some, and with all, of a token's experts elsewhere."""
+    """With some, and with all, of a token's experts elsewhere; and each token has the bits it has alone."""
     from dataclasses import replace
 
     torch.manual_seed(n)
@@ -117,6 +117,11 @@ def test_experts_of_another_rank_are_left_out(kernels, bits, n, v2):
         found = kernels.feed(part, x, here, weight).float()
         assert (found - expected).norm() <= 0.04 * expected.norm()
         assert first < 50 or not found.any()
+        alone = [
+            kernels.feed(part, *one).float()
+            for one in zip(*(t.split(1) for t in (x, here, weight)), strict=True)
+        ]
+        assert torch.equal(found, torch.cat(alone))
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

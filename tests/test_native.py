@@ -138,8 +138,9 @@ def test_a_token_gets_the_same_bits_alone_and_among_others(kernels):
     for cols in (20, 100, 1410, 5130):  # no round of sums, one, and more than a part of rounds
         weights[f"bf16 {cols}"] = (torch.randn(33, cols) * 0.02).bfloat16()
     for name, weight in weights.items():
-        product, x = kernels.linear(weight), torch.randn(13, weight.shape[1]).bfloat16()
-        assert torch.equal(product(x), torch.cat([product(row) for row in x.split(1)])), name
+        product, x = kernels.linear(weight), torch.randn(13 + 53, weight.shape[1]).bfloat16()
+        alone = torch.cat([product(row) for row in x.split(1)])
+        assert torch.equal(torch.cat([product(some) for some in x.split([13, 53])]), alone), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -3,7 +3,8 @@
 #pragma once
 #include "work.h"
 
-constexpr int LANES = 16;  // rows of a quantised matrix that lie interleaved: a block
+constexpr int LANES = 16;             // rows of a quantised matrix that lie interleaved: a block
+constexpr int TILE_ROWS = 2 * LANES;  // of what several tokens are multiplied with at once: [token][TILE_ROWS]
 
 // How a matrix holds its weights; native.py's Kind is its twin. INT4: codes that stand for numbers of a table.
 // FLOAT8: floats of 8 bits, E4M3.
@@ -113,7 +114,19 @@ INLINE Scales scales_at(const Matrix& w, const uint8_t* at, const Scales& super)
   if (w.bias) out.offset += out.scale * (float)w.bias;
   return out;
 }
+// The same of the g-th group of a block.
+INLINE Scales scales_of(const Matrix& w, const Address& block, int g) {
+  Scales super = {};
+  if (w.number == OF_I8) super = supers_at(w, block.supers + (size_t)(g * w.group / SUPER) * w.numbers());
+  return scales_at(w, block.scales + (size_t)g * w.scale_bytes(), super);
+}
 INLINE bool has_offset(const Matrix& w) { return w.offset || w.bias; }
+// total += the sum of one group's products, times the group's scales, of the weights and of x.
+INLINE void add_scaled(bool offset, F& total, const I& acc, const Scales& s, const float* x_scale,
+                       const int32_t* x_sum, int g) {
+  add_product(total, as_floats(acc), s.scale * x_scale[g]);
+  if (offset) add_product(total, s.offset, (F){} + (float)x_sum[g] * x_scale[g]);
+}
 
 // Consecutive rows, columns or tokens.
 struct Span {

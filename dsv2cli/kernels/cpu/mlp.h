@@ -88,15 +88,15 @@ struct Ahead {
 std::atomic<int64_t> all_guesses{0}, right_guesses{0};  // of experts, since the library was loaded
 
 // A slot is one expert of one token; there are n * top_k. In `sums` each thread has its sums of a down job
-// [n, rows of the job], and behind them room for products.
+// [n, rows of the job], and behind them room for products and for copies of tokens.
 struct MlpScratch {
   Rows in, shared_in;  // norm(x), for the routed experts, and for the shared ones where they take it otherwise
-  Rows routed, shared;  // silu(gate) * up of each slot, and of each token
+  Rows routed, shared;  // silu(gate) * up of each slot, sorted by expert, and of each token
   bool alike;           // whether all take the same norm(x)
   float *normed, *logits, *weight, *sums;
   float *next_normed, *next_logits, *next_weight;  // of the guess
   int32_t *index, *order, *tokens, *starts, *active, *actives, *all;
-  size_t sums_length, thread_length;
+  size_t sums_length, products_length, thread_length;
 
   MlpScratch(const Mlp& p, int n, int threads, Scratch& scratch, const Mlp* next = nullptr) {
     const size_t slots = (size_t)n * p.top_k;
@@ -115,9 +115,11 @@ struct MlpScratch {
     starts = scratch.take<int32_t>(p.experts + 1);  // where each expert's slots begin in `order`
     active = scratch.take<int32_t>(p.experts + 1);  // the experts that have tokens
     actives = scratch.take<int32_t>(1);             // and how many they are
-    all = scratch.take<int32_t>(n);                 // 0, 1, ...
+    all = scratch.take<int32_t>(std::max<size_t>(n, slots));  // 0, 1, ...
     sums_length = n * down_rows;
-    thread_length = sums_length + std::max<size_t>(TILE_TOKENS * TILE_ROWS, down_rows);
+    products_length = std::max<size_t>(TILE_TOKENS * TILE_ROWS, down_rows);
+    const int columns = std::max(in.padded, alike ? 0 : shared_in.padded);
+    thread_length = sums_length + products_length + room_for_copies(std::min(n, TILE_TOKENS), columns) / 4;
     sums = scratch.take<float>(threads * thread_length);
     if (!next) return;
     next_normed = scratch.take<float>((size_t)n * next->hidden);
@@ -159,6 +161,7 @@ struct MlpPass {
   const bool has_routed, has_shared;
   const int slots, unit, units, shared_units;  // units: jobs of gate and up for one expert
   float *const sums, *const products;          // this thread's
+  int8_t* const copies;
 
   MlpPass(const Mlp& p, int n, Scratch scratch, Thread& thread, const Ahead& ahead)
       : p(p),
@@ -173,7 +176,8 @@ struct MlpPass {
         units(has_routed ? (p.width + unit - 1) / unit : 0),
         shared_units((p.shared_width + unit - 1) / unit),
         sums(s.sums + thread.number * s.thread_length),
-        products(sums + s.sums_length) {}
+        products(sums + s.sums_length),
+        copies((int8_t*)(products + s.products_length)) {}
 
   void normalise(const uint16_t* x) {
     thread.each(n, [&](int t) {
@@ -182,13 +186,14 @@ struct MlpPass {
       if (p.norm) norm_row(row, p.norm, p.hidden, p.eps, row);
       s.in.put(t, 0, p.hidden, row);
       if (!s.alike) s.shared_in.put(t, 0, p.hidden, row);
-      s.all[t] = t;
       if (!ahead.next) return;
       float* other = s.next_normed + (size_t)t * p.hidden;
       widen_row(x + (size_t)t * p.hidden, p.hidden, other);
       norm_row(other, ahead.next->norm, p.hidden, ahead.next->eps, other);
     });
-    if (thread.number == 0) *s.actives = s.active[0] = 0;
+    if (thread.number != 0) return;
+    *s.actives = s.active[0] = 0;
+    std::iota(s.all, s.all + std::max(n, slots), 0);
   }
 
   void router_logits() {
@@ -298,7 +303,7 @@ struct MlpPass {
     const int e = s.active[job / units], first = s.starts[e], count = s.starts[e + 1] - first;
     const Span columns = unit_of(p.width, job % units);
     const Matrix gate_up = p.gate_up.of_stack(e);
-    return {gate_up, p.width, columns, &s.in, &s.routed, s.tokens + first, s.order + first, count};
+    return {gate_up, p.width, columns, &s.in, &s.routed, s.tokens + first, s.all + first, count};
   }
   Span unit_of(int width, int i) const { return {i * unit, std::min(unit, width - i * unit)}; }
   void gate_and_up_one(const UpJob& job, const Halves& next) {
@@ -317,6 +322,7 @@ struct MlpPass {
       const int count = std::min(TILE_TOKENS, job.count - t);
       Row x[TILE_TOKENS];
       for (int i = 0; i < count; i++) x[i] = job.from->row(job.rows_in[t + i]);
+      space_evenly(x, count, copies);
       for (int c = 0; c < columns.count; c += LANES) {
         const int firsts[2] = {columns.begin + c, job.first_up() + columns.begin + c};
         multiply(job.gate_up, firsts, 2, x, count, both);
@@ -366,7 +372,7 @@ struct MlpPass {
     const Matrix w = p.down.of_stack(e);
     for (int i = s.starts[e]; i < s.starts[e + 1]; i += TILE_TOKENS) {
       const int count = std::min(TILE_TOKENS, s.starts[e + 1] - i);
-      multiply_down(w, rows, s.routed, s.order + i, count, next);
+      multiply_down(w, rows, s.routed, s.all + i, count, next);
       for (int j = 0; j < count; j++) {
         const float factor = s.weight[s.order[i + j]], *from = products + j * TILE_ROWS;
         float* sum = sums + s.tokens[i + j] * stride;

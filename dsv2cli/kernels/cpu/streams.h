@@ -105,7 +105,7 @@ template <int KIND, int R> struct Reading {
     const bool begins = w.number == OF_I8 && g * group % SUPER == 0;
     for (int r = 0; r < R; r++) {
       if (begins) super[r] = supers_at(w, supers[r]), supers[r] += w.numbers();
-      add_scaled(w, total[r], acc[r], scales_at(w, scales[r], super[r]), x.scale, x.sum, g);
+      add_scaled(has_offset(w), total[r], acc[r], scales_at(w, scales[r], super[r]), x.scale, x.sum, g);
       scales[r] += record;
     }
   }

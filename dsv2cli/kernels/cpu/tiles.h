@@ -1,25 +1,18 @@
 // Tiles: one or two 16-row blocks of a matrix times several tokens, so that weights are read once for all of
 // them. What a tile adds up stays in registers; how many tokens it takes therefore depends on the processor.
 #pragma once
-#include "matrix.h"
+#include "amx.h"
 
 namespace {
 
-constexpr int TILE_TOKENS = 12;       // at most
-constexpr int TILE_ROWS = 2 * LANES;  // of the matrix, in what a tile gives: [token][TILE_ROWS]
-constexpr int AHEAD = 2048;           // bytes by which weights are asked for early
+constexpr int TILE_TOKENS = AMX ? 3 * AMX_TOKENS : 12;  // at most
+constexpr int AHEAD = 2048;                             // bytes by which weights are asked for early
 
 // ---- codes ------------------------------------------------------------------------------------------------
 
-// total += the sum of one group's products, times the group's scales, of the weights and of x.
-INLINE void add_scaled(const Matrix& w, F& total, const I& acc, const Scales& s, const float* x_scale,
-                       const int32_t* x_sum, int g) {
-  total += as_floats(acc) * (s.scale * x_scale[g]);
-  if (has_offset(w)) total += s.offset * ((float)x_sum[g] * x_scale[g]);
-}
-INLINE void add_scaled(const Matrix&, F& total, const F& acc, const Scales& s, const float*, const int32_t*,
-                       int) {
-  total += acc * s.scale;
+// As matrix.h has it for whole numbers.
+INLINE void add_scaled(bool, F& total, const F& acc, const Scales& s, const float*, const int32_t*, int) {
+  add_product(total, acc, s.scale);
 }
 
 // The rows of M tokens.
@@ -91,7 +84,7 @@ template <int KIND, int R, int M>
 INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>& x, float* out) {
   typedef std::conditional_t<KIND == FLOAT8, F, I> Sum;
   const NB table = table_for<KIND>(w);
-  const int record = w.scale_bytes(), numbers = w.numbers();
+  const bool offset = has_offset(w);
   F total[R][M];
   const uint8_t* at[R];
   for (int r = 0; r < R; r++) {
@@ -109,10 +102,8 @@ INLINE void tile_blocks(const Matrix& w, const Address* from, const TileRows<M>&
     else if constexpr (KIND == INT8) add_int8_group(acc, at, x, g);
     else add_int4_group<KIND>(acc, at, table, x, g);
     for (int r = 0; r < R; r++) {
-      Scales super = {};
-      if (w.number == OF_I8) super = supers_at(w, from[r].supers + (size_t)(g * w.group / SUPER) * numbers);
-      const Scales s = scales_at(w, from[r].scales + (size_t)g * record, super);
-      for (int m = 0; m < M; m++) add_scaled(w, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
+      const Scales s = scales_of(w, from[r], g);
+      for (int m = 0; m < M; m++) add_scaled(offset, total[r][m], acc[r][m], s, x.scale[m], x.sum[m], g);
     }
   }
   for (int m = 0; m < M; m++)
@@ -310,7 +301,11 @@ NOINLINE void multiply(const Matrix& w, const int* firsts, int blocks, const Row
     return;
   }
   const Address from[2] = {address_of(w, firsts[0]), address_of(w, firsts[blocks - 1])};
-  with_kind(w, [&](auto kind) { tiles_codes<kind>(w, from, x, count, out); });
+  with_kind(w, [&](auto kind) {
+    if constexpr (kind != FLOAT8)
+      if (suits_amx(x, count)) return multiply_amx<kind>(w, from, x, count, out);
+    tiles_codes<kind>(w, from, x, count, out);
+  });
 }
 
 }  // namespace

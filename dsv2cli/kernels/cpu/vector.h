@@ -178,6 +178,22 @@ INLINE F floats_of(const float* p) { return load_as<F>(p); }
 INLINE float float_of(uint16_t x) { return widen(x); }
 INLINE float float_of(float x) { return x; }
 
+// acc += a * b with one rounding, where the processor has that. Written as a sum it depends on what stands around
+// it whether compilers join the two.
+INLINE void add_product(NF& acc, NF a, NF b) {
+#if defined(__AVX512VNNI__)
+  acc = (NF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc);
+#elif defined(__AVX2__) && defined(__FMA__)
+  acc = (NF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc);
+#elif defined(__aarch64__)
+  acc = (NF)vfmaq_f32((float32x4_t)acc, (float32x4_t)a, (float32x4_t)b);
+#else
+  acc += a * b;
+#endif
+}
+template <class V> INLINE void add_product(Pair<V>& acc, Pair<V> a, Pair<V> b) {
+  add_product(acc.low, a.low, b.low), add_product(acc.high, a.high, b.high);
+}
 INLINE float sum(NF x) {
 #if defined(__AVX512VNNI__)
   return _mm512_reduce_add_ps((__m512)x);

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <numeric>
 #include <thread>
 #include <vector>
 #if defined(_OPENMP)

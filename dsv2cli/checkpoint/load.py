@@ -168,8 +168,8 @@ def map_packed(
     """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a
     CPU.
 
-    Nothing is read before it is used, but for what is `held`. Changes stay private. `dtype` converts what is
-    not packed. Raises as load_model.
+    Nothing is read before it is used, but for what is `held`, and all of it where the team's memory is bound.
+    Changes stay private. `dtype` converts what is not packed. Raises as load_model.
     """
     model, state, files = blueprint(config, dtype, team), {}, {}
     for tensor in packed_tensors(config, folder):
@@ -182,7 +182,8 @@ def map_packed(
         data = data.contiguous()
         keeps_type = tensor.name.endswith((".codes", ".scales", ".supers", "gate.weight")) or dtype is None
         data = data if keeps_type else data.to(dtype)
-        state[tensor.name] = data.clone() if held and not seldom_read(tensor.name, config) else data
+        own = not seldom_read(tensor.name, config) if held else team.bound
+        state[tensor.name] = data.clone() if own else data
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     if device.type != "cpu":

@@ -120,14 +120,13 @@ def connect(store: Store, rank: int, size: int, plan: Plan) -> Team:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     else:
         beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if not plan.on_gpu:
-        numa.bind(*beside)
+    bound = not plan.on_gpu and numa.bind(*beside) is not None
     backend = "cpu:gloo,cuda:nccl" if plan.on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAITING)
     if torchrun_size() > 1 or not plan.on_gpu:  # NCCL wants all to leave, and a Crew's others are ended
         atexit.register(leave)
     shared = shared_memory(rank, torch.device(plan.device)) if plan.on_gpu and plan.triton else None
-    return Team(rank, size, shared, plan.sequences)
+    return Team(rank, size, shared, plan.sequences, bound)
 
 
 def leave() -> None:

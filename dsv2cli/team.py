@@ -69,7 +69,7 @@ class Team:
     shared: SharedMemory | None = None
     # Whether each attends for sequences of its own, with all heads, instead of for all with some heads.
     sequences: bool = False
-    bound: bool = False  # whether this process stays near one memory of several
+    bound: bool = False  # whether this process runs near some of the machine's memories alone
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, in all of them. May reuse x. x has any shape, and all ranks the same."""

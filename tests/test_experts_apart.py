@@ -106,10 +106,10 @@ def test_experts_of_another_rank_are_left_out(kernels, bits, n, v2):
     from dataclasses import replace
 
     torch.manual_seed(n)
-    config = replace(v2.config, hidden_size=64, num_experts_per_tok=3)
-    gate_up, down = stack(4, 2 * 96, 64, bits), stack(4, 64, 96, bits)
+    config = replace(v2.config, hidden_size=160, num_experts_per_tok=3)
+    gate_up, down = stack(4, 2 * 96, 160, bits), stack(4, 160, 96, bits)
     part = bare_part(config, gate_up, down)
-    x, weight = torch.randn(n, 64).bfloat16(), torch.rand(n, 3)
+    x, weight = torch.randn(n, 160).bfloat16(), torch.rand(n, 3)
     for first in (0, 3, 50):
         index = torch.stack([torch.randperm(8)[:3] for _ in range(n)])
         here = torch.where((index >= first) & (index < first + 4), index - first, -1)

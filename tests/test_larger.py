@@ -154,6 +154,9 @@ def test_experts_are_asked_for_where_a_packed_checkpoint_does_not_fit(small):
     assert plan(4 * GB, kernels="off") == (None, True)
     assert plan(64 * GB, read_ahead="chosen") == ("chosen", True)
     assert plan(GB // 4) == ("chosen", False)
+    of_ranks = Wish(device="cpu", gpus=2)
+    assert make_plan(large, of_ranks, here(ram=64 * GB)).fits
+    assert not make_plan(large, of_ranks, here(ram=4 * GB)).fits
     unpacked = replace(large, packed=None)
     assert plan(4 * GB, unpacked) == (None, False)
     with pytest.raises(UsageError, match="packed checkpoints"):

@@ -3,6 +3,7 @@ runs.
 """
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,20 @@ def test_what_is_compiled_is_kept_by_all_of_its_source(tmp_path):
         path.write_text(text)
     assert build.key_of(sources, ["-O3"], "avx2") == key
     assert build.key_of(sources, ["-O2"], "avx2") != key != build.key_of(sources, ["-O3"], "avx512")
+
+
+@pytest.mark.skipif("amx_int8" not in FLAGS, reason="this processor has no AMX")
+def test_amx_is_used_where_compiler_and_system_know_it():
+    """What it gives is what other products give, so that nothing else would tell."""
+    macros = subprocess.run(
+        [build.compiler(), *build.TARGETS["native"], "-dM", "-E", "-xc++", "/dev/null"],
+        capture_output=True,
+        text=True,
+    ).stdout
+    library, why = native.load("native")
+    assert library is not None, why
+    known = ("__AMX_INT8__" in macros or "__AMXINT8__" in macros) and torch.cpu._init_amx()
+    assert library.path.endswith("AMX") == known
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):

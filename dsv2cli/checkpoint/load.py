@@ -65,6 +65,7 @@ def load_model(
     team: Team = ALONE,
     experts_on_gpu: int | None = None,
     held: bool = False,
+    copied: bool = False,
 ) -> DeepseekV2:
     """The checkpoint in `folder` as a model on `device`; dtype None keeps the checkpoint's own.
 
@@ -74,7 +75,7 @@ def load_model(
       full copy is ever held.
     - `experts_on_gpu` puts the routed experts into RAM from that MoE layer on; `format` is then theirs alone.
     - `held` reads of a mapped checkpoint what every token needs, for it is larger than memory: the system
-      would give that up for experts.
+      would give that up for experts. `copied` reads all of it: its pages lie near whoever read them first.
 
     Raises Dsv2Error naming file and tensor for anything missing, extra, truncated, wrongly shaped or typed.
     """
@@ -82,7 +83,7 @@ def load_model(
     if config.packed is not None:
         refuse_other_packing(folder, config.packed.format, format, experts_on_gpu)
         if device.type == "cpu" or team.size > 1:
-            return map_packed(folder, config, device, dtype, team, held)
+            return map_packed(folder, config, device, dtype, progress, team, held, copied)
         return read_packed(folder, config, device, dtype, progress)
     stored = tensors_of(folder, config)
     codings = None
@@ -162,17 +163,21 @@ def map_packed(
     config: DeepseekV2Config,
     device: torch.device,
     dtype: torch.dtype | None,
+    progress: Progress | None = None,
     team: Team = ALONE,
     held: bool = False,
+    copied: bool = False,
 ) -> DeepseekV2:
     """The model of a packed checkpoint, whose tensors are the mapped files themselves where the device is a
     CPU.
 
-    Nothing is read before it is used, but for what is `held`, and all of it where the team's memory is bound.
-    Changes stay private. `dtype` converts what is not packed. Raises as load_model.
+    Nothing is read before it is used, but for what is `held` or `copied`. Changes stay private. `dtype`
+    converts what is not packed. Raises as load_model.
     """
+    stored, done = packed_tensors(config, folder), 0
+    tell = of_total(progress if copied else None, sum(tensor.length for tensor in stored))
     model, state, files = blueprint(config, dtype, team), {}, {}
-    for tensor in packed_tensors(config, folder):
+    for tensor in stored:
         if tensor.file not in files:
             files[tensor.file] = map_file(tensor.file)
         data = files[tensor.file][tensor.offset : tensor.offset + tensor.length]
@@ -182,8 +187,11 @@ def map_packed(
         data = data.contiguous()
         keeps_type = tensor.name.endswith((".codes", ".scales", ".supers", "gate.weight")) or dtype is None
         data = data if keeps_type else data.to(dtype)
-        own = not seldom_read(tensor.name, config) if held else team.bound
+        own = copied or (held and not seldom_read(tensor.name, config))
         state[tensor.name] = data.clone() if own else data
+        done += tensor.length
+        if tell is not None:
+            tell(done)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie()
     if device.type != "cpu":

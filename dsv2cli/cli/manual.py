@@ -71,9 +71,9 @@ TOPICS = {
         "and o_proj), +0.11% (kv_a_proj_with_mqa) and +1.00% (head, which is its embedding); int4 by 0.54%. "
         "Packed files are safetensors; config.json names the format and the SHA-256 of what "
         "they were made from.",
-        "On a CPU, layers run through C++ kernels, compiled on first use for the very processor (AVX-512 "
-        "with VNNI and BF16, AVX2 with or without VNNI, ARM's NEON, or whatever the compiler makes of it) "
-        "and kept in the cache folder. "
+        "On a CPU, layers run through C++ kernels, compiled on first use for the very processor (AMX, "
+        "AVX-512 with VNNI and BF16, AVX2 with or without VNNI, ARM's NEON, or whatever the compiler makes "
+        "of it) and kept in the cache folder. "
         "Without a compiler, or with --kernels off, plain torch computes the same. They take bf16 "
         "activations: --dtype bfloat16 where a checkpoint is in fp32.",
         "On a CPU a packed checkpoint may be larger than memory, or than the limit of a control group: "

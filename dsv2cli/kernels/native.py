@@ -155,7 +155,7 @@ class Kernels:
     ) -> Tensor:
         """The MLP of x [tokens, hidden], or with index and weight [tokens, k] its experts' weighted sum.
 
-        An expert below 0 is left out. -> [tokens, hidden]
+        An expert below 0 is left out; no token names another one twice. -> [tokens, hidden]
         """
         x, out = x.contiguous(), torch.zeros_like(x)
         index = None if index is None else index.int().contiguous()

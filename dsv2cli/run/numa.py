@@ -3,7 +3,7 @@ uses. Imports no torch.
 
 Linux gives a process memory near the processor that first writes to it, so that a rank whose threads are
 bound before it loads its part has its weights beside it. Pages of a mapped file lie near whoever read them
-first; load.py therefore copies them for such a rank.
+first: such a rank reads its part of the file instead, if memory has room for it.
 """
 
 from __future__ import annotations

@@ -158,6 +158,7 @@ def load_runner(found: Checkpoint, plan: Plan, team: Team, screen: Screen, rando
                 team,
                 plan.experts_on_gpu,
                 plan.held,
+                team.bound and plan.fits,
             )
         runner = runner_of(model, plan, kernels)
     if team.size > 1:

@@ -66,6 +66,7 @@ class Plan:
     rounds: bool = False  # and what goes into packed experts is rounded to 8 bits
     ahead: str | None = None  # which experts in a mapped file the system is asked for: chosen, or guess
     held: bool = False  # and whether what every token reads is read into memory, not mapped
+    fits: bool = False  # whether all of a mapped file finds room in memory
     kernels_name: str = "plain torch"
     why_slower: str = ""  # completes "because ...", where other kernels might have been expected
 
@@ -290,10 +291,11 @@ def with_read_ahead(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan
         why = "only there experts lie in a mapped file, and are run by kernels that know it"
         fix = "leave --read-ahead out"
         raise UsageError("--read-ahead is for packed checkpoints and C++ kernels", why=why, fix=fix)
-    if not mapped or wish.read_ahead == "off" or here.ram is None:
+    if config.packed is None or plan.on_gpu or here.ram is None:
         return plan
     expected = size.from_disk(config, plan.format, plan.dtype, here.ram)
-    if expected.fits and not named:
+    plan = replace(plan, fits=expected.fits)
+    if not mapped or wish.read_ahead == "off" or (expected.fits and not named):
         return plan
     which = wish.read_ahead if named else "chosen"
     return replace(plan, ahead=which if plan.kernels else None, held=expected.holds_rest)

@@ -124,9 +124,9 @@ NOINLINE void multiply_amx(const Matrix& w, const Address* from, const Row* x, i
           const Row& token = x[t + m];
           float* const to = out + (t + m) * TILE_ROWS + r * LANES;
           F total = load_as<F>(to);
-          const auto add = [&](auto offset) {
+          const auto add = [&](auto has) {
             for (int g = 0; g < here; g++)
-              add_scaled(offset, total, sums[g][r][m], scales[r][g], token.scale + begin, token.sum + begin, g);
+              add_scaled(has, total, sums[g][r][m], scales[r][g], token.scale + begin, token.sum + begin, g);
           };
           if (offset) add(std::true_type());
           else add(std::false_type());
@@ -154,15 +154,15 @@ INLINE bool suits_amx(const Row* x, int count) {
   return AMX && count >= AMX_LEAST && x->int8 && amx_allowed() && evenly_spaced(x, count);
 }
 
-// Copies tokens' numbers to where multiply_amx takes them, if it otherwise would not. Between two rows lies a
-// bit, so that the same columns of all do not share places in the L1 cache.
+// Copies tokens' numbers to where multiply_amx takes them, if it otherwise would not. Some bytes lie between two
+// tokens, so that the same columns of all do not share places in the L1 cache.
 constexpr int AMX_APART = 64;
-constexpr size_t room_for_copies(int count, int columns) {
-  return count >= AMX_LEAST && AMX ? (size_t)count * (columns + AMX_APART) : 0;
+INLINE size_t room_for_copies(int count, const Rows& x) {
+  return AMX && count >= AMX_LEAST && x.kind == INT8 ? (size_t)count * (x.padded + AMX_APART) : 0;
 }
 INLINE void space_evenly(Row* x, int count, int8_t* to) {
+  if (!AMX || count < AMX_LEAST || !x->int8 || !amx_allowed() || evenly_spaced(x, count)) return;
   const int columns = x->group * x->groups;
-  if (!room_for_copies(count, columns) || !x->int8 || !amx_allowed() || evenly_spaced(x, count)) return;
   for (int i = 0; i < count; i++, to += columns + AMX_APART)
     x[i].int8 = (const int8_t*)memcpy(to, x[i].int8, columns);
 }

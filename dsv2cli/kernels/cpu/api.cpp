@@ -19,7 +19,7 @@ extern "C" {
 
 const char* dsv2_path() {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-  return amx_allowed() ? "AVX-512 (VNNI, BF16) and AMX" : "AVX-512 (VNNI, BF16)";
+  return amx_allowed() ? "AVX-512 (VNNI, BF16), AMX" : "AVX-512 (VNNI, BF16)";
 #elif defined(__AVX512VNNI__)
   return "AVX-512 (VNNI)";
 #elif defined(__AVX2__) && defined(__AVXVNNI__)

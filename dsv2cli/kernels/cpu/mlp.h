@@ -115,11 +115,10 @@ struct MlpScratch {
     starts = scratch.take<int32_t>(p.experts + 1);  // where each expert's slots begin in `order`
     active = scratch.take<int32_t>(p.experts + 1);  // the experts that have tokens
     actives = scratch.take<int32_t>(1);             // and how many they are
-    all = scratch.take<int32_t>(std::max<size_t>(n, slots));  // 0, 1, ...
+    all = scratch.take<int32_t>(n);                 // 0, 1, ...
     sums_length = n * down_rows;
     products_length = std::max<size_t>(TILE_TOKENS * TILE_ROWS, down_rows);
-    const int columns = std::max(in.padded, alike ? 0 : shared_in.padded);
-    thread_length = sums_length + products_length + room_for_copies(std::min(n, TILE_TOKENS), columns) / 4;
+    thread_length = sums_length + products_length + room_for_copies(std::min<size_t>(slots, TILE_TOKENS), in) / 4;
     sums = scratch.take<float>(threads * thread_length);
     if (!next) return;
     next_normed = scratch.take<float>((size_t)n * next->hidden);
@@ -141,8 +140,8 @@ struct UpJob {
   Span columns;
   const Rows* from;
   Rows* to;
-  const int32_t *rows_in, *rows_to;  // row rows_in[i] of the input gives row rows_to[i] of `to`
-  int count;
+  const int32_t* rows_in;  // row rows_in[i] of the input gives row first_to + i of `to`
+  int first_to, count;
 
   int first_up() const { return gate_up.kind == BF16 ? width : blocks_of(width) * LANES; }
   Halves addresses() const {
@@ -193,7 +192,7 @@ struct MlpPass {
     });
     if (thread.number != 0) return;
     *s.actives = s.active[0] = 0;
-    std::iota(s.all, s.all + std::max(n, slots), 0);
+    std::iota(s.all, s.all + n, 0);
   }
 
   void router_logits() {
@@ -298,12 +297,12 @@ struct MlpPass {
     if (shared_job >= 0) {
       const Span columns = unit_of(p.shared_width, shared_job);
       const Rows* from = s.alike ? &s.in : &s.shared_in;
-      return {p.shared_gate_up, p.shared_width, columns, from, &s.shared, s.all, s.all, n};
+      return {p.shared_gate_up, p.shared_width, columns, from, &s.shared, s.all, 0, n};
     }
     const int e = s.active[job / units], first = s.starts[e], count = s.starts[e + 1] - first;
     const Span columns = unit_of(p.width, job % units);
     const Matrix gate_up = p.gate_up.of_stack(e);
-    return {gate_up, p.width, columns, &s.in, &s.routed, s.tokens + first, s.all + first, count};
+    return {gate_up, p.width, columns, &s.in, &s.routed, s.tokens + first, first, count};
   }
   Span unit_of(int width, int i) const { return {i * unit, std::min(unit, width - i * unit)}; }
   void gate_and_up_one(const UpJob& job, const Halves& next) {
@@ -313,7 +312,7 @@ struct MlpPass {
     float* const outs[2] = {gates, ups};
     stream<2>(job.gate_up, firsts, columns.count, job.from->row(*job.rows_in), outs, next.at);
     silu_times(gates, ups, gates, columns.count);
-    job.to->put(*job.rows_to, columns.begin, columns.count, gates);
+    job.to->put(job.first_to, columns.begin, columns.count, gates);
   }
   void gate_and_up_many(const UpJob& job) {
     float both[TILE_TOKENS * TILE_ROWS], inner[TILE_TOKENS * MOST_UNIT];
@@ -332,7 +331,7 @@ struct MlpPass {
         }
       }
       for (int i = 0; i < count; i++)
-        job.to->put(job.rows_to[t + i], columns.begin, columns.count, inner + i * MOST_UNIT);
+        job.to->put(job.first_to + t + i, columns.begin, columns.count, inner + i * MOST_UNIT);
     }
   }
 
@@ -372,7 +371,7 @@ struct MlpPass {
     const Matrix w = p.down.of_stack(e);
     for (int i = s.starts[e]; i < s.starts[e + 1]; i += TILE_TOKENS) {
       const int count = std::min(TILE_TOKENS, s.starts[e + 1] - i);
-      multiply_down(w, rows, s.routed, s.all + i, count, next);
+      multiply_down(w, rows, s.routed, i, count, next);
       for (int j = 0; j < count; j++) {
         const float factor = s.weight[s.order[i + j]], *from = products + j * TILE_ROWS;
         float* sum = sums + s.tokens[i + j] * stride;
@@ -384,7 +383,7 @@ struct MlpPass {
     const size_t stride = blocks_of(rows.count) * LANES;
     for (int t = 0; t < n; t += TILE_TOKENS) {
       const int count = std::min(TILE_TOKENS, n - t);
-      multiply_down(p.shared_down, rows, s.shared, s.all + t, count, next);
+      multiply_down(p.shared_down, rows, s.shared, t, count, next);
       for (int i = 0; i < count; i++) {
         const float* from = products + i * TILE_ROWS;
         float* sum = sums + (t + i) * stride;
@@ -393,12 +392,11 @@ struct MlpPass {
     }
   }
   // products = rows of w times some rows of x.
-  void multiply_down(const Matrix& w, Span rows, const Rows& x, const int32_t* picked, int count,
-                     const Halves& next) {
-    if (count == 1) return stream_halves(w, rows, x.row(*picked), products, next);
+  void multiply_down(const Matrix& w, Span rows, const Rows& x, int first, int count, const Halves& next) {
+    if (count == 1) return stream_halves(w, rows, x.row(first), products, next);
     const int firsts[2] = {rows.begin, rows.begin + LANES};
     Row some[TILE_TOKENS];
-    for (int i = 0; i < count; i++) some[i] = x.row(picked[i]);
+    for (int i = 0; i < count; i++) some[i] = x.row(first + i);
     multiply(w, firsts, blocks_of(rows.count), some, count, products);
   }
 };

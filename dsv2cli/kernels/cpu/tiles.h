@@ -1,16 +1,16 @@
 // Tiles: one or two 16-row blocks of a matrix times several tokens, so that weights are read once for all of
-// them. What a tile adds up stays in registers; how many tokens it takes therefore depends on the processor.
+// them. What they add up stays in registers; how many tokens one takes therefore depends on the processor.
 #pragma once
 #include "amx.h"
 
 namespace {
 
-constexpr int TILE_TOKENS = AMX ? 3 * AMX_TOKENS : 12;  // at most
+constexpr int TILE_TOKENS = AMX ? 3 * AMX_TOKENS : 12;  // that `multiply` takes at most
 constexpr int AHEAD = 2048;                             // bytes by which weights are asked for early
 
 // ---- codes ------------------------------------------------------------------------------------------------
 
-// As matrix.h has it for whole numbers.
+// matrix.h's, of floats.
 INLINE void add_scaled(bool, F& total, const F& acc, const Scales& s, const float*, const int32_t*, int) {
   add_product(total, acc, s.scale);
 }

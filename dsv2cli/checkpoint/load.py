@@ -174,9 +174,9 @@ def map_packed(
     Nothing is read before it is used, but for what is `held` or `copied`. Changes stay private. `dtype`
     converts what is not packed. Raises as load_model.
     """
+    model, state, files = blueprint(config, dtype, team), {}, {}
     stored, done = packed_tensors(config, folder), 0
     tell = of_total(progress if copied else None, sum(tensor.length for tensor in stored))
-    model, state, files = blueprint(config, dtype, team), {}, {}
     for tensor in stored:
         if tensor.file not in files:
             files[tensor.file] = map_file(tensor.file)

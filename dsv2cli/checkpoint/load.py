@@ -184,11 +184,10 @@ def map_packed(
         data = typed(data, MAPPED[tensor.dtype]).view(tensor.shape)
         if team.size > 1:
             data = own_codes(tensor.name, data, model)
-        data = data.contiguous()
-        keeps_type = tensor.name.endswith((".codes", ".scales", ".supers", "gate.weight")) or dtype is None
-        data = data if keeps_type else data.to(dtype)
         own = copied or (held and not seldom_read(tensor.name, config))
-        state[tensor.name] = data.clone() if own else data
+        data = data.clone(memory_format=torch.contiguous_format) if own else data.contiguous()
+        keeps_type = tensor.name.endswith((".codes", ".scales", ".supers", "gate.weight")) or dtype is None
+        state[tensor.name] = data if keeps_type else data.to(dtype)
         done += tensor.length
         if tell is not None:
             tell(done)

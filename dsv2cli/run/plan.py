@@ -285,13 +285,14 @@ def with_read_ahead(config: DeepseekV2Config, wish: Wish, here: Here, plan: Plan
 
     Raises UsageError where that is asked for, and nothing is mapped.
     """
-    mapped = config.packed is not None and not plan.on_gpu and plan.ranks == 1 and not plan.apart
+    in_file = config.packed is not None and not plan.on_gpu
+    mapped = in_file and plan.ranks == 1 and not plan.apart
     named = wish.read_ahead not in ("auto", "off")
     if named and not (mapped and config.moe_layers and plan.kernels):
         why = "only there experts lie in a mapped file, and are run by kernels that know it"
         fix = "leave --read-ahead out"
         raise UsageError("--read-ahead is for packed checkpoints and C++ kernels", why=why, fix=fix)
-    if config.packed is None or plan.on_gpu or here.ram is None:
+    if not in_file or here.ram is None:
         return plan
     expected = size.from_disk(config, plan.format, plan.dtype, here.ram)
     plan = replace(plan, fits=expected.fits)

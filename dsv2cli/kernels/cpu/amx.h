@@ -45,7 +45,7 @@ struct alignas(64) TileShapes {
 };
 // Sets them while it lives, and then those again that others gave who share the thread.
 struct Shaped {
-  TileShapes before{64, 1};
+  uint8_t before[sizeof(TileShapes)];
   INLINE explicit Shaped(const TileShapes& shapes) {
     asm volatile("sttilecfg %0\n\tldtilecfg %1" : "=m"(before) : "m"(shapes));
   }
@@ -67,12 +67,9 @@ template <int SUMS, int TOKENS, int BLOCK> INLINE void multiply_tiles() {
 
 // The numbers of `columns` columns of a block, of which four lie together; `codes` moves behind them.
 template <int KIND> INLINE void signed_numbers(const uint8_t*& codes, NB table, int columns, B* to) {
-  const B low = (B)((U){} + 0x0f0f0f0fu);
-  for (const B* const end = to + columns / 4; to < end; codes += 64) {
-    const B both = load_as<B>(codes);
-    if constexpr (KIND == INT8) *to++ = both ^ 128;
-    else *to++ = look_up(table, both & low), *to++ = look_up(table, (B)((U)both >> 4) & low);
-  }
+  for (const B* const end = to + columns / 4; to < end; codes += 64)
+    if constexpr (KIND == INT8) *to++ = load_as<B>(codes) ^ 128;
+    else look_up_both(table, load_as<B>(codes), to[0], to[1]), to += 2;
 }
 
 // to[block][token] = a group of columns of some tokens, which lie `stride` apart, times two blocks' numbers.
@@ -144,14 +141,14 @@ template <int KIND> void multiply_amx(const Matrix&, const Address*, const Row*,
 
 #endif
 
+// Whether multiply_amx takes these tokens if they lie at equal distances, and whether they do.
+INLINE bool suits_amx(const Row* x, int count) {
+  return AMX && count >= AMX_LEAST && x->int8 && amx_allowed();
+}
 INLINE bool evenly_spaced(const Row* x, int count) {
   for (int i = 2; i < count; i++)
     if (x[i].int8 - x[i - 1].int8 != x[1].int8 - x[0].int8) return false;
   return true;
-}
-// Whether multiply_amx takes these tokens.
-INLINE bool suits_amx(const Row* x, int count) {
-  return AMX && count >= AMX_LEAST && x->int8 && amx_allowed() && evenly_spaced(x, count);
 }
 
 // Copies tokens' numbers to where multiply_amx takes them, if it otherwise would not. Some bytes lie between two
@@ -161,7 +158,7 @@ INLINE size_t room_for_copies(int count, const Rows& x) {
   return AMX && count >= AMX_LEAST && x.kind == INT8 ? (size_t)count * (x.padded + AMX_APART) : 0;
 }
 INLINE void space_evenly(Row* x, int count, int8_t* to) {
-  if (!AMX || count < AMX_LEAST || !x->int8 || !amx_allowed() || evenly_spaced(x, count)) return;
+  if (!suits_amx(x, count) || evenly_spaced(x, count)) return;
   const int columns = x->group * x->groups;
   for (int i = 0; i < count; i++, to += columns + AMX_APART)
     x[i].int8 = (const int8_t*)memcpy(to, x[i].int8, columns);

@@ -1,6 +1,8 @@
 // The MLP of a layer: RMSNorm, the router, routed experts, shared experts; or the one dense MLP in the place
 // of the shared ones. experts.py and linear.py say in plain torch what is computed here.
 #pragma once
+#include <numeric>
+
 #include "ahead.h"
 #include "streams.h"
 

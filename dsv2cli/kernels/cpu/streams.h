@@ -85,7 +85,6 @@ template <int KIND, int R> struct Reading {
   }
   INLINE void add_group(I (&acc)[R], const int8_t* x) {
     constexpr int BITS = is_int4(KIND) ? 4 : 8;
-    const B low = (B)((U){} + 0x0f0f0f0fu);
 #pragma GCC unroll 4
     for (int k = 0; k < group; k += 32 / BITS)
       for (int r = 0; r < R; r++) {
@@ -95,7 +94,8 @@ template <int KIND, int R> struct Reading {
         codes[r] += 64, codes_ahead[r] += 64;
         if constexpr (BITS == 8) dot4(acc[r], from_code(w), four);
         else {
-          const B first = look_up(table, w & low), second = look_up(table, (B)((U)w >> 4) & low);
+          B first, second;
+          look_up_both(table, w, first, second);
           dot_codes<KIND>(acc[r], first, four, second, load_as<int32_t>(x + k + 4));
         }
       }

@@ -49,15 +49,12 @@ INLINE void add_int8_group(I (&acc)[R][M], const uint8_t* (&at)[R], const TileRo
 template <int KIND, int R, int M>
 INLINE void add_int4_group(I (&acc)[R][M], const uint8_t* (&at)[R], NB table, const TileRows<M>& x, int g) {
   const int group = x.group, begin = g * group;
-  const B low = (B)((U){} + 0x0f0f0f0fu);
 #pragma GCC unroll 2
   for (int k = 0; k < group; k += 8) {
     B w[R], v[R];
     for (int r = 0; r < R; r++) {
-      const B both = load_as<B>(at[r]);
+      look_up_both(table, load_as<B>(at[r]), w[r], v[r]);
       if (M <= 2) __builtin_prefetch(at[r] + AHEAD);
-      w[r] = look_up(table, both & low);
-      v[r] = look_up(table, (B)((U)both >> 4) & low);
       at[r] += 64;
     }
     for (int m = 0; m < M; m++) {
@@ -303,7 +300,7 @@ NOINLINE void multiply(const Matrix& w, const int* firsts, int blocks, const Row
   const Address from[2] = {address_of(w, firsts[0]), address_of(w, firsts[blocks - 1])};
   with_kind(w, [&](auto kind) {
     if constexpr (kind != FLOAT8)
-      if (suits_amx(x, count)) return multiply_amx<kind>(w, from, x, count, out);
+      if (suits_amx(x, count) && evenly_spaced(x, count)) return multiply_amx<kind>(w, from, x, count, out);
     tiles_codes<kind>(w, from, x, count, out);
   });
 }

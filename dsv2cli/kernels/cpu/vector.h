@@ -350,6 +350,13 @@ template <class V> INLINE Pair<V> look_up(NB table, Pair<V> index) {
   return {look_up(table, index.low), look_up(table, index.high)};
 }
 
+// The values of two codes a byte: of those in the low halves, and of those in the high ones.
+INLINE void look_up_both(NB table, B codes, B& low, B& high) {
+  const B half = (B)((U){} + 0x0f0f0f0fu);
+  low = look_up(table, codes & half);
+  high = look_up(table, (B)((U)codes >> 4) & half);
+}
+
 // acc[i] += sum of 4 products of 8-bit floats (E4M3), the bytes of w, with 4 floats.
 INLINE NF e4m3(NU sign_and_rest) {  // in the highest byte; its exponent counts from another zero
   return (NF)((NU)((NI)sign_and_rest >> 4) & 0x87f00000u) * 0x1p120f;

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
-#include <numeric>
 #include <thread>
 #include <vector>
 #if defined(_OPENMP)
